@@ -1,0 +1,144 @@
+"""Where the parts of a transformers decoder are, and which decoders cannot be served.
+
+Everything else in the package speaks of *layer l*, *its attention*, *its output projection*, *the final
+norm* and *the unembedding*; this file alone knows what a model family calls them. A family is recognised by
+structure, not by a list of names, so that a new one usually works unseen. What is found here is never
+trusted blindly: each capture checks the recomputed attention and the last logit lens against the model's own.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from diagnostics.errors import UserError
+
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+OUTPUT_PROJECTION_NAMES = ("o_proj", "c_proj", "dense", "out_proj", "wo")
+FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """The parts of one decoder-only model, in layer order.
+
+    ``layers``, ``attentions`` and ``output_projections`` have ``n_layers`` entries. Logits are
+    ``softcap(unembedding(final_norm(h)) * logit_scale)``; ``max_positions`` is None where positions are unbounded.
+    """
+
+    layers: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+    output_projections: tuple[nn.Module, ...]
+    final_norm: nn.Module
+    unembedding: nn.Module
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    width: int
+    max_positions: int | None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    layer_types: tuple[str, ...] = field(default=())
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers L."""
+        return len(self.layers)
+
+
+def refuse_config(config: object, name: str) -> None:
+    """Raise UserError when the configuration alone shows that the model cannot be served.
+
+    Cheap: called before any weight is read. The message names the model and the reason.
+    """
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    kind = getattr(text, "model_type", type(text).__name__)
+
+    def refuse(reason: str) -> None:
+        raise UserError(
+            f"model {name!r} ({kind}) cannot be diagnosed: {reason}; use a decoder-only attention model"
+        )
+
+    if getattr(config, "is_encoder_decoder", False):
+        refuse("it is an encoder-decoder model")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", False):
+        refuse("it is an encoder: its attention is not causal")
+    if getattr(text, "kv_lora_rank", None):
+        refuse("its attention keeps latent vectors (MLA) instead of keys and values")
+    if getattr(text, "num_kv_shared_layers", None):
+        refuse("its upper layers share the keys and values of lower ones")
+    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - SERVED_LAYER_TYPES)
+    if foreign:
+        refuse(f"it has layers that are not attention ({', '.join(foreign)})")
+    if not getattr(text, "num_attention_heads", None) or not getattr(text, "num_hidden_layers", None):
+        refuse("it has no attention layers (a state-space or recurrent model?)")
+    if getattr(text, "add_cross_attention", False):
+        refuse("it has cross-attention")
+
+
+def dissect(model: nn.Module, name: str) -> Anatomy:
+    """Find the parts of a transformers causal language model; raise UserError, naming the model, where it cannot."""
+    config = model.config.get_text_config(decoder=True)
+    refuse_config(model.config, name)
+
+    def refuse(reason: str) -> UserError:
+        return UserError(
+            f"model {name!r} ({config.model_type}) cannot be diagnosed: {reason}; "
+            "use a model that runs through transformers' attention interface"
+        )
+
+    if not getattr(model, "_supports_attention_backend", False):
+        raise refuse("its attention does not run through transformers' attention interface")
+    stack = _layer_stack(model, config.num_hidden_layers)
+    if stack is None:
+        raise refuse(f"no stack of {config.num_hidden_layers} decoder layers was found in it")
+    parent, layers = stack
+    attentions = tuple(_child(layer, ATTENTION_NAMES) for layer in layers)
+    if None in attentions:
+        raise refuse(f"layer {attentions.index(None)} has no attention")
+    if any(getattr(attention, "is_causal", True) is False for attention in attentions):
+        raise refuse("its attention is not causal (an encoder)")
+    projections = tuple(_child(attention, OUTPUT_PROJECTION_NAMES) for attention in attentions)
+    if None in projections:
+        raise refuse(f"the attention of layer {projections.index(None)} has no output projection")
+    norm, unembedding = _child(parent, FINAL_NORM_NAMES), model.get_output_embeddings()
+    if norm is None:
+        raise refuse("no final norm was found after the last layer")
+    if unembedding is None:
+        raise refuse("it has no language-model head")
+
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = float(config.logit_scale)
+    n_heads = config.num_attention_heads
+    return Anatomy(
+        layers=layers,
+        attentions=attentions,
+        output_projections=projections,
+        final_norm=norm,
+        unembedding=unembedding,
+        n_heads=n_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+        width=config.hidden_size,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        logit_scale=scale,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(layers)),
+    )
+
+
+def _layer_stack(model: nn.Module, n_layers: int) -> tuple[nn.Module, tuple[nn.Module, ...]] | None:
+    """Return the module that owns the decoder layers, and the layers."""
+    for parent in model.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == n_layers and _child(child[0], ATTENTION_NAMES):
+                return parent, tuple(child)
+    return None
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((m for n in names if isinstance(m := getattr(module, n, None), nn.Module)), None)

@@ -1,0 +1,110 @@
+"""See queries, keys and values after rotary embedding through transformers' public attention interface.
+
+A wrapped attention function is registered under its own name together with the mask of the implementation it
+wraps, and the model's configuration points to it only inside the ``with`` block. The model's own fused attention
+still does the work. Nothing of transformers or of the model is patched; on exit every configuration is as it was.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "speed_diagnostics_"
+
+# module -> its recorder, only while a tap is open. Keyed by module: two models in two threads do not meet.
+_RECORDERS: dict[nn.Module, Callable[..., tuple[Tensor, Any]]] = {}
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention function; tensors have the batch dimension, ``[batch, heads, rows, head_dim]``."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
+    original: Callable[..., tuple[Tensor, Any]]
+
+    def proceed(self) -> tuple[Tensor, Any]:
+        """Run the model's own attention; the output is [batch, rows, heads, head_dim]."""
+        return self.original(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+
+Handler = Callable[[AttentionCall], tuple[Tensor, Any]]
+
+
+@contextmanager
+def attention_tap(model: nn.Module, attentions: tuple[nn.Module, ...], handler: Handler) -> Iterator[None]:
+    """Send every attention call of ``attentions`` through ``handler`` while the block is open.
+
+    ``handler`` returns what the attention should return, usually ``call.proceed()``.
+    """
+    # Each configuration by itself: the public setter would also overwrite sub-configurations, and undo not restore them.
+    held = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs = [config for config in held if hasattr(config, "_attn_implementation_internal")]
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    inner = attentions[0].config._attn_implementation
+    tapped = _register(inner)
+
+    for module in attentions:
+        original = _original(module, inner)
+
+        def record(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None = None,
+            *,
+            original: Callable[..., tuple[Tensor, Any]] = original,
+            **options: Any,
+        ) -> tuple[Tensor, Any]:
+            return handler(AttentionCall(module, query, key, value, attention_mask, options, original))
+
+        _RECORDERS[module] = record
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = tapped
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        for module in attentions:
+            _RECORDERS.pop(module, None)
+
+
+def _register(inner: str) -> str:
+    """Register the tap over implementation ``inner`` with that implementation's own mask; return the tap's name."""
+    tapped = PREFIX + inner
+    if tapped not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(tapped, _dispatch)
+        masks = AttentionMaskInterface()
+        if inner in masks:  # without a registered mask the model passes none, and so must the tap
+            AttentionMaskInterface.register(tapped, masks[inner])
+    return tapped
+
+
+def _dispatch(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Any]:
+    return _RECORDERS[module](module, *args, **options)
+
+
+def _original(module: nn.Module, inner: str) -> Callable[..., tuple[Tensor, Any]]:
+    """Return the function that ``module`` would call without the tap."""
+    return ALL_ATTENTION_FUNCTIONS[inner] if inner in ALL_ATTENTION_FUNCTIONS else eager_attention(module)
+
+
+def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """Return the eager attention of a module's family: not in the registry, but in each modelling file by one name."""
+    for base in type(module).__mro__:
+        function = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise LookupError(f"{type(module).__name__} has no eager attention function")

@@ -1,0 +1,179 @@
+"""Name, folder, GGUF file or built-in -> a loaded model with its tokenizer and what is known about it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diagnostics.anatomy import Anatomy, dissect, refuse_config
+from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
+from diagnostics.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A transformers causal language model, its tokenizer, and where its parts are.
+
+    ``model`` is the stock object: nothing is folded, centred or patched. ``revision`` is the hub commit when there
+    is one; ``weight_hash`` identifies the weights wherever they came from.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    anatomy: Anatomy
+    weight_hash: str
+    revision: str | None = None
+
+    @classmethod
+    def wrap(cls, model: nn.Module, tokenizer: Any, name: str = "model") -> "LoadedModel":
+        """Take a model that is already in memory; raise UserError where it cannot be served."""
+        model.eval()
+        return cls(
+            name=name,
+            model=model,
+            tokenizer=tokenizer,
+            anatomy=dissect(model, name),
+            weight_hash=weight_hash(model),
+            revision=getattr(model.config, "_commit_hash", None),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device that token ids go to: that of the input embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return self.model.dtype
+
+
+def load_model(
+    model: str | Path = EMBEDDED_MODEL,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a decoder-only model from a hub id, a folder, a ``.gguf`` file or the built-in name.
+
+    ``device``: ``auto`` (cuda, else mps, else cpu; spread over all GPUs when one is too small), ``map`` (always
+    spread, needs accelerate), or any torch device. ``dtype``: ``auto`` (bfloat16 on cuda and mps, float32 on cpu) or
+    a name. Weights are read from safetensors or GGUF only, never from pickles; remote code is off unless asked for.
+    Raises UserError for anything that cannot be found, read or served.
+    """
+    name = str(model)
+    place = _choose_device(device)
+    torch_dtype = _choose_dtype(dtype, place)
+    source, options = _locate(name)
+    options |= {"revision": revision} if revision else {}
+    options["trust_remote_code"] = trust_remote_code
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        refuse_config(config, name)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        spread = device == "map" or (device == "auto" and _exceeds_one_gpu(config, torch_dtype))
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch_dtype,
+            use_safetensors=None if "gguf_file" in options else True,
+            device_map="auto" if spread else None,
+            **options,
+        )
+        if not spread:
+            loaded = loaded.to(place)
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"model {name!r} does not fit on {place} in {torch_dtype}; try --dtype bfloat16 or --device map"
+        ) from None
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return LoadedModel.wrap(loaded, tokenizer, name)
+
+
+def weight_hash(model: nn.Module) -> str:
+    """SHA-256 over the name, shape, type and up to 64 evenly spaced values of every parameter.
+
+    Independent of the file format, and quick on large models since it reads almost nothing of them.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        if parameter.device.type != "meta":  # offloaded by accelerate: name and shape must do
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64]
+            digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Turn what the user typed into what transformers' ``from_pretrained`` takes."""
+    if name.lower() == EMBEDDED_MODEL:
+        return str(embedded_model_folder()), {}
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise UserError(f"there is no GGUF file {name!r}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"folder {name!r} holds no model: it has no config.json")
+        pickled = not any(path.glob("*.safetensors")) and (any(path.glob("*.bin")) or any(path.glob("*.pt*")))
+        if pickled:
+            raise UserError(f"folder {name!r} has pickled weights only; convert them to safetensors first")
+        return str(path), {}
+    if path.exists():
+        raise UserError(f"{name!r} is a file, but neither a model folder nor a .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no model folder {name!r}")
+    return name, {}
+
+
+def _choose_device(device: str) -> torch.device:
+    if device in ("auto", "map"):
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device!r} cannot be used here: {_first_line(error)}") from None
+    return chosen
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _exceeds_one_gpu(config: Any, dtype: torch.dtype) -> bool:
+    """Whether the weights alone would not fit the first GPU while there are others to help."""
+    if torch.cuda.device_count() < 2:
+        return False
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    free, _ = torch.cuda.mem_get_info(0)
+    return weights * dtype.itemsize > 0.9 * free
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

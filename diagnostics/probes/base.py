@@ -1,0 +1,67 @@
+"""What a probe is: an observer of one prompt that ends in columns of the run's tables.
+
+To add a probe, add one file to this package with a subclass of `Probe`: `diagnostics.probes` finds it. A probe is made
+anew for every prompt, so it can keep state without leaking any.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from diagnostics.capture.base import ContextRows, DecodeRows, Layout, Outcome
+from diagnostics.readout import Readout
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """What every observer may know of the model and the prompt before the first layer runs.
+
+    ``evidence`` are half-open token spans inside the prompt segment; ``model_name`` is for messages.
+    """
+
+    layout: Layout
+    n_layers: int
+    n_heads: int
+    readout: Readout
+    model_name: str
+    evidence: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Columns of one prompt: per layer [L], per layer and head [L, heads], per cutoff 1..L [L], and single numbers."""
+
+    layers: Columns = field(default_factory=dict)
+    heads: Columns = field(default_factory=dict)
+    cutoffs: Columns = field(default_factory=dict)
+    prompt: dict[str, float] = field(default_factory=dict)
+
+
+class Probe:
+    """Base class of everything that watches a prompt; see `diagnostics.capture.base.Observer` for the order of calls.
+
+    ``describes`` names every column the probe writes, with its meaning, unit and range.
+    """
+
+    name: ClassVar[str] = ""
+    describes: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, context: PromptContext) -> None:
+        self.context = context
+
+    def on_context(self, rows: ContextRows) -> None:
+        """Look at the context rows of one layer."""
+
+    def on_decode(self, rows: DecodeRows) -> None:
+        """Look at the decode-phase rows of one layer."""
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Look at the logits, after the last layer."""
+
+    def measured(self) -> Measured:
+        """Return the columns, after `on_outcome`."""
+        raise NotImplementedError
