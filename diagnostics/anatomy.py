@@ -7,6 +7,7 @@ trusted blindly: each capture checks the recomputed attention and the last logit
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -40,11 +41,31 @@ class Anatomy:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     layer_types: tuple[str, ...] = field(default=())
+    sliding_window: int | None = None
 
     @property
     def n_layers(self) -> int:
         """Number of decoder layers L."""
         return len(self.layers)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Plain numbers that decide compute and memory, for predictions without the model.
+
+        ``layer_parameters``: weights used per token in each layer. ``head_parameters``: weights of the unembedding.
+        ``bytes_per_value``: of weights and cache.
+        """
+        return {
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "width": self.width,
+            "layer_parameters": [sum(p.numel() for p in layer.parameters()) for layer in self.layers],
+            "head_parameters": sum(p.numel() for p in self.unembedding.parameters()),
+            "bytes_per_value": next(self.layers[0].parameters()).element_size(),
+            "layer_types": list(self.layer_types),
+            "sliding_window": self.sliding_window,
+        }
 
 
 def refuse_config(config: object, name: str) -> None:
@@ -128,6 +149,7 @@ def dissect(model: nn.Module, name: str) -> Anatomy:
         logit_scale=scale,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(layers)),
+        sliding_window=getattr(config, "sliding_window", None),
     )
 
 

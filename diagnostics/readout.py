@@ -1,10 +1,12 @@
-"""Residuals -> distributions over the vocabulary, compared with the final one a block of positions at a time.
+"""Residuals -> distributions over the vocabulary, compared with the model's final one.
 
 The logit lens and the cutoff sweep ask the same question, *how far is this residual's next-token distribution from the
-model's own?*, of many residuals at the same positions. Only a bounded block of logits exists at any time.
+model's own?*, of many residuals at the same positions. The vocabulary is walked in tiles, so that neither candidates x
+vocabulary logits nor a second copy of them ever exist, and a tile is still in the processor's cache when it is reduced.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from diagnostics.anatomy import Anatomy
 from diagnostics.errors import UserError
 
+# Logits held at once: a tile where tiles stream, all of a block of positions where they are needed a second time.
+TILE_BYTES = 4 << 20
 BLOCK_BYTES = 64 << 20
 
 
@@ -21,40 +25,35 @@ class Comparison:
     """Distances of candidate distributions q from the final one p; every field is float32 [positions, candidates].
 
     ``kl``: KL(p || q) in nats, >= 0. ``rank``: rank of p's most likely token under q, 0 is top. ``nll``: negative
-    log-likelihood of the target under q in nats (NaN without targets). ``js``: Jensen-Shannon distance (square root of
-    the divergence in nats, 0..0.833) of candidate i from candidate i-1, NaN for the first, and None unless asked for.
+    log-likelihood of the target under q in nats, NaN without targets. ``js``: Jensen-Shannon distance (square root of
+    the divergence in nats, 0..0.833) of candidate i from candidate i-1, NaN for the first and where not asked for.
     """
 
     kl: Tensor
     rank: Tensor
     nll: Tensor
-    js: Tensor | None
+    js: Tensor
 
 
 class Readout:
     """Final norm and unembedding of one model, in float32 whatever the model's own type."""
 
-    def __init__(self, anatomy: Anatomy, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
-        self.block_bytes = block_bytes
-        norm = anatomy.final_norm
+        head, norm = anatomy.unembedding, anatomy.final_norm
         exact = all(p.dtype == torch.float32 for p in norm.parameters())
         self.norm = norm if exact else copy.deepcopy(norm).float()
+        # A quantised, adapted or offloaded head: only the module itself knows its weights.
+        self.plain = type(head) is nn.Linear and head.weight.is_floating_point() and not head.weight.is_meta
+        self.vocab = head.weight.shape[0] if self.plain else None
+        self.dtype = next(anatomy.layers[-1].parameters()).dtype
 
     def logits(self, residuals: Tensor) -> Tensor:
         """Map residuals [..., width] (before the final norm) to logits [..., vocab], float32."""
         hidden = self.norm(residuals.float())
-        head = self.anatomy.unembedding
-        plain = type(head) is nn.Linear and head.weight.is_floating_point() and head.weight.device.type != "meta"
-        if plain:
-            logits = _linear(hidden.to(head.weight.device), head, self.block_bytes)
-        else:  # quantised, adapted or offloaded: only the module itself knows its weights
-            logits = head(hidden.to(self.anatomy.layers[-1].parameters().__next__().dtype)).float()
-        if self.anatomy.logit_scale != 1.0:
-            logits = logits * self.anatomy.logit_scale
-        if (cap := self.anatomy.logit_softcap) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return torch.cat([tile for _, tile in self._tiles(hidden.flatten(0, -2))], dim=-1).view(
+            *residuals.shape[:-1], -1
+        )
 
     def require_identity(self, residuals: Tensor, logits: Tensor, name: str) -> None:
         """Refuse the model unless the lens after the last layer reproduces its logits.
@@ -64,8 +63,7 @@ class Readout:
         reaches a few hundredths. Raises UserError.
         """
         ours = self.logits(residuals)
-        half = next(self.anatomy.layers[-1].parameters()).dtype != torch.float32
-        tolerance = (0.1 if half else 1e-3) * float(logits.std())
+        tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * float(logits.std())
         error = float((ours - logits.to(ours.device)).abs().max())
         if not error <= tolerance:
             raise UserError(
@@ -82,64 +80,108 @@ class Readout:
         ``consecutive`` asks for the distance of each candidate from the one before it.
         """
         n, m = candidates.shape[:2]
-        vocab = self.anatomy.unembedding.weight.shape[0]
-        block = max(1, self.block_bytes // (4 * vocab * (m + 1)))
-        parts = [
-            self._compare_block(
-                final[i : i + block],
-                candidates[i : i + block],
-                None if targets is None else targets[i : i + block],
-                consecutive,
+        log_p = self.logits(final).double().log_softmax(-1).float()
+        # Streaming needs a tile of a block's rows; the second round of ``consecutive`` needs all of their logits.
+        row_bytes = 4 * log_p.shape[1] if consecutive or not self.plain else TILE_BYTES // 2048
+        block = max(1, BLOCK_BYTES // (row_bytes * m))
+        parts = []
+        for i in range(0, n, block):
+            rows = slice(i, i + block)
+            parts.append(
+                self._compare_block(
+                    log_p[rows], candidates[rows], None if targets is None else targets[rows], consecutive
+                )
             )
-            for i in range(0, n, block)
-        ]
-        kl, rank, nll, js = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Comparison(kl, rank, nll, js if consecutive else None)
+        return Comparison(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _compare_block(
-        self, final: Tensor, candidates: Tensor, targets: Tensor | None, consecutive: bool
+        self, log_p: Tensor, candidates: Tensor, targets: Tensor | None, consecutive: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits = self.logits(torch.cat([final[:, None], candidates], dim=1))  # [n, 1 + m, vocab]
-        top = logits[:, 0].argmax(-1)
-        best = logits[:, 1:].gather(-1, top[:, None, None].expand(-1, candidates.shape[1], 1))
-        rank = (logits[:, 1:] > best).sum(-1, dtype=torch.float32)
+        n, m = candidates.shape[:2]
+        hidden = self.norm(candidates.float())
+        top, p = log_p.argmax(-1), log_p.exp()
+        # The final top token's score, to rank it: its own tile comes too late, so it is computed first ...
+        best = self._scores_of(hidden, top)
+        rank = torch.zeros_like(best)
+        peak = torch.full_like(best, -torch.inf)  # running maximum of the scores, and
+        total = torch.zeros_like(best)  # running sum of exp(score - peak)
+        expected = torch.zeros_like(best, dtype=torch.float64)  # E_p[score]
+        kept = []
+        scratch = best.new_empty(0)
+        for columns, tile in self._tiles(hidden.flatten(0, 1)):
+            z = tile.view(n, m, -1)
+            # One buffer for all tiles: fresh memory of this size costs more than the arithmetic.
+            scratch = scratch if scratch.shape == z.shape else torch.empty_like(z)
+            rank += torch.gt(z, best[..., None], out=scratch).sum(-1)
+            higher = torch.maximum(peak, z.amax(-1))
+            weights = torch.sub(z, higher[..., None], out=scratch).exp_()
+            total = total * (peak - higher).exp() + weights.sum(-1)
+            peak = higher
+            expected += torch.bmm(z, p[:, columns, None]).squeeze(-1)
+            # ... which may differ in the last bit from the same score in the tile, and must not outrank itself.
+            here = (top >= columns.start) & (top < columns.stop)
+            if here.any():
+                own = (top - columns.start).clamp(0, z.shape[-1] - 1)[:, None, None].expand(n, m, 1)
+                rank -= ((z.gather(-1, own).squeeze(-1) > best) & here[:, None]).float()
+            if consecutive:
+                kept.append(z)
+        log_norm = peak + total.log()
+        # KL(p || q) = E_p[log p] - E_p[log q]
+        entropy = -(p * log_p).sum(-1, dtype=torch.float64)
+        kl = (log_norm - expected - entropy[:, None]).clamp_min(0).float()
+        missing = torch.full_like(best, torch.nan)
+        nll = missing if targets is None else log_norm - self._scores_of(hidden, targets)
+        return kl, rank, nll, _js_distance(kept, log_norm) if consecutive else missing
 
-        log_norm = logits.logsumexp(-1)  # [n, 1 + m]
-        p = (logits[:, 0] - log_norm[:, :1]).exp()
-        # KL(p || q) = E_p[log p] - E_p[log q], one matrix-vector product for all candidates.
-        expected = torch.einsum("nv,nmv->nm", p, logits) - log_norm
-        kl = (expected[:, :1] - expected[:, 1:]).clamp_min(0)
+    def _scores_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits of one token per position: hidden [n, m, width], tokens [n] -> [n, m]."""
+        if not self.plain:
+            logits = torch.cat([tile for _, tile in self._tiles(hidden.flatten(0, 1))], dim=-1)
+            return logits.view(*hidden.shape[:2], -1).gather(-1, tokens[:, None, None].expand_as(hidden[..., :1]))[..., 0]
+        head = self.anatomy.unembedding
+        scores = torch.bmm(hidden.to(head.weight.device), head.weight[tokens, :, None].float()).squeeze(-1)
+        return self._finish(scores if head.bias is None else scores + head.bias[tokens, None].float())
 
-        nll = torch.full_like(kl, torch.nan)
-        if targets is not None:
-            chosen = logits[:, 1:].gather(-1, targets[:, None, None].expand(-1, candidates.shape[1], 1))
-            nll = log_norm[:, 1:] - chosen.squeeze(-1)
-        js = torch.full_like(kl, torch.nan)
-        if consecutive and candidates.shape[1] > 1:
-            js[:, 1:] = _js_distance((logits[:, 1:] - log_norm[:, 1:, None]))
-        return kl, rank, nll, js
+    def _tiles(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield logits of normed rows [rows, width] by slices of the vocabulary: (columns, float32 [rows, columns])."""
+        head = self.anatomy.unembedding
+        if not self.plain:
+            logits = self._finish(head(hidden.to(self.dtype)).float())
+            yield slice(0, logits.shape[-1]), logits
+            return
+        hidden = hidden.to(head.weight.device)
+        step = max(256, TILE_BYTES // (4 * len(hidden)))
+        for start in range(0, head.weight.shape[0], step):
+            columns = slice(start, min(start + step, head.weight.shape[0]))
+            bias = None if head.bias is None else head.bias[columns].float()
+            yield columns, self._finish(nn.functional.linear(hidden, head.weight[columns].float(), bias))
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        """Apply what some families do to the head's output."""
+        if self.anatomy.logit_scale != 1.0:
+            logits = logits * self.anatomy.logit_scale
+        cap = self.anatomy.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _js_distance(log_q: Tensor) -> Tensor:
-    """Jensen-Shannon distance of neighbours along dim 1: [n, m, vocab] log-probabilities -> [n, m - 1]."""
-    q = log_q.exp()
-    entropy = -(q * log_q).sum(-1)
-    distances = []
-    for i in range(1, q.shape[1]):  # one pair at a time: a mixture of all would double the block
-        mixture = (q[:, i] + q[:, i - 1]) / 2
-        mixed = -torch.xlogy(mixture, mixture).sum(-1)
-        distances.append((mixed - (entropy[:, i] + entropy[:, i - 1]) / 2).clamp_min(0).sqrt())
-    return torch.stack(distances, dim=1)
+def _js_distance(tiles: list[Tensor], log_norm: Tensor) -> Tensor:
+    """Jensen-Shannon distance of neighbouring candidates: tiles of [n, m, columns] logits -> [n, m], NaN first.
 
-
-def _linear(hidden: Tensor, head: nn.Linear, block_bytes: int) -> Tensor:
-    """Apply a linear head in float32, upcasting its weights a slice at a time."""
-    if head.weight.dtype == torch.float32:
-        return nn.functional.linear(hidden, head.weight, head.bias)
-    step = max(1, block_bytes // (4 * head.weight.shape[1]))
-    parts = [
-        nn.functional.linear(hidden, head.weight[i : i + step].float())
-        for i in range(0, head.weight.shape[0], step)
-    ]
-    logits = torch.cat(parts, dim=-1)
-    return logits if head.bias is None else logits + head.bias.float()
+    JS = H((p + q) / 2) - (H(p) + H(q)) / 2, tile by tile; the tiles are overwritten.
+    """
+    entropy = torch.zeros_like(log_norm, dtype=torch.float64)
+    mixed = torch.zeros_like(entropy[:, 1:])
+    tiny = torch.finfo(log_norm.dtype).tiny
+    q, log_mixture = log_norm.new_empty(0), log_norm.new_empty(0)
+    for tile in tiles:
+        if q.shape != tile.shape:
+            q, log_mixture = torch.empty_like(tile), torch.empty_like(tile[:, 1:])
+        log_q = tile.sub_(log_norm[..., None])
+        torch.exp(log_q, out=q)
+        entropy -= log_q.mul_(q).sum(-1)
+        mixture = torch.add(q[:, 1:], q[:, :-1], out=tile[:, 1:]).mul_(0.5)
+        torch.clamp_min(mixture, tiny, out=log_mixture).log_()  # several times as fast as xlogy
+        mixed -= log_mixture.mul_(mixture).sum(-1)
+    js = torch.full_like(log_norm, torch.nan)
+    js[:, 1:] = (mixed - (entropy[:, 1:] + entropy[:, :-1]) / 2).clamp_min(0).sqrt()
+    return js

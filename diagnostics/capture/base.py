@@ -9,6 +9,7 @@ prompt); rows P-1..T-1 are the ``n_decode`` decode-phase rows. Row P-1, the last
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -73,27 +74,34 @@ class AttentionRows:
         """Number of last prompt positions among the rows; the first decode row is one of them."""
         return self.query.shape[1] - self.n_decode + 1
 
-    def scores(self, kv_head: int, rows: slice, keys: slice) -> Tensor:
-        """Return masked attention logits of the query heads of one KV head, float32 [group, rows, keys].
+    @cached_property
+    def _hidden(self) -> Tensor:
+        return ~self.visible
 
-        A masked pair gets -1e30 rather than -inf: its weight is exactly 0 and 0 * log(weight) stays 0.
+    @cached_property
+    def _first_hidden(self) -> int:
+        """First key that some row may not see."""
+        return int(self.visible.all(0).long().cumprod(0).sum())
+
+    def weights(self, kv_head: int, rows: slice, n_keys: int | None = None) -> Tensor:
+        """Return attention weights of the query heads of one KV head, float32 [group, rows, keys].
+
+        The softmax runs over the first ``n_keys`` keys (default all) and the model's sinks, whose column is left out:
+        rows sum to 1 without sinks, to less with them.
         """
         group = self.query.shape[0] // self.key.shape[0]
-        query = self.query[kv_head * group : (kv_head + 1) * group, rows].float() * self.scaling
-        scores = query @ self.key[kv_head, keys].float().T
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        query = (self.query[heads, rows].float() * self.scaling).flatten(0, 1)
+        scores = (query @ self.key[kv_head, :n_keys].float().T).unflatten(0, (group, -1))
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        visible = self.visible[rows, keys]
-        return scores if visible.all() else scores.masked_fill(~visible, -1e30)
-
-    def log_normaliser(self, kv_head: int, scores: Tensor) -> Tensor:
-        """Return log of the softmax denominator of ``scores`` [group, rows, keys], sinks included: [group, rows, 1]."""
-        total = scores.logsumexp(-1, keepdim=True)
+        # Nearly all keys are visible to all rows, unless a window slides: only the others are touched.
+        hidden = self._hidden[rows, self._first_hidden : n_keys]
+        scores[..., self._first_hidden :].masked_fill_(hidden, -torch.inf)
         if self.sinks is None:
-            return total
-        group = scores.shape[0]
-        sinks = self.sinks[kv_head * group : (kv_head + 1) * group].float()
-        return torch.logaddexp(total, sinks[:, None, None])
+            return scores.softmax(-1)
+        sinks = self.sinks[heads, None, None].float().expand(-1, scores.shape[1], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
 
 
 @dataclass(frozen=True)

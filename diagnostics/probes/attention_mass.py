@@ -1,13 +1,12 @@
 """Where the decode-phase queries look, how selectively, and how much they take.
 
-Only the decode rows are computed beside the model's own fused attention: in float32, one KV head and one slice of keys
-at a time. Mass alone misleads, since attention sinks sit on common tokens and late layers may look at the prompt and
+Only the decode rows are computed beside the model's own fused attention: in float32, one KV head and a bounded block of
+queries at a time. Mass alone misleads, since attention sinks sit on common tokens and late layers may look at the prompt and
 take nothing: *selectivity* tells queries that look at different tokens from a sink that all of them share, and
 *contribution* weighs what is written to the residual.
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,8 +16,10 @@ from diagnostics.capture.base import AttentionRows, DecodeRows, Layout
 from diagnostics.errors import UserError
 from diagnostics.probes.base import Columns, Measured, Probe, PromptContext
 
-KEY_CHUNK = 4096
+TILE_BYTES = 32 << 20
 TOP_SHARE = 0.05
+TINY = torch.finfo(torch.float32).tiny
+PER_QUERY = ("mass_anchor", "mass_prompt", "mass_decode", "entropy", "evidence_mass", "variation")
 
 
 class AttentionMass(Probe):
@@ -73,15 +74,15 @@ def mean_over_heads(column: np.ndarray) -> np.ndarray:
 
 
 def attend(
-    attention: AttentionRows, layout: Layout, evidence: tuple[tuple[int, int], ...] = (), chunk: int = KEY_CHUNK
+    attention: AttentionRows, layout: Layout, evidence: tuple[tuple[int, int], ...] = (), tile_bytes: int = TILE_BYTES
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Recompute the decode rows' attention by segments.
 
     Returns per-head columns [heads], the prompt part of the head outputs and the whole of them, both float32
-    [n_decode, heads, head_dim] before the output projection. ``chunk`` bounds the keys held at once.
+    [n_decode, heads, head_dim] before the output projection. ``tile_bytes`` bounds the weights held at once.
     """
     parts = [
-        _attend_kv_head(attention, kv_head, layout, evidence, chunk) for kv_head in range(attention.key.shape[0])
+        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes) for kv_head in range(attention.key.shape[0])
     ]
     columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     from_prompt, total = (torch.cat([part[i] for part in parts]).transpose(0, 1) for i in (1, 2))
@@ -89,84 +90,67 @@ def attend(
 
 
 def _attend_kv_head(
-    attention: AttentionRows, kv_head: int, layout: Layout, evidence: tuple[tuple[int, int], ...], chunk: int
+    attention: AttentionRows, kv_head: int, layout: Layout, evidence: tuple[tuple[int, int], ...], tile_bytes: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """One KV head: columns [group], prompt part and total of the outputs [group, n_decode, head_dim]."""
-    n_decode, n_keys = attention.n_decode, attention.key.shape[1]
-    rows = slice(-n_decode, None)
-    slices = list(_slices(layout, n_keys, chunk))
-    # Two rounds over the keys: the softmax denominator first. The scores survive to the second where they are few.
-    keep = n_keys <= 2 * chunk
-    kept = {}
-    normalisers = []
-    for segment, keys in slices:
-        scores = attention.scores(kv_head, rows, keys)
-        normalisers.append(scores.logsumexp(-1, keepdim=True))
-        if keep:
-            kept[segment, keys.start] = scores
-    log_norm = attention.log_normaliser(kv_head, torch.cat(normalisers, dim=-1))
+    value = attention.value[kv_head].float()
+    n_decode, n_keys = attention.n_decode, len(value)
+    group = attention.query.shape[0] // attention.key.shape[0]
+    anchors, prompt, decode = slice(0, layout.n_anchors), layout.prompt, slice(layout.n_prompt - 1, n_keys)
+    first = attention.query.shape[1] - n_decode
+    block = max(1, min(n_decode, tile_bytes // (4 * group * n_keys)))
+    blocks = [slice(first + i, first + min(i + block, n_decode)) for i in range(0, n_decode, block)]
 
-    group, head_dim = log_norm.shape[0], attention.value.shape[-1]
-    zeros = log_norm.new_zeros(group, n_decode)
-    mass = {"anchor": zeros, "prompt": zeros, "decode": zeros}
-    from_prompt = log_norm.new_zeros(group, n_decode, head_dim)
-    total = from_prompt.clone()
-    variation, a_log_a, on_evidence = zeros, zeros, zeros
-    per_token = []
-    for segment, keys in slices:
-        scores = kept[segment, keys.start] if keep else attention.scores(kv_head, rows, keys)
-        log_a = scores.sub_(log_norm)
-        a = log_a.exp()
-        taken = a @ attention.value[kv_head, keys].float()
-        total = total + taken
-        mass[segment] = mass[segment] + a.sum(-1)
-        if segment != "prompt":
-            continue
-        from_prompt = from_prompt + taken
-        mean = a.mean(1, keepdim=True)
-        per_token.append(mean[:, 0])
-        a_log_a = a_log_a + torch.linalg.vecdot(a, log_a)
-        for start, stop in evidence:
-            inside = slice(max(start - keys.start, 0), max(stop - keys.start, 0))
-            on_evidence = on_evidence + a[:, :, inside].sum(-1)
-        variation = variation + a.sub_(mean).abs_().sum(-1) / 2
+    def weights(rows: slice) -> Tensor:
+        return attention.weights(kv_head, rows)
 
-    columns = {f"mass_{segment}": m.mean(-1) for segment, m in mass.items()}
-    columns["mass_sink"] = (1 - sum(mass.values())).mean(-1) if attention.sinks is not None else zeros.mean(-1)
-    columns["selectivity"] = variation.mean(-1)
-    columns["prompt_entropy"] = _entropy(a_log_a, mass["prompt"], layout.n_segment)
-    columns["prompt_top5"] = _top_share(per_token, columns["mass_prompt"])
-    columns["evidence_mass"] = on_evidence.mean(-1) if evidence else torch.full_like(on_evidence[:, 0], torch.nan)
-    return columns, from_prompt, total
+    per_query: dict[str, list[Tensor]] = {name: [] for name in PER_QUERY}
+    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
+    token_mass = value.new_zeros(group, layout.n_segment)
+    for rows in blocks:
+        a = weights(rows)
+        on_prompt = a[..., prompt]
+        per_query["mass_anchor"].append(a[..., anchors].sum(-1))
+        per_query["mass_prompt"].append(on_prompt.sum(-1))
+        per_query["mass_decode"].append(a[..., decode].sum(-1))
+        # Not torch.special.entr, which is several times as slow; weights of 0 still give 0.
+        per_query["entropy"].append(-on_prompt.clamp_min(TINY).log_().mul_(on_prompt).sum(-1))
+        per_query["evidence_mass"].append(sum((a[..., i:j].sum(-1) for i, j in evidence), a.new_zeros(a.shape[:2])))
+        token_mass += on_prompt.sum(1)
+        from_prompt = on_prompt @ value[prompt]
+        outputs[0].append(from_prompt)
+        outputs[1].append(from_prompt + a[..., anchors] @ value[anchors] + a[..., decode] @ value[decode])
+    # The mean over queries must be known first, so several blocks mean a second round.
+    token_mass /= n_decode
+    for rows in blocks:
+        a = a if len(blocks) == 1 else weights(rows)
+        per_query["variation"].append(a[..., prompt].sub_(token_mass[:, None]).norm(p=1, dim=-1) / 2)
+
+    query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}
+    columns = {name: query[name].mean(-1) for name in ("mass_anchor", "mass_prompt", "mass_decode")}
+    columns["mass_sink"] = 1 - sum(columns.values()) if attention.sinks is not None else columns["mass_prompt"] * 0
+    columns["selectivity"] = query["variation"].mean(-1)
+    columns["prompt_entropy"] = _entropy(query["entropy"], query["mass_prompt"], layout.n_segment)
+    columns["prompt_top5"] = _top_share(token_mass)
+    columns["evidence_mass"] = query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
+    return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1)
 
 
-def _slices(layout: Layout, n_keys: int, chunk: int) -> Iterator[tuple[str, slice]]:
-    """Cut the keys into slices of at most ``chunk``, each inside one segment."""
-    segments = (
-        ("anchor", 0, layout.n_anchors),
-        ("prompt", layout.prompt.start, layout.prompt.stop),
-        ("decode", layout.n_prompt - 1, n_keys),
-    )
-    for name, first, last in segments:
-        for start in range(first, last, chunk):
-            yield name, slice(start, min(start + chunk, last))
-
-
-def _entropy(a_log_a: Tensor, mass: Tensor, n_tokens: int) -> Tensor:
-    """Normalised entropy of a / mass from sum(a log a), mean over queries that see the prompt at all: [group]."""
+def _entropy(unnormalised: Tensor, mass: Tensor, n_tokens: int) -> Tensor:
+    """Normalised entropy of a / mass from -sum(a log a), mean over queries that see the prompt at all: [group]."""
     if n_tokens < 2:
         return torch.full_like(mass[:, 0], torch.nan)
-    entropy = (mass.log() - a_log_a / mass) / math.log(n_tokens)
+    entropy = (mass.log() + unnormalised / mass) / math.log(n_tokens)
     return entropy.where(mass > 0, torch.nan).nanmean(-1)
 
 
-def _top_share(per_token: list[Tensor], mass: Tensor) -> Tensor:
-    """Share of the prompt mass that the top 5% of prompt tokens hold (at least one token): [group]."""
-    if not per_token:
-        return torch.full_like(mass, torch.nan)
-    tokens = torch.cat(per_token, dim=-1)
-    count = max(1, round(TOP_SHARE * tokens.shape[-1]))
-    return tokens.topk(count, dim=-1).values.sum(-1) / mass
+def _top_share(token_mass: Tensor) -> Tensor:
+    """Share of the mass [group, tokens] that the top 5% of tokens hold (at least one token): [group]."""
+    n_tokens = token_mass.shape[-1]
+    if not n_tokens:
+        return torch.full_like(token_mass.sum(-1), torch.nan)
+    top = token_mass.topk(max(1, round(TOP_SHARE * n_tokens)), dim=-1).values
+    return top.sum(-1) / token_mass.sum(-1)
 
 
 def _require_identity(ours: Tensor, own: Tensor, layer: int, name: str) -> None:

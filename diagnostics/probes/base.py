@@ -25,7 +25,6 @@ class PromptContext:
 
     layout: Layout
     n_layers: int
-    n_heads: int
     readout: Readout
     model_name: str
     evidence: tuple[tuple[int, int], ...] = ()

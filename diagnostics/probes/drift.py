@@ -4,6 +4,8 @@ Raw cosines hide the change: on many models a few outlier dimensions hold half o
 cosine subtracts the mean over prompt positions first and shows the structure.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from diagnostics.capture.base import ContextRows, DecodeRows, Outcome
 from diagnostics.probes.base import Measured, Probe, PromptContext
 
 # Positions per block: float32 copies of a long prompt's residuals would cost more than the model's own activations.
-BLOCK = 1024
+BLOCK = 512
 # Prompt positions whose residuals are kept in every layer, for the cosine to the final residual.
 N_SAMPLED = 128
 
@@ -37,6 +39,7 @@ class Drift(Probe):
         self.columns = {name: np.full(n_layers, np.nan) for name in self.describes}
         step = max(1, -(-context.layout.n_segment // N_SAMPLED))
         self.sampled = slice(context.layout.prompt.start, max(context.layout.prompt.stop, 0), step)
+        self.prompt_size: Size | None = None  # of the last layer's output: this layer's input
         self.prompt_rows: list[Tensor] = []
         self.decode_rows: list[Tensor] = []
 
@@ -46,7 +49,10 @@ class Drift(Probe):
         before, after = rows.residual_in[segment], rows.residual_out[segment]
         if not len(before):
             return
-        drift, centred, update = _change(before, after)
+        self.prompt_size = self.prompt_size or Size.of(before)
+        size = Size.of(after)
+        drift, centred, update = _change(before, after, self.prompt_size, size)
+        self.prompt_size = size
         self.columns["drift_prompt"][rows.layer] = drift
         self.columns["drift_prompt_centred"][rows.layer] = centred
         self.columns["update_prompt"][rows.layer] = update
@@ -55,7 +61,8 @@ class Drift(Probe):
 
     def on_decode(self, rows: DecodeRows) -> None:
         """Compare the residuals before and after one layer at every decode position."""
-        drift, _, update = _change(rows.residual_in, rows.residual_out)
+        before, after = Size.of(rows.residual_in), Size.of(rows.residual_out)
+        drift, _, update = _change(rows.residual_in, rows.residual_out, before, after)
         self.columns["drift_decode"][rows.layer] = drift
         self.columns["update_decode"][rows.layer] = update
         self.decode_rows.append(rows.residual_out.to(torch.float32, copy=True))
@@ -72,21 +79,52 @@ class Drift(Probe):
         return Measured(layers=self.columns)
 
 
-def _change(before: Tensor, after: Tensor) -> tuple[float, float, float]:
-    """Mean over positions of 1 - cos, centred 1 - cos, and relative update norm, of [positions, width] residuals."""
-    after = after.to(before.device)
-    mean_before, mean_after = _mean(before), _mean(after)
-    totals = torch.zeros(3, dtype=torch.float64, device=before.device)
-    for i in range(0, len(before), BLOCK):
-        x, y = before[i : i + BLOCK].float(), after[i : i + BLOCK].float()
-        cosine = torch.cosine_similarity(x, y, dim=-1)
-        update = (y - x).norm(dim=-1) / x.norm(dim=-1)
-        centred = torch.cosine_similarity(x - mean_before, y - mean_after, dim=-1)
-        totals += torch.stack([(1 - cosine).sum(), (1 - centred).sum(), update.sum()])
-    drift, centred_drift, update_norm = (totals / len(before)).tolist()
-    return drift, centred_drift, update_norm
+@dataclass(frozen=True)
+class Size:
+    """Mean over positions [width], and each position's norm with and without that mean subtracted [positions]."""
+
+    mean: Tensor
+    norm: Tensor
+    centred_norm: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "Size":
+        """Measure residuals [positions, width] of any type, in float32."""
+        mean = rows.mean(dim=0, dtype=torch.float32)
+        scratch = _scratch(rows)
+        norm, centred_norm = [], []
+        for block in rows.split(BLOCK):
+            norm.append(block.float().norm(dim=-1))
+            centred_norm.append(torch.sub(block, mean, out=scratch[: len(block)]).norm(dim=-1))
+        return cls(mean, torch.cat(norm), torch.cat(centred_norm))
 
 
-def _mean(rows: Tensor) -> Tensor:
-    """Mean over positions in float32 of a tensor in any type."""
-    return rows.mean(dim=0, dtype=torch.float32)
+def _change(before: Tensor, after: Tensor, size: Size, new_size: Size) -> tuple[float, float, float]:
+    """Mean over positions of 1 - cos, centred 1 - cos and relative update norm, of [positions, width] residuals.
+
+    From the three sides of a triangle, 1 - cos = (c^2 - (a - b)^2) / (2 a b): one subtraction serves all three
+    measures, and nothing cancels where the drift is small.
+    """
+    device = before.device
+    shift = new_size.mean.to(device) - size.mean
+    scratch = _scratch(before)
+    update, centred_update = [], []
+    for x, y in zip(before.split(BLOCK), after.to(device).split(BLOCK), strict=True):
+        step = torch.sub(y.float(), x.float(), out=scratch[: len(x)])
+        update.append(step.norm(dim=-1))
+        centred_update.append(step.sub_(shift).norm(dim=-1))
+
+    def drift(a: Tensor, b: Tensor, c: Tensor) -> float:
+        return float(((c.square() - (a - b).square()) / (2 * a * b)).mean(dtype=torch.float64))
+
+    c, centred_c = torch.cat(update), torch.cat(centred_update)
+    return (
+        drift(size.norm, new_size.norm.to(device), c),
+        drift(size.centred_norm, new_size.centred_norm.to(device), centred_c),
+        float((c / size.norm).mean(dtype=torch.float64)),
+    )
+
+
+def _scratch(rows: Tensor) -> Tensor:
+    """One float32 buffer for all blocks of ``rows``: fresh memory would cost more than the arithmetic."""
+    return torch.empty((min(BLOCK, len(rows)), rows.shape[1]), device=rows.device)

@@ -14,7 +14,7 @@ from diagnostics.probes.base import Measured, Probe, PromptContext
 
 # The lens of 64 positions costs as much as a fifth of a 2000-token forward pass of a small model (its vocabulary is
 # most of its weights), so at most this many decode positions, evenly spaced, are read.
-N_POSITIONS = 32
+N_POSITIONS = 8
 
 
 class LogitLens(Probe):
@@ -59,7 +59,6 @@ class LogitLens(Probe):
         self.n_positions = len(picked)
         layers = torch.stack([rows.to(device) for rows in self.rows], dim=1)  # [positions, layers, width]
         raw = readout.compare(layers[:, -1], layers, consecutive=True)
-        assert raw.js is not None
         top = raw.rank == 0
         settled = top.flip(1).cumprod(1).flip(1)
         self.columns = {

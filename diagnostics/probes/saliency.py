@@ -56,8 +56,7 @@ def saliency_scores(attention: AttentionRows, n_prompt: int) -> Tensor:
     if kept <= 0:
         return total
     for kv_head in range(attention.key.shape[0]):
-        scores = attention.scores(kv_head, slice(0, window), slice(0, n_prompt))
-        weights = (scores - attention.log_normaliser(kv_head, scores)).exp()
+        weights = attention.weights(kv_head, slice(0, window), n_prompt)
         per_head = weights[:, :, :kept].sum(1).view(1, group, kept)
         total += nn.functional.max_pool1d(per_head, POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)[0].sum(0)
     return total

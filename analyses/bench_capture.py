@@ -1,0 +1,147 @@
+"""What a diagnosis costs beside a bare forward pass of the same tokens.
+
+Interleaves the bare forward (stock attention, no cache, logits of the decode positions only), the probes, and the
+probes with the all-cutoff sweep; prints and writes medians of the ratios inside each repeat. Peak memory is measured in a
+process of its own per variant and length.
+
+    python analyses/bench_capture.py [--lengths 512 1024 2048 4096 8192] [--repeats 3] [--out FILE.json]
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from diagnostics.capture.base import Layout
+from diagnostics.capture.hooks import HooksCapture
+from diagnostics.cutoff_sweep import CutoffSweep
+from diagnostics.models import LoadedModel, load_model
+from diagnostics.probes import all_probes
+from diagnostics.probes.base import PromptContext
+from diagnostics.readout import Readout
+
+N_DECODE = 64
+VARIANTS = ("bare", "probes", "probes+sweep")
+
+
+def token_ids(lm: LoadedModel, length: int) -> list[int]:
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return lm.tokenizer(text[: length * 8])["input_ids"][:length]
+
+
+def run(lm: LoadedModel, variant: str, ids: list[int]) -> None:
+    if variant == "bare":
+        with torch.inference_mode():
+            inputs = torch.tensor([ids], device=lm.device)
+            lm.model(inputs, use_cache=False, logits_to_keep=N_DECODE)
+        return
+    n_prompt = len(ids) - N_DECODE + 1
+    context = PromptContext(
+        Layout(1, n_prompt), lm.anatomy.n_layers, Readout(lm.anatomy), lm.name
+    )
+    observers = [probe(context) for probe in all_probes().values()]
+    if variant == "probes+sweep":
+        observers.append(CutoffSweep(context))
+    # The last reference token is predicted, never an input: any id serves.
+    reference = [*ids[n_prompt:], ids[0]]
+    HooksCapture(lm).run(ids[:n_prompt], reference, observers, n_decode=N_DECODE, n_anchors=1)
+
+
+def seconds(lm: LoadedModel, variant: str, ids: list[int]) -> float:
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(lm, variant, ids)
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_gib(variant: str, length: int) -> float:
+    """Peak memory above the loaded model, from a process that does nothing else."""
+    command = [sys.executable, __file__, "--measure-memory", variant, "--lengths", str(length)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure_memory(variant: str, length: int) -> None:
+    lm = load_model()
+    ids = token_ids(lm, length)
+    run(lm, "bare", ids[:128])  # libraries allocate on first use; that is not the variant's
+    if lm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
+        run(lm, variant, ids)
+        print((torch.cuda.max_memory_allocated() - before) / 2**30)
+        return
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(lm, variant, ids)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--measure-memory", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure_memory:
+        return measure_memory(options.measure_memory, options.lengths[0])
+
+    lm = load_model()
+    rows = []
+    for length in options.lengths:
+        ids = token_ids(lm, length)
+        for variant in VARIANTS:
+            run(lm, variant, ids)
+        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for _ in range(options.repeats):
+            for variant in VARIANTS:
+                times[variant].append(seconds(lm, variant, ids))
+        for variant in VARIANTS:
+            ratios = [t / bare for t, bare in zip(times[variant], times["bare"], strict=True)]
+            row = {
+                "tokens": length,
+                "variant": variant,
+                "ratio": round(statistics.median(ratios), 3),
+                "ratio_min": round(min(ratios), 3),
+                "ratio_max": round(max(ratios), 3),
+                "seconds": round(statistics.median(times[variant]), 3),
+            }
+            if not options.no_memory:
+                row["peak_gib"] = round(peak_gib(variant, length), 3)
+            rows.append(row)
+            print(row, flush=True)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "model": lm.name,
+        "dtype": str(lm.dtype),
+        "device": torch.cuda.get_device_name() if lm.device.type == "cuda" else _cpu(),
+        "threads": torch.get_num_threads(),
+        "n_decode": N_DECODE,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "rows": rows,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = info.read_text().split("model name") if info.exists() else []
+    return names[1].split(":")[1].split("\n")[0].strip() if len(names) > 1 else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Prompts -> capture -> probes and sweep -> run."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from diagnostics.capture import make_capture
+from diagnostics.capture.base import Capture, Layout
+from diagnostics.cutoff_sweep import CutoffSweep
+from diagnostics.encoding import EncodedPrompt, encode_prompts
+from diagnostics.errors import UserError
+from diagnostics.models import LoadedModel
+from diagnostics.probes import all_probes
+from diagnostics.probes.base import Measured, PromptContext
+from diagnostics.prompts import PromptSet
+from diagnostics.readout import Readout
+from diagnostics.results import SCHEMA_VERSION, Run, RunWriter, Tables
+from diagnostics.segments import Segments
+
+DECODE_TOKENS = 48
+PACKAGES = ("speed-diagnostics", "torch", "transformers", "numpy", "scipy", "pandas", "pyarrow")
+
+Progress = Callable[[int, int, str], None]
+
+
+def diagnose(
+    lm: LoadedModel,
+    prompts: PromptSet,
+    *,
+    decode_tokens: int = DECODE_TOKENS,
+    anchors: int = 1,
+    backend: str = "hooks",
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    arguments: dict[str, Any] | None = None,
+) -> Run:
+    """Measure every layer and every cutoff on every prompt.
+
+    Parameters
+    ----------
+    lm
+        The model, from `load_model` or `LoadedModel.wrap`.
+    prompts
+        The prompts, from `load_prompts`. One without a reference is continued greedily at full depth.
+    decode_tokens
+        Reference tokens per prompt at most, 1 or more.
+    anchors
+        Leading tokens that SPEED keeps in all layers, 0 or more.
+    backend
+        How activations are read: ``hooks``.
+    out
+        Run folder to write; without it the run stays in memory.
+    resume
+        Continue an interrupted run in ``out``: the numbers are those of an undisturbed one.
+    progress
+        Called as ``progress(done, total, prompt_id)`` before each prompt and once at the end.
+    arguments
+        What the user asked for, kept in the manifest as it is.
+
+    Raises
+    ------
+    UserError
+        For a prompt that does not fit, a folder that cannot be written, a model whose parts are not understood.
+    """
+    if decode_tokens < 1:
+        raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
+    if anchors < 0:
+        raise UserError(f"anchors is {anchors}: give 0 or more")
+    capture = make_capture(backend, lm)
+    encoded = encode_prompts(
+        prompts, lm.tokenizer, limit=_prompt_limit(lm, decode_tokens), max_reference_tokens=decode_tokens
+    )
+    manifest = _manifest(lm, prompts, encoded, capture, decode_tokens, anchors) | {"arguments": arguments or {}}
+    writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
+    readout = Readout(lm.anatomy)
+    finished: list[Tables] = []
+    started = time.perf_counter()
+    for index, prompt in enumerate(encoded):
+        if writer and writer.is_done(index):
+            continue
+        if progress:
+            progress(index, len(encoded), prompt.prompt_id)
+        tables = _diagnose_prompt(lm, prompt, capture, readout, decode_tokens, anchors)
+        if writer:
+            writer.write(index, tables)
+        else:
+            finished.append(tables)
+    if progress:
+        progress(len(encoded), len(encoded), "")
+    timings = {"timings": {"seconds_last_session": round(time.perf_counter() - started, 3)}}
+    if writer:
+        return writer.finish(**timings)
+    merged = {name: pd.concat([t[name] for t in finished], ignore_index=True) for name in finished[0]}
+    return Run(manifest | timings | {"status": "complete"}, merged)
+
+
+def observers() -> dict[str, Any]:
+    """Return every observer class of a diagnosis by its name: the probes, then the cutoff sweep."""
+    return {**all_probes(), CutoffSweep.name: CutoffSweep}
+
+
+def _diagnose_prompt(
+    lm: LoadedModel,
+    prompt: EncodedPrompt,
+    capture: Capture,
+    readout: Readout,
+    decode_tokens: int,
+    anchors: int,
+) -> Tables:
+    n_prompt = prompt.n_prompt
+    segments = Segments.of(torch.ones(1, n_prompt), n_prompt, anchors)
+    layout = Layout(int(segments.n_anchor), n_prompt)
+    inside = range(layout.prompt.start, layout.prompt.stop)
+    evidence = tuple((max(a, inside.start), min(b, inside.stop)) for a, b in prompt.evidence)
+    context = PromptContext(
+        layout=layout,
+        n_layers=lm.anatomy.n_layers,
+        readout=readout,
+        model_name=lm.name,
+        evidence=tuple((a, b) for a, b in evidence if a < b),
+    )
+    watching = [observer(context) for observer in observers().values()]
+    started = time.perf_counter()
+    outcome = capture.run(
+        prompt.token_ids, prompt.reference_ids, watching, n_decode=decode_tokens, n_anchors=layout.n_anchors
+    )
+    row = {
+        "prompt_id": prompt.prompt_id,
+        "category": prompt.category,
+        "n_prompt": n_prompt,
+        "n_decode": len(outcome.reference_ids),
+        "n_anchors": layout.n_anchors,
+        "has_bos": prompt.has_bos,
+        "reference": "given" if prompt.reference_ids is not None else "greedy",
+        "reference_text": lm.tokenizer.decode(outcome.reference_ids),
+        "notes": "; ".join(prompt.notes),
+    }
+    return _tables(row, [observer.measured() for observer in watching], time.perf_counter() - started)
+
+
+def _tables(row: dict[str, Any], measured: Sequence[Measured], seconds: float) -> Tables:
+    layers: dict[str, np.ndarray] = {}
+    heads: dict[str, np.ndarray] = {}
+    cutoffs: dict[str, np.ndarray] = {}
+    numbers: dict[str, float] = {}
+    for columns in measured:
+        layers |= columns.layers
+        heads |= columns.heads
+        cutoffs |= columns.cutoffs
+        numbers |= columns.prompt
+    n_layers, n_heads = next(iter(heads.values())).shape
+    key = {"prompt_id": row["prompt_id"]}
+    return {
+        "prompts": pd.DataFrame([row | numbers]),
+        "layers": pd.DataFrame(key | {"layer": np.arange(n_layers)} | layers),
+        "heads": pd.DataFrame(
+            key
+            | {"layer": np.repeat(np.arange(n_layers), n_heads), "head": np.tile(np.arange(n_heads), n_layers)}
+            | {name: column.reshape(-1) for name, column in heads.items()}
+        ),
+        "cutoffs": pd.DataFrame(key | {"cutoff": np.arange(1, n_layers + 1)} | cutoffs),
+    }
+
+
+def _prompt_limit(lm: LoadedModel, decode_tokens: int) -> int | None:
+    """Prompt tokens that leave room for the decode tokens within the model's positions."""
+    positions = lm.anatomy.max_positions
+    if positions is None:
+        return None
+    limit = positions - decode_tokens + 1
+    if limit < 1:
+        raise UserError(f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}")
+    return limit
+
+
+def _manifest(
+    lm: LoadedModel,
+    prompts: PromptSet,
+    encoded: Sequence[EncodedPrompt],
+    capture: Capture,
+    decode_tokens: int,
+    anchors: int,
+) -> dict[str, Any]:
+    """Say what this run is. ``identity`` is what a resumed run must share for its numbers to be the same."""
+    without_bos = [prompt.prompt_id for prompt in encoded if not prompt.has_bos]
+    notes = []
+    if anchors and without_bos:
+        notes.append(
+            f"{len(without_bos)} of {len(encoded)} prompts do not begin with a BoS token: "
+            "their first anchor is the first real token"
+        )
+    if cut := sum("model's limit" in note for prompt in encoded for note in prompt.notes):
+        notes.append(f"{cut} prompts were cut, at the document, to fit the model's positions")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "running",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": lm.name,
+        "revision": lm.revision,
+        "architecture": lm.model.config.model_type,
+        "n_layers": lm.anatomy.n_layers,
+        "n_heads": lm.anatomy.n_heads,
+        "max_positions": lm.anatomy.max_positions,
+        "shape": lm.anatomy.shape,
+        "seed": prompts.seed,
+        "prompt_set": prompts.name,
+        "n_prompts": len(prompts),
+        "hardware": torch.cuda.get_device_name() if lm.device.type == "cuda" else platform.machine(),
+        "versions": _versions(),
+        "columns": {k: v for observer in observers().values() for k, v in observer.describes.items()},
+        "notes": notes,
+        "identity": {
+            "weight_hash": lm.weight_hash,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "device": lm.device.type,
+            "backend": capture.name,
+            "anchors": anchors,
+            "decode_tokens": decode_tokens,
+            "context_length": prompts.context_length,
+            "prompts": prompts.fingerprint,
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            found[package] = "unknown"
+    return found

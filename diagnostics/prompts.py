@@ -1,0 +1,372 @@
+"""What is asked of a model: prompts, sets of prompts, and the JSONL files they come from.
+
+A prompt may hold a long *document* at the mark ``{document}``. The document is what gives way when a prompt
+is too long: it is cut at its end, while everything around it and everything inserted into it stays whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from diagnostics.errors import UserError
+
+Message = dict[str, str]
+
+PLACEHOLDER = "{document}"
+ROLES = ("system", "user", "assistant")
+FILE_FIELDS = ("id", "messages", "text", "document", "reference", "evidence", "category")
+MIN_CONTEXT_LENGTH = 16
+DEFAULT_CONTEXT_LENGTH = 1024
+MAX_NAME_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Insert:
+    """A text that stands in the document at a relative depth, wherever the document is cut.
+
+    ``depth`` runs from 0 (before the document) to 1 (after it). The text is placed at the nearest end of a
+    sentence or paragraph; a text of several lines only between paragraphs that are not indented.
+    """
+
+    depth: float
+    text: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.depth <= 1:
+            raise _wrong("inserts", f"depth {self.depth} is not between 0 and 1")
+        _check_text("inserts", self.text)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a conversation (``messages``) or a plain ``text``, never both.
+
+    Parameters
+    ----------
+    id
+        Its name, unique in its set, 1 to 200 characters.
+    messages
+        ``{"role": ..., "content": ...}`` in order, the last one from the user.
+    text
+        The prompt as it is, given to the model without a chat template.
+    document
+        Long text for the one ``{document}`` mark in ``text`` or in a message.
+    inserts
+        Texts placed in the document after it was cut, so that they are never lost.
+    reference
+        The text expected to follow the prompt. Without one, the model's own continuation is used.
+    evidence
+        What the answer rests on: strings that occur in the prompt, or half-open character ranges of ``text``.
+    category
+        The kind of task, to group results by.
+    cut
+        What the document is made of, so that no part of it is left half: words, lines or paragraphs.
+
+    Raises
+    ------
+    UserError
+        If a field is wrong; the message begins with its name, as in ``field "messages": ...``.
+    """
+
+    id: str
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    document: str = ""
+    inserts: tuple[Insert, ...] = ()
+    reference: str | None = None
+    evidence: tuple[str | tuple[int, int], ...] = ()
+    category: str = "default"
+    cut: Literal["word", "line", "paragraph"] = "word"
+
+    def __post_init__(self) -> None:
+        _check_name("id", self.id)
+        _check_name("category", self.category)
+        if self.messages is None and self.text is None:
+            raise _wrong("text", 'is missing, and so is "messages": give one of the two')
+        if self.messages is not None and self.text is not None:
+            raise _wrong("text", 'is given beside "messages": give one of the two')
+        if self.messages is not None:
+            object.__setattr__(self, "messages", _checked_messages(self.messages))
+        else:
+            _check_text("text", self.text)
+        if self.reference is not None:
+            _check_text("reference", self.reference)
+        self._check_document()
+        object.__setattr__(self, "evidence", self._checked_evidence())
+
+    def fill(self, document: str) -> str | tuple[Message, ...]:
+        """The prompt with ``document`` (and the inserts) at its mark: a text, or messages."""
+        document = place_inserts(document, self.inserts)
+
+        def filled(content: str) -> str:
+            return content.replace(PLACEHOLDER, document, 1) if self.document else content
+
+        if self.messages is None:
+            return filled(str(self.text))
+        return tuple({**message, "content": filled(message["content"])} for message in self.messages)
+
+    def _contents(self) -> list[str]:
+        if self.messages is None:
+            return [str(self.text)]
+        return [message["content"] for message in self.messages]
+
+    def _check_document(self) -> None:
+        if self.document != "":
+            _check_text("document", self.document)
+        marks = sum(content.count(PLACEHOLDER) for content in self._contents())
+        if marks and not self.document:
+            raise _wrong("document", f"is missing, but the prompt has a {PLACEHOLDER} mark")
+        if self.document and marks != 1:
+            raise _wrong("document", f"goes to one {PLACEHOLDER} mark, but the prompt has {marks or 'none'}")
+        if self.inserts and not self.document:
+            raise _wrong("inserts", "there is no document to place them in")
+
+    def _checked_evidence(self) -> tuple[str | tuple[int, int], ...]:
+        if isinstance(self.evidence, str) or not isinstance(self.evidence, Sequence):
+            raise _wrong("evidence", "must be a list of strings or [start, end] pairs")
+        if not self.evidence:
+            return ()
+        filled = self.fill(self.document)
+        contents = [filled] if isinstance(filled, str) else [message["content"] for message in filled]
+        return tuple(self._checked_span(span, contents) for span in self.evidence)
+
+    def _checked_span(self, span: Any, contents: list[str]) -> str | tuple[int, int]:
+        if isinstance(span, str):
+            if not span or not any(span in content for content in contents):
+                raise _wrong("evidence", f"{_shown(span)} does not occur in the prompt")
+            return span
+        if not (isinstance(span, Sequence) and len(span) == 2 and all(type(end) is int for end in span)):
+            raise _wrong("evidence", f"{_shown(span)} is neither a string nor a [start, end] pair")
+        if self.text is None or self.document:
+            raise _wrong("evidence", '[start, end] is only for "text" without a document: quote it instead')
+        start, end = span
+        if not 0 <= start < end <= len(self.text):
+            raise _wrong("evidence", f"[{start}, {end}] is no part of the text's {len(self.text)} characters")
+        return start, end
+
+
+@dataclass(frozen=True)
+class PromptSet(Sequence[Prompt]):
+    """Prompts in a fixed order, with where they come from.
+
+    ``context_length`` is the number of tokens that every prompt is to stay within (None: no limit);
+    ``seed`` is what a generated set was made with (None: read from a file).
+    """
+
+    prompts: tuple[Prompt, ...]
+    name: str
+    context_length: int | None = None
+    seed: int | None = None
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptSet: ...
+    def __getitem__(self, index: int | slice) -> Prompt | PromptSet:
+        if isinstance(index, slice):
+            return replace(self, prompts=self.prompts[index])
+        return self.prompts[index]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what decides what the model reads: every field of every prompt, and the length."""
+        digest = hashlib.sha256(json.dumps(self.context_length).encode())
+        for prompt in self.prompts:
+            # One prompt at a time: a long set is never twice in memory.
+            digest.update(json.dumps(asdict(prompt), sort_keys=True, ensure_ascii=True).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def load_prompts(
+    source: str | os.PathLike[str] = "builtin",
+    *,
+    max_prompts: int | None = None,
+    context_length: int | None = None,
+    seed: int = 0,
+) -> PromptSet:
+    """The built-in prompts, or those of a JSONL file.
+
+    Parameters
+    ----------
+    source
+        ``"builtin"``, or the path of a file with one JSON object per line (fields: ``FILE_FIELDS``).
+    max_prompts
+        At most so many, from the start. The built-in set goes round its categories, so any start is balanced.
+    context_length
+        Tokens that every prompt is to stay within, at least 16. The built-in set fills it, 1024 unless given.
+    seed
+        For the built-in set: the same seed and length give the same prompts.
+
+    Raises
+    ------
+    UserError
+        If there is no such set or file, or if a line of it is wrong (the message names file, line and field).
+    """
+    if max_prompts is not None and max_prompts < 1:
+        raise UserError(f"max_prompts is {max_prompts}: ask for at least 1 prompt")
+    if context_length is not None and context_length < MIN_CONTEXT_LENGTH:
+        raise UserError(f"context_length is {context_length}: ask for at least {MIN_CONTEXT_LENGTH} tokens")
+    if source == "builtin":
+        from diagnostics.builtin_prompts import builtin_prompts  # the generators build on this module
+
+        length = DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
+        return PromptSet(builtin_prompts(length, seed=seed, max_prompts=max_prompts), "builtin", length, seed)
+    path = Path(source)
+    return PromptSet(tuple(_read_jsonl(path, max_prompts)), path.name, context_length)
+
+
+# --- The file ---
+
+
+def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
+    prompts: dict[str, Prompt] = {}
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    prompt = _parse_line(line, default_id=f"line-{number}")
+                    if prompt.id in prompts:
+                        raise _wrong("id", f"{_shown(prompt.id)} is already the id of an earlier prompt")
+                except UserError as error:
+                    raise UserError(f"{path}:{number}: {error}") from None
+                prompts[prompt.id] = prompt
+                if len(prompts) == max_prompts:
+                    break
+    except FileNotFoundError:
+        if path.suffix or len(path.parts) > 1:
+            raise UserError(f"no such prompt file: {path}") from None
+        raise UserError(f"no prompt set '{path}': use 'builtin' or the path of a .jsonl file") from None
+    except OSError as error:
+        raise UserError(f"cannot read prompts from {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a UTF-8 text file: prompts are one JSON object per line") from None
+    if not prompts:
+        raise UserError(f"{path} has no prompts: write one JSON object per line")
+    return list(prompts.values())
+
+
+def _parse_line(line: str, default_id: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists a thousand deep
+        raise UserError(f"not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"must be a JSON object, not {_kind(record)}")
+    for field in record:
+        if field not in FILE_FIELDS:
+            raise UserError(f"unknown field {_shown(field)}; the fields are {', '.join(FILE_FIELDS)}")
+    # null means "not given", as writers of JSON from tables have it.
+    given = {field: value for field, value in record.items() if value is not None}
+    return Prompt(**{"id": default_id, **given})
+
+
+# --- Checks ---
+
+
+def _wrong(field: str, reason: str) -> UserError:
+    return UserError(f'field "{field}": {reason}')
+
+
+def _check_text(field: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise _wrong(field, f"must be text, not {_kind(value)}")
+    if not value:
+        raise _wrong(field, "is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _wrong(field, "holds half of a surrogate pair, which is not text") from None
+
+
+def _check_name(field: str, value: Any) -> None:
+    _check_text(field, value)
+    if len(value) > MAX_NAME_LENGTH:
+        raise _wrong(field, f"has {len(value)} characters; at most {MAX_NAME_LENGTH} are allowed")
+
+
+def _checked_messages(messages: Any) -> tuple[Message, ...]:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise _wrong("messages", "must be a list of at least one message")
+    for message in messages:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise _wrong("messages", 'every message has exactly "role" and "content"')
+        if message["role"] not in ROLES:
+            raise _wrong("messages", f"role {_shown(message['role'])} is none of {', '.join(ROLES)}")
+        _check_text("messages", message["content"])
+    if messages[-1]["role"] != "user":
+        raise _wrong("messages", 'the last must be from the user; an expected answer belongs in "reference"')
+    return tuple(dict(message) for message in messages)
+
+
+def _kind(value: Any) -> str:
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- Inserts ---
+
+# Where an insert may go, best first. The white space there then stands on both sides of the insert. Indented
+# text is left alone as long as there is any choice: it may be code.
+_BLOCK_ENDS = re.compile(r"\n\n+(?=\S)")
+_SENTENCE_ENDS = re.compile(r"""\n\n+(?=\S)|(?:(?<=[.!?])|(?<=[.!?]["')]))(?: +|\n)(?=[A-Z])""")
+_LINE_ENDS = re.compile(r"\n(?=\S)")
+_WORD_ENDS = re.compile(r"\s+")
+_REACH = 2000  # characters to look for an end, either way
+
+
+def place_inserts(document: str, inserts: Sequence[Insert]) -> str:
+    """The document with every insert near its depth; without a document, the inserts in order of depth."""
+    ordered = sorted(inserts, key=lambda insert: insert.depth)
+    if not document:
+        return "\n\n".join(insert.text for insert in ordered)
+    pieces, done = [], 0
+    for insert in ordered:
+        position, before, after = _place(document, insert)
+        # Two inserts that look for different ends may find them in the other order: keep the order of depth.
+        position = max(position, done)
+        pieces += [document[done:position], before, insert.text, after]
+        done = position
+    return "".join([*pieces, document[done:]])
+
+
+def _place(document: str, insert: Insert) -> tuple[int, str, str]:
+    """Where an insert goes: its position, and what separates it from the text before and after."""
+    target = round(insert.depth * len(document))
+    start, stop = max(target - _REACH, 0), min(target + _REACH, len(document))
+    outside = [(0, "", "\n\n"), (len(document), "\n\n", "")]
+    several_lines = "\n" in insert.text
+    for ends in (_BLOCK_ENDS,) if several_lines else (_SENTENCE_ENDS, _LINE_ENDS, _WORD_ENDS):
+        places = [(match.start(), match[0], "") for match in ends.finditer(document, start, stop)]
+        if places or several_lines:
+            return min(outside + places, key=lambda place: abs(place[0] - target))
+    return target, " ", " "

@@ -1,0 +1,28 @@
+"""Run one prompt through a capture with every observer, as `diagnose` does."""
+
+from diagnostics.capture.base import Layout
+from diagnostics.capture.hooks import HooksCapture
+from diagnostics.cutoff_sweep import CutoffSweep
+from diagnostics.probes import all_probes
+from diagnostics.probes.base import PromptContext
+from diagnostics.readout import Readout
+
+
+def observe(lm, prompt_ids, reference_ids=None, *, n_anchors=1, n_decode=12, evidence=(), capture=HooksCapture):
+    n_anchors = min(n_anchors, len(prompt_ids) - 1)
+    context = PromptContext(
+        layout=Layout(n_anchors, len(prompt_ids)),
+        n_layers=lm.anatomy.n_layers,
+        readout=Readout(lm.anatomy),
+        model_name=lm.name,
+        evidence=evidence,
+    )
+    observers = [*(probe(context) for probe in all_probes().values()), CutoffSweep(context)]
+    outcome = capture(lm).run(prompt_ids, reference_ids, observers, n_decode=n_decode, n_anchors=n_anchors)
+    layers, heads, cutoffs = {}, {}, {}
+    for observer in observers:
+        measured = observer.measured()
+        layers |= measured.layers
+        heads |= measured.heads
+        cutoffs |= measured.cutoffs
+    return outcome, layers, heads, cutoffs

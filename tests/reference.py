@@ -1,0 +1,175 @@
+"""Slow float64 references, written from the formulas and sharing no code with the package.
+
+One full forward pass with every attention matrix kept; SPEED as the same pass under a per-layer 4-D mask.
+"""
+
+import copy
+import inspect
+from contextlib import contextmanager
+
+import numpy as np
+import scipy.spatial.distance
+import torch
+from transformers import DynamicCache
+
+
+class Reference:
+    """All activations of one prompt + reference[:-1], float64, full attention matrices."""
+
+    def __init__(self, model, layers, attentions, ids, n_prompt, n_anchors):
+        self.model = copy.deepcopy(model).double()
+        self.model.set_attn_implementation("eager")
+        self.model.set_experts_implementation("eager")  # the grouped kernels know no float64
+        index = {id(m): n for n, m in model.named_modules()}
+        modules = dict(self.model.named_modules())
+        self.layers = [modules[index[id(layer)]] for layer in layers]
+        self.attentions = [modules[index[id(attention)]] for attention in attentions]
+        self.ids = torch.tensor([ids])
+        self.n_prompt, self.n_anchors, self.total = n_prompt, n_anchors, len(ids)
+
+        self.residual = []  # h_0 .. h_L, each [T, width]
+        self.projected_input = []  # concatenated head outputs of each layer, [T, heads * head_dim]
+        handles = [
+            layer.register_forward_hook(self._keep, with_kwargs=True) for layer in self.layers
+        ]
+        with torch.no_grad():
+            out = self.model(self.ids, output_attentions=True, past_key_values=DynamicCache())
+        for handle in handles:
+            handle.remove()
+        self.logits = out.logits[0]
+        self.weights = [w[0].double() for w in out.attentions]
+        cache = out.past_key_values
+        self.values = [layer.values[0] for layer in cache.layers]
+
+    def _keep(self, _module, args, kwargs, output):
+        if not self.residual:
+            self.residual.append((args[0] if args else kwargs["hidden_states"])[0])
+        self.residual.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    @property
+    def decode(self):
+        return slice(self.n_prompt - 1, self.total)
+
+    @property
+    def prompt(self):
+        return slice(self.n_anchors, self.n_prompt - 1)
+
+    def masses(self, layer):
+        rows = self.weights[layer][:, self.decode]
+        parts = {
+            "mass_anchor": rows[:, :, : self.n_anchors],
+            "mass_prompt": rows[:, :, self.prompt],
+            "mass_decode": rows[:, :, self.n_prompt - 1 :],
+        }
+        return {name: part.sum(-1).mean(-1).numpy() for name, part in parts.items()}
+
+    def evidence_mass(self, layer, spans):
+        rows = self.weights[layer][:, self.decode]
+        return sum(rows[:, :, a:b].sum(-1).mean(-1) for a, b in spans).numpy()
+
+    def selectivity(self, layer):
+        rows = self.weights[layer][:, self.decode, self.prompt].numpy()
+        out = np.zeros(rows.shape[0])
+        for h in range(rows.shape[0]):
+            mean = rows[h].mean(0)
+            out[h] = np.mean([0.5 * np.abs(rows[h, i] - mean).sum() for i in range(rows.shape[1])])
+        return out
+
+    def entropy(self, layer):
+        rows = self.weights[layer][:, self.decode, self.prompt].numpy()
+        out = np.full(rows.shape[0], np.nan)
+        for h in range(rows.shape[0]):
+            values = []
+            for row in rows[h]:
+                if row.sum() > 0:
+                    p = row / row.sum()
+                    p = p[p > 0]
+                    values.append(-(p * np.log(p)).sum() / np.log(len(row)))
+            if values:
+                out[h] = np.mean(values)
+        return out
+
+    def top5(self, layer):
+        rows = self.weights[layer][:, self.decode, self.prompt].mean(1).numpy()
+        count = max(1, round(0.05 * rows.shape[1]))
+        total = rows.sum(1)
+        return np.divide(
+            np.sort(rows, axis=1)[:, -count:].sum(1), total, out=np.full(len(rows), np.nan), where=total > 0
+        )
+
+    def contribution(self, layer, projection_name):
+        weights = self.weights[layer][:, self.decode, self.prompt]
+        values = self.values[layer][:, self.prompt]
+        values = values.repeat_interleave(weights.shape[0] // values.shape[0], dim=0)
+        heads = torch.einsum("hij,hjd->ihd", weights, values).flatten(1)
+        projection = getattr(self.attentions[layer], projection_name)
+        matrix = projection.weight if projection.__class__.__name__ == "Conv1D" else projection.weight.T
+        written = heads @ matrix.detach()
+        norms = written.norm(dim=-1) / self.residual[layer][self.decode].norm(dim=-1)
+        return float(norms.mean())
+
+    def drift(self, layer, rows, centred=False):
+        x, y = self.residual[layer][rows], self.residual[layer + 1][rows]
+        if centred:
+            x, y = x - x.mean(0), y - y.mean(0)
+        return float((1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean())
+
+    def update(self, layer, rows):
+        x, y = self.residual[layer][rows], self.residual[layer + 1][rows]
+        return float(((y - x).norm(dim=-1) / x.norm(dim=-1)).mean())
+
+    def to_final(self, layer, rows):
+        x, y = self.residual[layer + 1][rows], self.residual[-1][rows]
+        return float(((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean())
+
+    def lens_log_probs(self, layer, readout, positions, translated=False):
+        """[positions, vocab] after layer; ``readout`` maps a float64 residual to logits by the family's own rule."""
+        rows = self.residual[layer + 1][self.decode][positions]
+        if translated:
+            prompt = self.prompt
+            rows = rows + (self.residual[-1][prompt].mean(0) - self.residual[layer + 1][prompt].mean(0))
+        with torch.no_grad():
+            return readout(self.model, rows).log_softmax(-1)
+
+    def saliency(self, layer, window=8, kernel=7):
+        """FastKV's score, token by token, over the prompt's own columns."""
+        n, groups = self.n_prompt, self.weights[layer].shape[0] // self.values[layer].shape[0]
+        rows = self.weights[layer][:, n - window : n, : n - window].sum(1).numpy()
+        half, kept = kernel // 2, n - window
+        pooled = np.array([[r[max(0, j - half) : j + half + 1].max() for j in range(kept)] for r in rows])
+        assert groups >= 1
+        return pooled.sum(0)
+
+    def speed_logits(self, cutoff):
+        """Logits of the decode rows when layers >= cutoff hide the prompt from decode-phase tokens."""
+        hide = torch.zeros(self.total, self.total, dtype=torch.bool)
+        hide[self.decode, self.prompt] = True
+        with self._hiding(cutoff, hide), torch.no_grad():
+            return self.model(self.ids).logits[0, self.decode]
+
+    @contextmanager
+    def _hiding(self, cutoff, hide):
+        def replace(module, args, kwargs):
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            mask = bound.arguments["attention_mask"]
+            assert mask.shape[-2:] == hide.shape
+            bound.arguments["attention_mask"] = mask.masked_fill(hide, torch.finfo(mask.dtype).min)
+            return bound.args, bound.kwargs
+
+        handles = [
+            layer.register_forward_pre_hook(replace, with_kwargs=True) for layer in self.layers[cutoff:]
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def kl(log_p, log_q):
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def js_distance(log_p, log_q):
+    pairs = zip(log_p.exp().numpy(), log_q.exp().numpy(), strict=True)
+    return float(np.mean([scipy.spatial.distance.jensenshannon(p, q) for p, q in pairs]))
