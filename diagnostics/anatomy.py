@@ -148,9 +148,15 @@ def dissect(model: nn.Module, name: str) -> Anatomy:
         max_positions=getattr(config, "max_position_embeddings", None),
         logit_scale=scale,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
-        layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(layers)),
+        layer_types=tuple(getattr(config, "layer_types", None) or (_only_layer_type(config),) * len(layers)),
         sliding_window=getattr(config, "sliding_window", None),
     )
+
+
+def _only_layer_type(config: Any) -> str:
+    """Attention of all layers where the configuration does not tell them apart."""
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return "sliding_attention" if slides else "full_attention"
 
 
 def _layer_stack(model: nn.Module, n_layers: int) -> tuple[nn.Module, tuple[nn.Module, ...]] | None:

@@ -1,0 +1,89 @@
+"""What SPEED saves at a cutoff, by counting operations and bytes: predictions, not measurements.
+
+Time to first token is taken to follow the prefill's floating-point operations, time per output token the bytes of
+weights and cache that one step reads. Both hold where a device is busy: long prompts, and decoding bound by memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LENGTHS = (1024, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Prediction at one prompt length; ratios are SPEED / full depth, so below 1 is better.
+
+    ``speedup_ttft`` is the inverse of ``ttft_ratio``: a quarter less work is 1.33 times as fast. ``kv_bytes`` is the cache
+    of one prompt under SPEED; ``within_positions`` tells whether the model has positions for that length at all.
+    """
+
+    n_prompt: int
+    ttft_ratio: float
+    speedup_ttft: float
+    tpot_ratio: float
+    kv_ratio: float
+    kv_bytes: int
+    kv_bytes_full: int
+    within_positions: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def predict_savings(
+    shape: dict[str, Any],
+    cutoff: int,
+    *,
+    anchors: int = 1,
+    lengths: Sequence[int] = LENGTHS,
+    max_positions: int | None = None,
+) -> list[Savings]:
+    """Predict the savings of a cutoff at each prompt length, from a run's ``manifest["shape"]``."""
+    n_layers = len(shape["layer_parameters"])
+    weights = (sum(shape["layer_parameters"]) + shape["head_parameters"]) * shape["bytes_per_value"]
+    predictions = []
+    for n in lengths:
+        # Above the cutoff only the anchors and the last prompt token, the first decode-phase token, run.
+        deep = min(n, anchors + 1)
+        full, speed = ([n] * n_layers, [n] * cutoff + [deep] * (n_layers - cutoff))
+        ttft = _prefill_flops(shape, speed) / _prefill_flops(shape, full)
+        kv_full, kv_speed = kv_bytes(shape, full), kv_bytes(shape, speed)
+        predictions.append(
+            Savings(
+                n_prompt=n,
+                ttft_ratio=ttft,
+                speedup_ttft=1 / ttft,
+                tpot_ratio=(weights + kv_speed) / (weights + kv_full),
+                kv_ratio=kv_speed / kv_full,
+                kv_bytes=kv_speed,
+                kv_bytes_full=kv_full,
+                within_positions=max_positions is None or n <= max_positions,
+            )
+        )
+    return predictions
+
+
+def kv_bytes(shape: dict[str, Any], tokens: Sequence[int]) -> int:
+    """Bytes of keys and values of one row when layer l holds ``tokens[l]`` positions; sliding layers hold a window."""
+    per_position = 2 * shape["n_kv_heads"] * shape["head_dim"] * shape["bytes_per_value"]
+    return per_position * sum(min(n, window or n) for n, window in zip(tokens, _windows(shape), strict=True))
+
+
+def _prefill_flops(shape: dict[str, Any], tokens: Sequence[int]) -> float:
+    """Operations of one prefill in which layer l runs ``tokens[l]`` positions, head on one position included."""
+    total = 2.0 * shape["head_parameters"]
+    for parameters, n, window in zip(shape["layer_parameters"], tokens, _windows(shape), strict=True):
+        reach = min(n, window or n)
+        pairs = reach * (reach + 1) / 2 + (n - reach) * reach  # query-key pairs under the causal mask
+        total += 2.0 * parameters * n + 4.0 * shape["n_heads"] * shape["head_dim"] * pairs
+    return total
+
+
+def _windows(shape: dict[str, Any]) -> list[int | None]:
+    """Sliding window of each layer, None where it sees everything."""
+    return [
+        shape["sliding_window"] if kind == "sliding_attention" else None for kind in shape["layer_types"]
+    ]
