@@ -46,9 +46,7 @@ def run(lm: LoadedModel, variant: str, ids: list[int]) -> None:
             lm.model(inputs, use_cache=False, logits_to_keep=N_DECODE)
         return
     n_prompt = len(ids) - N_DECODE + 1
-    context = PromptContext(
-        Layout(1, n_prompt), lm.anatomy.n_layers, Readout(lm.anatomy), lm.name
-    )
+    context = PromptContext(Layout(1, n_prompt), lm.anatomy.n_layers, Readout(lm.anatomy), lm.name)
     observers = [probe(context) for probe in all_probes().values()]
     if variant == "probes+sweep":
         observers.append(CutoffSweep(context))
@@ -89,7 +87,9 @@ def measure_memory(variant: str, length: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true")

@@ -163,7 +163,11 @@ def _layer_stack(model: nn.Module, n_layers: int) -> tuple[nn.Module, tuple[nn.M
     """Return the module that owns the decoder layers, and the layers."""
     for parent in model.modules():
         for child in parent.children():
-            if isinstance(child, nn.ModuleList) and len(child) == n_layers and _child(child[0], ATTENTION_NAMES):
+            if (
+                isinstance(child, nn.ModuleList)
+                and len(child) == n_layers
+                and _child(child[0], ATTENTION_NAMES)
+            ):
                 return parent, tuple(child)
     return None
 

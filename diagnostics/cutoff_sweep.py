@@ -27,7 +27,9 @@ class CutoffSweep:
 
     def __init__(self, context: PromptContext) -> None:
         self.context = context
-        self.branches: Tensor | None = None  # [L - 1, n_decode, width]; row k-1 holds cutoff k once layer k-1 has run
+        self.branches: Tensor | None = (
+            None  # [L - 1, n_decode, width]; row k-1 holds cutoff k once layer k-1 has run
+        )
         self.final: Tensor | None = None
         self.columns: dict[str, np.ndarray] = {}
 
@@ -50,8 +52,12 @@ class CutoffSweep:
     def on_outcome(self, outcome: Outcome) -> None:
         """Compare the distributions of every branch with the full model's."""
         assert self.branches is not None and self.final is not None
-        candidates = torch.cat([self.branches, self.final[None]]).transpose(0, 1)  # cutoff L is the full model
-        compared = self.context.readout.compare(self.final, candidates, outcome.reference_ids.to(self.final.device))
+        candidates = torch.cat([self.branches, self.final[None]]).transpose(
+            0, 1
+        )  # cutoff L is the full model
+        compared = self.context.readout.compare(
+            self.final, candidates, outcome.reference_ids.to(self.final.device)
+        )
         nll = compared.nll.double().mean(0).cpu().numpy()
         self.columns = {
             "kl": compared.kl.double().mean(0).cpu().numpy(),

@@ -79,7 +79,9 @@ def diagnose(
     encoded = encode_prompts(
         prompts, lm.tokenizer, limit=_prompt_limit(lm, decode_tokens), max_reference_tokens=decode_tokens
     )
-    manifest = _manifest(lm, prompts, encoded, capture, decode_tokens, anchors) | {"arguments": arguments or {}}
+    manifest = _manifest(lm, prompts, encoded, capture, decode_tokens, anchors) | {
+        "arguments": arguments or {}
+    }
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -164,7 +166,10 @@ def _tables(row: dict[str, Any], measured: Sequence[Measured], seconds: float) -
         "layers": pd.DataFrame(key | {"layer": np.arange(n_layers)} | layers),
         "heads": pd.DataFrame(
             key
-            | {"layer": np.repeat(np.arange(n_layers), n_heads), "head": np.tile(np.arange(n_heads), n_layers)}
+            | {
+                "layer": np.repeat(np.arange(n_layers), n_heads),
+                "head": np.tile(np.arange(n_heads), n_layers),
+            }
             | {name: column.reshape(-1) for name, column in heads.items()}
         ),
         "cutoffs": pd.DataFrame(key | {"cutoff": np.arange(1, n_layers + 1)} | cutoffs),
@@ -178,7 +183,9 @@ def _prompt_limit(lm: LoadedModel, decode_tokens: int) -> int | None:
         return None
     limit = positions - decode_tokens + 1
     if limit < 1:
-        raise UserError(f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}")
+        raise UserError(
+            f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}"
+        )
     return limit
 
 

@@ -137,7 +137,9 @@ class Readout:
         """Logits of one token per position: hidden [n, m, width], tokens [n] -> [n, m]."""
         if not self.plain:
             logits = torch.cat([tile for _, tile in self._tiles(hidden.flatten(0, 1))], dim=-1)
-            return logits.view(*hidden.shape[:2], -1).gather(-1, tokens[:, None, None].expand_as(hidden[..., :1]))[..., 0]
+            return logits.view(*hidden.shape[:2], -1).gather(
+                -1, tokens[:, None, None].expand_as(hidden[..., :1])
+            )[..., 0]
         head = self.anatomy.unembedding
         scores = torch.bmm(hidden.to(head.weight.device), head.weight[tokens, :, None].float()).squeeze(-1)
         return self._finish(scores if head.bias is None else scores + head.bias[tokens, None].float())

@@ -17,7 +17,7 @@ import numpy as np
 from diagnostics.bounds import CONFIDENCE, MIN_PROMPTS, upper_bound
 from diagnostics.errors import UserError
 from diagnostics.regions import Region, RegionRules, Regions, find_regions
-from diagnostics.results import RECOMMENDATION, Run, write_json
+from diagnostics.results import Run, write_json
 from diagnostics.savings import LENGTHS, predict_savings
 
 MAX_KL = 0.1
@@ -139,7 +139,9 @@ def recommend(
     else:
         cutoff = _smallest_admissible(admissible)
         if cutoff == n_layers:
-            notes.append("no cutoff below full depth is admissible: run the model as it is, or relax the goal")
+            notes.append(
+                "no cutoff below full depth is admissible: run the model as it is, or relax the goal"
+            )
     regions = find_regions(run, rules, seed=seed)
     shape, positions = run.manifest["shape"], run.manifest["max_positions"]
     predicted = predict_savings(shape, cutoff, anchors=anchors, lengths=lengths, max_positions=positions)
@@ -162,10 +164,7 @@ def recommend(
         "predicted": [savings.to_dict() for savings in predicted],
         "notes": notes,
     }
-    recommendation = Recommendation(data, regions)
-    if run.path:
-        recommendation.save(run.path / RECOMMENDATION)
-    return recommendation
+    return Recommendation(data, regions)
 
 
 def _losses(run: Run) -> dict[str, np.ndarray]:
@@ -193,7 +192,9 @@ def _largest_that_fits(kv_budget: float, n_layers: int) -> int:
     """Largest k with k/L <= budget, the share that a long prompt's cache approaches."""
     cutoff = math.floor(kv_budget * n_layers + 1e-9)
     if cutoff < 1:
-        raise UserError(f"kv_budget {kv_budget} is less than one of {n_layers} layers: give at least {1 / n_layers:.3f}")
+        raise UserError(
+            f"kv_budget {kv_budget} is less than one of {n_layers} layers: give at least {1 / n_layers:.3f}"
+        )
     return cutoff
 
 

@@ -190,7 +190,9 @@ class RunWriter:
         except OSError as error:
             started = (self.path / PARTS).is_dir()
             after = "what is finished is kept, continue with --resume" if started else "choose another --out"
-            raise UserError(f"cannot write run folder {str(self.path)!r}: {error.strerror or error}; {after}") from None
+            raise UserError(
+                f"cannot write run folder {str(self.path)!r}: {error.strerror or error}; {after}"
+            ) from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -225,7 +227,9 @@ def _read_table(path: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise UserError(f"run {str(path.parent)!r} is damaged: {path.name} is missing") from None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"run {str(path.parent)!r} is damaged: {path.name} cannot be read ({error})") from None
+        raise UserError(
+            f"run {str(path.parent)!r} is damaged: {path.name} cannot be read ({error})"
+        ) from None
 
 
 def _short(value: Any) -> str:

@@ -84,6 +84,4 @@ def _prefill_flops(shape: dict[str, Any], tokens: Sequence[int]) -> float:
 
 def _windows(shape: dict[str, Any]) -> list[int | None]:
     """Sliding window of each layer, None where it sees everything."""
-    return [
-        shape["sliding_window"] if kind == "sliding_attention" else None for kind in shape["layer_types"]
-    ]
+    return [shape["sliding_window"] if kind == "sliding_attention" else None for kind in shape["layer_types"]]

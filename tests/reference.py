@@ -29,9 +29,7 @@ class Reference:
 
         self.residual = []  # h_0 .. h_L, each [T, width]
         self.projected_input = []  # concatenated head outputs of each layer, [T, heads * head_dim]
-        handles = [
-            layer.register_forward_hook(self._keep, with_kwargs=True) for layer in self.layers
-        ]
+        handles = [layer.register_forward_hook(self._keep, with_kwargs=True) for layer in self.layers]
         with torch.no_grad():
             out = self.model(self.ids, output_attentions=True, past_key_values=DynamicCache())
         for handle in handles:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+
+from diagnostics.probes.logit_lens import N_POSITIONS, spaced
 from tests.observe import observe
 from tests.reference import Reference, kl
 from tests.test_against_reference import assert_sweep_equals_masked_pass
-
-from diagnostics.probes.logit_lens import N_POSITIONS, spaced
 
 N_DECODE = 24
 TOLERANCE = 1e-4

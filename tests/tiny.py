@@ -24,7 +24,13 @@ COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.25,
 }
-SLIDING_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+SLIDING_TYPES = [
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "sliding_attention",
+    "full_attention",
+]
 GPT2 = {
     "n_embd": 32,
     "n_layer": N_LAYERS,
@@ -54,13 +60,15 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "gemma3": (
         "gemma3_text",
-        COMMON
-        | {"sliding_window": SLIDING_WINDOW, "layer_types": SLIDING_TYPES, "query_pre_attn_scalar": 8},
+        COMMON | {"sliding_window": SLIDING_WINDOW, "layer_types": SLIDING_TYPES, "query_pre_attn_scalar": 8},
     ),
     "phi3": ("phi3", COMMON),
     "olmo2": ("olmo2", COMMON),
     "gpt2": ("gpt2", GPT2),
-    "gpt_neox": ("gpt_neox", {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "head_dim")}),
+    "gpt_neox": (
+        "gpt_neox",
+        {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "head_dim")},
+    ),
     "granite": ("granite", COMMON | {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
     "gpt_oss": (
         "gpt_oss",

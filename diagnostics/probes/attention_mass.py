@@ -70,11 +70,16 @@ def mean_over_heads(column: np.ndarray) -> np.ndarray:
     """Mean over the last axis of what is not NaN (a head whose window ends after the prompt); NaN if nothing is."""
     counted = np.isfinite(column)
     total = np.where(counted, column, 0).sum(axis=-1)
-    return np.divide(total, counted.sum(axis=-1), out=np.full(total.shape, np.nan), where=counted.any(axis=-1))
+    return np.divide(
+        total, counted.sum(axis=-1), out=np.full(total.shape, np.nan), where=counted.any(axis=-1)
+    )
 
 
 def attend(
-    attention: AttentionRows, layout: Layout, evidence: tuple[tuple[int, int], ...] = (), tile_bytes: int = TILE_BYTES
+    attention: AttentionRows,
+    layout: Layout,
+    evidence: tuple[tuple[int, int], ...] = (),
+    tile_bytes: int = TILE_BYTES,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Recompute the decode rows' attention by segments.
 
@@ -82,7 +87,8 @@ def attend(
     [n_decode, heads, head_dim] before the output projection. ``tile_bytes`` bounds the weights held at once.
     """
     parts = [
-        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes) for kv_head in range(attention.key.shape[0])
+        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes)
+        for kv_head in range(attention.key.shape[0])
     ]
     columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     from_prompt, total = (torch.cat([part[i] for part in parts]).transpose(0, 1) for i in (1, 2))
@@ -90,7 +96,11 @@ def attend(
 
 
 def _attend_kv_head(
-    attention: AttentionRows, kv_head: int, layout: Layout, evidence: tuple[tuple[int, int], ...], tile_bytes: int
+    attention: AttentionRows,
+    kv_head: int,
+    layout: Layout,
+    evidence: tuple[tuple[int, int], ...],
+    tile_bytes: int,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """One KV head: columns [group], prompt part and total of the outputs [group, n_decode, head_dim]."""
     value = attention.value[kv_head].float()
@@ -115,7 +125,9 @@ def _attend_kv_head(
         per_query["mass_decode"].append(a[..., decode].sum(-1))
         # Not torch.special.entr, which is several times as slow; weights of 0 still give 0.
         per_query["entropy"].append(-on_prompt.clamp_min(TINY).log_().mul_(on_prompt).sum(-1))
-        per_query["evidence_mass"].append(sum((a[..., i:j].sum(-1) for i, j in evidence), a.new_zeros(a.shape[:2])))
+        per_query["evidence_mass"].append(
+            sum((a[..., i:j].sum(-1) for i, j in evidence), a.new_zeros(a.shape[:2]))
+        )
         token_mass += on_prompt.sum(1)
         from_prompt = on_prompt @ value[prompt]
         outputs[0].append(from_prompt)
@@ -128,11 +140,15 @@ def _attend_kv_head(
 
     query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}
     columns = {name: query[name].mean(-1) for name in ("mass_anchor", "mass_prompt", "mass_decode")}
-    columns["mass_sink"] = 1 - sum(columns.values()) if attention.sinks is not None else columns["mass_prompt"] * 0
+    columns["mass_sink"] = (
+        1 - sum(columns.values()) if attention.sinks is not None else columns["mass_prompt"] * 0
+    )
     columns["selectivity"] = query["variation"].mean(-1)
     columns["prompt_entropy"] = _entropy(query["entropy"], query["mass_prompt"], layout.n_segment)
     columns["prompt_top5"] = _top_share(token_mass)
-    columns["evidence_mass"] = query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
+    columns["evidence_mass"] = (
+        query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
+    )
     return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1)
 
 

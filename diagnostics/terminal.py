@@ -1,0 +1,204 @@
+"""What a person reads in the terminal: a recommendation as curves, tables and one sentence. No numbers are made here."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from diagnostics.recommend import Recommendation
+from diagnostics.regions import Region
+from diagnostics.results import Run
+
+BARS = "▁▂▃▄▅▆▇█"
+# Column of the layers table, what it is called here, and whether the scale starts at 0 (else at the curve's minimum).
+CURVES = (
+    ("mass_prompt", "attention on prompt"),
+    ("selectivity", "selectivity"),
+    ("prompt_contribution", "contribution"),
+    ("drift_prompt_centred", "prompt drift"),
+    ("saliency_overlap", "saliency overlap"),
+    ("lens_kl_translated", "lens KL, translated"),
+)
+NEIGHBOURS = 3
+
+
+def show_run(run: Run, console: Console) -> None:
+    """Print the curves of a diagnosis."""
+    console.print(Panel(Group(*_curves(run)), title=_title(run), title_align="left"))
+
+
+def show_recommendation(run: Run, recommendation: Recommendation, console: Console) -> None:
+    """Print the curves with regions and cutoff, the loss around the cutoff, the savings, and the recommendation."""
+    selection, stable = recommendation.selection_region, recommendation.stabilization_region
+    curves = Group(*_curves(run, recommendation))
+    console.print(Panel(curves, title=_title(run), title_align="left"))
+    console.print(f"Selection region      {_describe(selection)}")
+    console.print(f"Stabilization region  {_describe(stable)}")
+    console.print()
+    console.print(_loss_table(recommendation))
+    console.print(_savings_table(recommendation))
+    for note in recommendation.data["notes"]:
+        console.print(f"Note: {note}.", style="yellow")
+    console.print(_sentence(recommendation))
+
+
+def _title(run: Run) -> str:
+    prompts = run.prompts
+    return (
+        f"{run.manifest['model']}: {len(prompts)} prompts of {prompts['n_prompt'].min()} to "
+        f"{prompts['n_prompt'].max()} tokens"
+    )
+
+
+def _curves(run: Run, recommendation: Recommendation | None = None) -> Iterator[RenderableType]:
+    """One line per curve, a bar per layer, layer 0 first."""
+    means = run.layers.groupby("layer").mean(numeric_only=True)
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(justify="right")
+    grid.add_column(no_wrap=True)
+    grid.add_column(style="dim")
+    for column, label in CURVES:
+        values = means[column].to_numpy()
+        if np.isfinite(values).any():
+            # Layer 0 turns embeddings into a residual; on its scale nothing else would show.
+            top = np.nanmax(
+                values[1:] if column in ("prompt_contribution", "drift_prompt_centred") else values
+            )
+            grid.add_row(label, bars(values, top), f"0 .. {top:.2g}")
+    losses = run.cutoffs.groupby("cutoff")["kl"].mean().to_numpy()
+    grid.add_row("loss if cut above, KL", bars(losses, losses.max()), f"0 .. {losses.max():.2g}")
+    if recommendation:
+        grid.add_row("regions", _marks(recommendation, run.n_layers), "s selects = stable | cutoff")
+    grid.add_row("layer", _ruler(run.n_layers), "")
+    yield grid
+
+
+def bars(values: Sequence[float] | np.ndarray, top: float) -> str:
+    """Draw one block per value on a scale from 0 to ``top``; a blank where there is no value."""
+    scaled = np.clip(np.asarray(values, dtype=float) / (top or 1.0), 0, 1)
+    return "".join(" " if np.isnan(x) else BARS[min(int(x * len(BARS)), len(BARS) - 1)] for x in scaled)
+
+
+def _marks(recommendation: Recommendation, n_layers: int) -> Text:
+    selection, stable = recommendation.selection_region, recommendation.stabilization_region
+    text = Text()
+    for layer in range(n_layers):
+        cut = layer == recommendation.cutoff - 1  # the last layer that the prompt runs through
+        if cut:
+            text.append("|", style="bold red")
+        elif selection and selection.first <= layer <= selection.last:
+            text.append("s", style="green")
+        elif stable and stable.first <= layer <= stable.last:
+            text.append("=", style="blue")
+        else:
+            text.append("·", style="dim")
+    return text
+
+
+def _ruler(n_layers: int) -> str:
+    """Number every fifth layer under its bar."""
+    line = [" "] * (n_layers + 3)
+    for layer in range(0, n_layers, 5):
+        line[layer : layer + len(str(layer))] = str(layer)
+    return "".join(line).rstrip()
+
+
+def _describe(region: Region | None) -> str:
+    if region is None:
+        return "none found"
+    text = f"layers {region.first} to {region.last}"
+    if region.first_range and region.last_range:
+        ends = (f"{a}" if a == b else f"{a}-{b}" for a, b in (region.first_range, region.last_range))
+        text += " (90% of resamples: from {} to {})".format(*ends)
+    if region.others:
+        text += "; weaker " + ", ".join(f"{a} to {b}" for a, b in region.others)
+    return text
+
+
+def _loss_table(recommendation: Recommendation) -> Table:
+    cutoff, n_layers = recommendation.cutoff, recommendation.data["n_layers"]
+    confidence = f"{recommendation.data['criterion']['confidence']:.0%}"
+    table = Table(
+        title=f"Measured loss of SPEED around the cutoff ({recommendation.data['n_prompts']} prompts)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for heading in (
+        "cutoff",
+        "KL, nats/token",
+        f"{confidence} bound",
+        "same top token",
+        "NLL increase",
+        "goal",
+    ):
+        table.add_column(heading, justify="right")
+    for row in recommendation.evidence[max(0, cutoff - 1 - NEIGHBOURS) : min(n_layers, cutoff + NEIGHBOURS)]:
+        bound = "-" if row["kl_bound"] is None else f"{row['kl_bound']:.4f}"
+        verdict = {True: "met", False: "missed", None: ""}[row["admissible"]]
+        table.add_row(
+            f"{row['cutoff']}",
+            f"{row['kl']:.4f}",
+            bound,
+            f"{row['top1_agreement']:.1%}",
+            f"{row['nll_increase']:+.4f}",
+            verdict,
+            style="bold" if row["cutoff"] == cutoff else None,
+        )
+    return table
+
+
+def _savings_table(recommendation: Recommendation) -> Table:
+    table = Table(
+        title="Predicted savings at this cutoff (counted, not measured)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for heading in ("prompt tokens", "TTFT", "", "TPOT", "KV cache", "KV bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in recommendation.data["predicted"]:
+        beyond = "" if row["within_positions"] else " *"
+        table.add_row(
+            f"{row['n_prompt']:,}{beyond}",
+            f"{row['ttft_ratio'] - 1:+.1%}",
+            f"{row['speedup_ttft']:.2f}x as fast",
+            f"{row['tpot_ratio'] - 1:+.1%}",
+            f"{row['kv_ratio'] - 1:+.1%}",
+            f"{_bytes(row['kv_bytes'])} of {_bytes(row['kv_bytes_full'])}",
+        )
+    if not all(row["within_positions"] for row in recommendation.data["predicted"]):
+        table.caption = "* beyond the model's positions"
+        table.caption_justify = "left"
+    return table
+
+
+def _sentence(recommendation: Recommendation) -> Text:
+    data, cutoff = recommendation.data, recommendation.cutoff
+    text = Text(f"\nRecommended cutoff: {cutoff} of {data['n_layers']} layers", style="bold")
+    text.append(
+        f" ({data['depth_fraction']:.0%} of the depth, {data['anchors']} anchor token(s))", style="not bold"
+    )
+    agreement = data["agreement"]
+    said = [
+        f"{name} says {k}"
+        for name, k in (
+            ("selection", agreement["cutoff_by_selection"]),
+            ("stabilization", agreement["cutoff_by_stabilization"]),
+        )
+        if k is not None
+    ]
+    if said:
+        verdict = "agree with" if agreement["agree"] else "DISAGREE with"
+        text.append(f"\nThe regions {verdict} the measured loss: {', '.join(said)}.", style="not bold")
+    return text
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
