@@ -1,8 +1,8 @@
 """What a diagnosis costs beside a bare forward pass of the same tokens.
 
 Interleaves the bare forward (stock attention, no cache, logits of the decode positions only), the probes, and the
-probes with the all-cutoff sweep; prints and writes medians of the ratios inside each repeat. Peak memory is measured in a
-process of its own per variant and length.
+probes with the all-cutoff sweep; prints and writes medians of the ratios inside each repeat. Peak memory is
+measured in a process of its own per variant and length.
 
     python analyses/bench_capture.py [--lengths 512 1024 2048 4096 8192] [--repeats 3] [--out FILE.json]
 """
@@ -87,9 +87,7 @@ def measure_memory(variant: str, length: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true")

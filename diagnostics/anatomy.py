@@ -32,7 +32,7 @@ class Anatomy:
     attentions: tuple[nn.Module, ...]
     output_projections: tuple[nn.Module, ...]
     final_norm: nn.Module
-    unembedding: nn.Module
+    unembedding: Any
     n_heads: int
     n_kv_heads: int
     head_dim: int
@@ -77,9 +77,7 @@ def refuse_config(config: object, name: str) -> None:
     kind = getattr(text, "model_type", type(text).__name__)
 
     def refuse(reason: str) -> None:
-        raise UserError(
-            f"model {name!r} ({kind}) cannot be diagnosed: {reason}; use a decoder-only attention model"
-        )
+        raise UserError(f"model {name!r} ({kind}) cannot be diagnosed: {reason}; use a decoder-only attention model")
 
     if getattr(config, "is_encoder_decoder", False):
         refuse("it is an encoder-decoder model")
@@ -98,7 +96,7 @@ def refuse_config(config: object, name: str) -> None:
         refuse("it has cross-attention")
 
 
-def dissect(model: nn.Module, name: str) -> Anatomy:
+def dissect(model: Any, name: str) -> Anatomy:
     """Find the parts of a transformers causal language model; raise UserError, naming the model, where it cannot."""
     config = model.config.get_text_config(decoder=True)
     refuse_config(model.config, name)
@@ -115,14 +113,14 @@ def dissect(model: nn.Module, name: str) -> Anatomy:
     if stack is None:
         raise refuse(f"no stack of {config.num_hidden_layers} decoder layers was found in it")
     parent, layers = stack
-    attentions = tuple(_child(layer, ATTENTION_NAMES) for layer in layers)
-    if None in attentions:
-        raise refuse(f"layer {attentions.index(None)} has no attention")
+    attentions = _children(layers, ATTENTION_NAMES)
+    if attentions is None:
+        raise refuse("not every layer has attention")
     if any(getattr(attention, "is_causal", True) is False for attention in attentions):
         raise refuse("its attention is not causal (an encoder)")
-    projections = tuple(_child(attention, OUTPUT_PROJECTION_NAMES) for attention in attentions)
-    if None in projections:
-        raise refuse(f"the attention of layer {projections.index(None)} has no output projection")
+    projections = _children(attentions, OUTPUT_PROJECTION_NAMES)
+    if projections is None:
+        raise refuse("not every attention has an output projection")
     norm, unembedding = _child(parent, FINAL_NORM_NAMES), model.get_output_embeddings()
     if norm is None:
         raise refuse("no final norm was found after the last layer")
@@ -163,13 +161,15 @@ def _layer_stack(model: nn.Module, n_layers: int) -> tuple[nn.Module, tuple[nn.M
     """Return the module that owns the decoder layers, and the layers."""
     for parent in model.modules():
         for child in parent.children():
-            if (
-                isinstance(child, nn.ModuleList)
-                and len(child) == n_layers
-                and _child(child[0], ATTENTION_NAMES)
-            ):
+            if isinstance(child, nn.ModuleList) and len(child) == n_layers and _child(child[0], ATTENTION_NAMES):
                 return parent, tuple(child)
     return None
+
+
+def _children(modules: tuple[nn.Module, ...], names: tuple[str, ...]) -> tuple[nn.Module, ...] | None:
+    """Find one child in every module; None where one of them has no such child."""
+    found = tuple(child for module in modules if (child := _child(module, names)) is not None)
+    return found if len(found) == len(modules) else None
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

@@ -27,9 +27,7 @@ CHARACTERS_PER_TOKEN = 8  # most tokenizers need 4 to 5: there is always somethi
 MAX_CONTEXT_LENGTH = 2**20
 
 
-def builtin_prompts(
-    context_length: int, *, seed: int = 0, max_prompts: int | None = None
-) -> tuple[Prompt, ...]:
+def builtin_prompts(context_length: int, *, seed: int = 0, max_prompts: int | None = None) -> tuple[Prompt, ...]:
     """The built-in set, in rounds over its categories; ``max_prompts`` takes the start of it.
 
     Raises
@@ -323,9 +321,7 @@ def _word_problem(rng: Random) -> tuple[str, str]:
 
 def _documentation(rng: Random, size: int, without: str | None = None) -> str:
     """``size`` characters of the language reference in random order, but no topic that holds ``without``."""
-    return _fill(
-        rng, [text for text in _reference().values() if without is None or without not in text], size
-    )
+    return _fill(rng, [text for text in _reference().values() if without is None or without not in text], size)
 
 
 def _source_code(rng: Random, size: int) -> str:
@@ -347,9 +343,7 @@ def _reference() -> dict[str, str]:
 
 
 def _running_text(text: str) -> str:
-    text = re.sub(
-        r"^(?:[*=\-~^]{3,}|\s*[|+].*)$", "", text, flags=re.MULTILINE
-    )  # underlines of titles, tables
+    text = re.sub(r"^(?:[*=\-~^]{3,}|\s*[|+].*)$", "", text, flags=re.MULTILINE)  # underlines of titles, tables
     text = re.sub(r"(?<=\w-)\n(?=\w)", "", text)  # a word broken at its hyphen
     # Lines of a paragraph or of a list item belong together; an indented line stays: it may be code.
     text = re.sub(r"(?<=\S)\n(?=[^\s*+-]|[*+-]\S)", " ", text)

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from diagnostics.errors import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
 RUNS = Path("runs")
-ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     help="How deep must a prompt go? Layer diagnostics and the SPEED cutoff for decoder-only language models.",
@@ -198,7 +198,7 @@ def _region_rules(settings: list[str]) -> Any:
     """Parse ``name=value`` pairs into region rules."""
     from diagnostics.regions import RegionRules
 
-    types = {field.name: type(field.default) for field in fields(RegionRules)}
+    types = {name: type(default) for name, default in asdict(RegionRules()).items()}
     values = {}
     for setting in settings:
         name, _, value = setting.partition("=")
@@ -207,9 +207,7 @@ def _region_rules(settings: list[str]) -> Any:
         try:
             values[name] = types[name](value)
         except ValueError:
-            raise UserError(
-                f"region rule {name} must be a number ({types[name].__name__}), not {value!r}"
-            ) from None
+            raise UserError(f"region rule {name} must be a number ({types[name].__name__}), not {value!r}") from None
     return RegionRules(**values)
 
 
@@ -235,9 +233,7 @@ def main() -> None:
         _fail(str(error))
     except ClickException as error:
         _fail(error.format_message())
-    except KeyboardInterrupt:
-        _fail("interrupted; what is finished is kept, continue with --resume", 130)
-    except typer.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what is finished is kept, continue with --resume", 130)
     sys.exit(status if isinstance(status, int) else 0)
 

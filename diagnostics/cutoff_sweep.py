@@ -3,8 +3,11 @@
 The prompt's states below the cutoff do not depend on it, and the anchors, being the first tokens, never see anything
 but anchors: their upper keys and values are those of the full model. So the decode rows of cutoff k are the full-depth
 rows up to layer k, where they branch off; at layer l all branches with k <= l run together as one batch that
-sees the anchors' and its own keys. The extra work is about L * n_decode / (2 T) of the forward pass instead of L of them.
+sees the anchors' and its own keys. The extra work is about L * n_decode / (2 T) of the forward pass, not L of them.
 """
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ class CutoffSweep:
     """Observer that measures KL, agreement and likelihood under SPEED at every cutoff 1..L."""
 
     name = "cutoff_sweep"
-    describes = {
+    describes: ClassVar[Mapping[str, str]] = {
         "kl": "KL(full depth || SPEED at this cutoff), mean over decode positions, nats per token",
         "top1_agreement": "share of decode positions where both put the same token on top, 0..1",
         "nll": "negative log-likelihood of the reference under SPEED at this cutoff, nats per token",
@@ -27,9 +30,7 @@ class CutoffSweep:
 
     def __init__(self, context: PromptContext) -> None:
         self.context = context
-        self.branches: Tensor | None = (
-            None  # [L - 1, n_decode, width]; row k-1 holds cutoff k once layer k-1 has run
-        )
+        self.branches: Tensor | None = None  # [L - 1, n_decode, width]; row k-1 holds cutoff k once layer k-1 has run
         self.final: Tensor | None = None
         self.columns: dict[str, np.ndarray] = {}
 
@@ -51,13 +52,10 @@ class CutoffSweep:
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Compare the distributions of every branch with the full model's."""
-        assert self.branches is not None and self.final is not None
-        candidates = torch.cat([self.branches, self.final[None]]).transpose(
-            0, 1
-        )  # cutoff L is the full model
-        compared = self.context.readout.compare(
-            self.final, candidates, outcome.reference_ids.to(self.final.device)
-        )
+        assert self.branches is not None
+        assert self.final is not None
+        candidates = torch.cat([self.branches, self.final[None]]).transpose(0, 1)  # cutoff L is the full model
+        compared = self.context.readout.compare(self.final, candidates, outcome.reference_ids.to(self.final.device))
         nll = compared.nll.double().mean(0).cpu().numpy()
         self.columns = {
             "kl": compared.kl.double().mean(0).cpu().numpy(),

@@ -79,9 +79,7 @@ def diagnose(
     encoded = encode_prompts(
         prompts, lm.tokenizer, limit=_prompt_limit(lm, decode_tokens), max_reference_tokens=decode_tokens
     )
-    manifest = _manifest(lm, prompts, encoded, capture, decode_tokens, anchors) | {
-        "arguments": arguments or {}
-    }
+    manifest = _manifest(lm, prompts, encoded, capture, decode_tokens, anchors) | {"arguments": arguments or {}}
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -183,9 +181,7 @@ def _prompt_limit(lm: LoadedModel, decode_tokens: int) -> int | None:
         return None
     limit = positions - decode_tokens + 1
     if limit < 1:
-        raise UserError(
-            f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}"
-        )
+        raise UserError(f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}")
     return limit
 
 

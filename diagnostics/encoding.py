@@ -87,9 +87,7 @@ def encode_prompts(
     bounds = {"limit": limit, "context_length": prompts.context_length}
     for prompt in prompts:
         try:
-            encoded.append(
-                encode_prompt(prompt, tokenizer, **bounds, max_reference_tokens=max_reference_tokens)
-            )
+            encoded.append(encode_prompt(prompt, tokenizer, **bounds, max_reference_tokens=max_reference_tokens))
         except PromptTooLong as error:
             too_long.append(error)
     if len(too_long) > 1:
@@ -247,9 +245,7 @@ def _cut_points(prompt: Prompt) -> list[int]:
     return sorted({0, *ends, len(prompt.document)})
 
 
-def _longest(
-    sizes: Sequence[int], encode: Callable[[int], _Tokens], allowed: int | None
-) -> tuple[int, _Tokens]:
+def _longest(sizes: Sequence[int], encode: Callable[[int], _Tokens], allowed: int | None) -> tuple[int, _Tokens]:
     """The longest of ``sizes`` that encodes to ``allowed`` tokens, or nearly so; the first, if none does.
 
     Tokens are nearly proportional to characters, so interpolation finds the place in a few encodings; every

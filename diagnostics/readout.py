@@ -58,8 +58,8 @@ class Readout:
     def require_identity(self, residuals: Tensor, logits: Tensor, name: str) -> None:
         """Refuse the model unless the lens after the last layer reproduces its logits.
 
-        ``residuals`` [rows, width] is the output of the last layer, ``logits`` [rows, vocab] the model's own. Tolerance:
-        1e-3 of the logits' standard deviation in float32, 0.1 of it in half precision, whose rounding alone
+        ``residuals`` [rows, width] is the output of the last layer, ``logits`` [rows, vocab] the model's own.
+        Tolerance: 1e-3 of the logits' standard deviation in float32, 0.1 of it in half precision, whose rounding alone
         reaches a few hundredths. Raises UserError.
         """
         ours = self.logits(residuals)
@@ -137,9 +137,9 @@ class Readout:
         """Logits of one token per position: hidden [n, m, width], tokens [n] -> [n, m]."""
         if not self.plain:
             logits = torch.cat([tile for _, tile in self._tiles(hidden.flatten(0, 1))], dim=-1)
-            return logits.view(*hidden.shape[:2], -1).gather(
-                -1, tokens[:, None, None].expand_as(hidden[..., :1])
-            )[..., 0]
+            return logits.view(*hidden.shape[:2], -1).gather(-1, tokens[:, None, None].expand_as(hidden[..., :1]))[
+                ..., 0
+            ]
         head = self.anatomy.unembedding
         scores = torch.bmm(hidden.to(head.weight.device), head.weight[tokens, :, None].float()).squeeze(-1)
         return self._finish(scores if head.bias is None else scores + head.bias[tokens, None].float())

@@ -1,8 +1,8 @@
 """Which cutoff, and why.
 
 A cutoff is *admissible* when the upper confidence bound, over prompts, of its measured loss is within the goal. The
-recommendation is the smallest admissible cutoff from which every larger one is admissible too. The regions, found without
-looking at the loss, are set beside it: where they disagree, the reader is told.
+recommendation is the smallest admissible cutoff from which every larger one is admissible too. The regions, found
+without looking at the loss, are set beside it: where they disagree, the reader is told.
 """
 
 import json
@@ -132,16 +132,16 @@ def recommend(
             f"{len(run.prompts)} prompts are too few for a confidence bound (at least {MIN_PROMPTS}): "
             "the mean alone decides"
         )
-    decisive = {name: means[name] if bounds[name] is None else bounds[name] for name in losses}
-    admissible = np.all([decisive[name] <= limit for name, limit in criterion.limits().items()], axis=0)
+    admissible = np.ones(n_layers, dtype=bool)
+    for name, limit in criterion.limits().items():
+        bound = bounds[name]
+        admissible &= (means[name] if bound is None else bound) <= limit
     if criterion.kv_budget is not None:
         cutoff = _largest_that_fits(criterion.kv_budget, n_layers)
     else:
         cutoff = _smallest_admissible(admissible)
         if cutoff == n_layers:
-            notes.append(
-                "no cutoff below full depth is admissible: run the model as it is, or relax the goal"
-            )
+            notes.append("no cutoff below full depth is admissible: run the model as it is, or relax the goal")
     regions = find_regions(run, rules, seed=seed)
     shape, positions = run.manifest["shape"], run.manifest["max_positions"]
     predicted = predict_savings(shape, cutoff, anchors=anchors, lengths=lengths, max_positions=positions)
@@ -216,7 +216,10 @@ def _retention(run: Run, cutoff: int) -> dict[str, float | None]:
     """Share of the prompt mass and of the prompt contribution that lies in layers below the cutoff."""
     means = run.layers.groupby("layer")[["mass_prompt", "prompt_contribution"]].mean()
     kept, total = means.iloc[:cutoff].sum(), means.sum()
-    return {name: float(kept[name] / total[name]) if total[name] > 0 else None for name in means}
+    return {
+        name: float(kept[name] / total[name]) if total[name] > 0 else None
+        for name in ("mass_prompt", "prompt_contribution")
+    }
 
 
 def _by_category(run: Run, cutoff: int) -> dict[str, float]:
@@ -226,7 +229,7 @@ def _by_category(run: Run, cutoff: int) -> dict[str, float]:
 
 
 def _evidence(
-    k: int, means: dict[str, np.ndarray], bounds: dict[str, np.ndarray | None], admissible: Any
+    k: int, means: dict[str, np.ndarray], bounds: dict[str, np.ndarray | None], admissible: np.ndarray
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"cutoff": k}
     for name, values in means.items():
@@ -234,5 +237,5 @@ def _evidence(
         row[name] = float(values[k - 1])
         row[f"{name}_bound"] = None if bound is None else float(bound[k - 1])
     row["top1_agreement"] = 1 - row["disagreement"]
-    row["admissible"] = bool(admissible[k - 1]) if np.ndim(admissible) else None
+    row["admissible"] = bool(admissible[k - 1])
     return row

@@ -1,8 +1,8 @@
 """Where the prompt is selected from, and from where on it no longer changes.
 
 Selection. A layer selects from the prompt if different queries look at different prompt tokens (*selectivity*) and if
-what they take there is a good part of what the layer writes (*contribution* to the update). Their product is the layer's
-*uptake*:
+what they take there is a good part of what the layer writes (*contribution* to the update). Their product is the
+layer's *uptake*:
 
     uptake_l = selectivity_l * prompt_contribution_l / update_decode_l
 
@@ -12,8 +12,8 @@ at most ``max_gap`` layers apart form one interval, single layers are dropped, a
 uptake is the selection region. With no uptake above ``min_uptake`` there is none.
 
 Stabilization. From layer s on the prompt is stable if no later layer changes what the next ones read: centred drift
-at most ``max_drift`` (cosine 0.9), and the salient tokens remain the salient ones, overlap at least ``min_overlap``. The
-last layer's own drift does not count: no key or value is computed from its output.
+at most ``max_drift`` (cosine 0.9), and the salient tokens remain the salient ones, overlap at least ``min_overlap``.
+The last layer's own drift does not count: no key or value is computed from its output.
 
 Both are found on the mean curves over prompts; a bootstrap over prompts says how far their ends move.
 """
@@ -45,8 +45,8 @@ class RegionRules:
 class Region:
     """An inclusive interval of layers ``[first, last]``.
 
-    ``first_range`` and ``last_range`` hold 90% of the bootstrap's ends and ``found`` the share of resamples that found a
-    region at all, 0..1; they are None with too few prompts. ``others`` are further intervals, strongest first.
+    ``first_range`` and ``last_range`` hold 90% of the bootstrap's ends, ``found`` the share of resamples that found
+    a region at all, 0..1; they are None with too few prompts. ``others`` are further intervals, strongest first.
     """
 
     first: int
@@ -87,7 +87,8 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
 
     rng = np.random.default_rng(seed)
     everything = np.arange(n_prompts)
-    resamples = rng.integers(n_prompts, size=(N_RESAMPLES, n_prompts)) if n_prompts >= MIN_PROMPTS else []
+    n_resamples = N_RESAMPLES if n_prompts >= MIN_PROMPTS else 0
+    resamples = rng.integers(n_prompts, size=(n_resamples, n_prompts))
     selected, stable = (
         _region(find(everything), [found[0] if (found := find(rows)) else None for rows in resamples])
         for find in (selection, stabilization)
@@ -96,12 +97,8 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
 
 
 def uptake(run: Run) -> np.ndarray:
-    """Return selectivity * contribution / update of every prompt and layer: [prompts, L]; NaN without a prompt segment."""
-    return (
-        _per_prompt(run, "selectivity")
-        * _per_prompt(run, "prompt_contribution")
-        / _per_prompt(run, "update_decode")
-    )
+    """Return selectivity * contribution / update per prompt and layer: [prompts, L]; NaN without a prompt segment."""
+    return _per_prompt(run, "selectivity") * _per_prompt(run, "prompt_contribution") / _per_prompt(run, "update_decode")
 
 
 def selection_intervals(curve: np.ndarray, rules: RegionRules) -> list[tuple[int, int]]:

@@ -108,7 +108,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} ({error})") from None
     if version != SCHEMA_VERSION or status not in ("running", "complete"):
         raise UserError(
-            f"run {str(path)!r} was written by another version (schema {version}, this is {SCHEMA_VERSION}); run it again"
+            f"run {str(path)!r} was written by another version (schema {version}, this is {SCHEMA_VERSION}); "
+            "run it again"
         )
     return manifest
 
@@ -128,16 +129,14 @@ class RunWriter:
         """
         if (path / MANIFEST).exists():
             if not resume:
-                raise UserError(
-                    f"run folder {str(path)!r} exists; add --resume to continue it or choose another --out"
-                )
+                raise UserError(f"run folder {str(path)!r} exists; add --resume to continue it or choose another --out")
             found = read_manifest(path)
             for key, asked in manifest["identity"].items():
                 there = found.get("identity", {}).get(key)
                 if there != asked:
                     raise UserError(
-                        f"run folder {str(path)!r} holds another diagnosis ({key} is {_short(there)}, not {_short(asked)}); "
-                        "choose another --out"
+                        f"run folder {str(path)!r} holds another diagnosis "
+                        f"({key} is {_short(there)}, not {_short(asked)}); choose another --out"
                     )
             return cls(path, found)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -190,9 +189,7 @@ class RunWriter:
         except OSError as error:
             started = (self.path / PARTS).is_dir()
             after = "what is finished is kept, continue with --resume" if started else "choose another --out"
-            raise UserError(
-                f"cannot write run folder {str(self.path)!r}: {error.strerror or error}; {after}"
-            ) from None
+            raise UserError(f"cannot write run folder {str(self.path)!r}: {error.strerror or error}; {after}") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -216,8 +213,7 @@ def _scratch_folder(parent: Path) -> Iterator[Path]:
 
 def _merge(parts: list[Path]) -> Tables:
     return {
-        name: pd.concat([_read_table(part / f"{name}.parquet") for part in parts], ignore_index=True)
-        for name in TABLES
+        name: pd.concat([_read_table(part / f"{name}.parquet") for part in parts], ignore_index=True) for name in TABLES
     }
 
 
@@ -227,9 +223,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise UserError(f"run {str(path.parent)!r} is damaged: {path.name} is missing") from None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(
-            f"run {str(path.parent)!r} is damaged: {path.name} cannot be read ({error})"
-        ) from None
+        raise UserError(f"run {str(path.parent)!r} is damaged: {path.name} cannot be read ({error})") from None
 
 
 def _short(value: Any) -> str:

@@ -15,8 +15,8 @@ LENGTHS = (1024, 8192, 32768, 131072)
 class Savings:
     """Prediction at one prompt length; ratios are SPEED / full depth, so below 1 is better.
 
-    ``speedup_ttft`` is the inverse of ``ttft_ratio``: a quarter less work is 1.33 times as fast. ``kv_bytes`` is the cache
-    of one prompt under SPEED; ``within_positions`` tells whether the model has positions for that length at all.
+    ``speedup_ttft`` is the inverse of ``ttft_ratio``: a quarter less work is 1.33 times as fast. ``kv_bytes`` is the
+    cache of one prompt under SPEED; ``within_positions`` tells whether the model has positions for that length at all.
     """
 
     n_prompt: int

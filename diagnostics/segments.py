@@ -25,9 +25,7 @@ class Segments:
     label: Tensor
 
     @classmethod
-    def of(
-        cls, attention_mask: Tensor, n_prompt: int | Tensor, anchors: int = 1, boundary: int = 1
-    ) -> Segments:
+    def of(cls, attention_mask: Tensor, n_prompt: int | Tensor, anchors: int = 1, boundary: int = 1) -> Segments:
         """Label the rows of a batch, padded left, right or not at all.
 
         The first ``anchors`` tokens of a row are its anchors; its last ``boundary`` prompt tokens and what

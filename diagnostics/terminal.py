@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: a recommendation as curves, tables and one sentence. No numbers are made here."""
+"""What a person reads in the terminal: curves, tables and one sentence. No numbers are made here."""
 
 from collections.abc import Iterator, Sequence
 
@@ -65,9 +65,7 @@ def _curves(run: Run, recommendation: Recommendation | None = None) -> Iterator[
         values = means[column].to_numpy()
         if np.isfinite(values).any():
             # Layer 0 turns embeddings into a residual; on its scale nothing else would show.
-            top = np.nanmax(
-                values[1:] if column in ("prompt_contribution", "drift_prompt_centred") else values
-            )
+            top = np.nanmax(values[1:] if column in ("prompt_contribution", "drift_prompt_centred") else values)
             grid.add_row(label, bars(values, top), f"0 .. {top:.2g}")
     losses = run.cutoffs.groupby("cutoff")["kl"].mean().to_numpy()
     grid.add_row("loss if cut above, KL", bars(losses, losses.max()), f"0 .. {losses.max():.2g}")
@@ -138,7 +136,7 @@ def _loss_table(recommendation: Recommendation) -> Table:
         table.add_column(heading, justify="right")
     for row in recommendation.evidence[max(0, cutoff - 1 - NEIGHBOURS) : min(n_layers, cutoff + NEIGHBOURS)]:
         bound = "-" if row["kl_bound"] is None else f"{row['kl_bound']:.4f}"
-        verdict = {True: "met", False: "missed", None: ""}[row["admissible"]]
+        verdict = "met" if row["admissible"] else "missed"
         table.add_row(
             f"{row['cutoff']}",
             f"{row['kl']:.4f}",
@@ -157,7 +155,7 @@ def _savings_table(recommendation: Recommendation) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    for heading in ("prompt tokens", "TTFT", "", "TPOT", "KV cache", "KV bytes"):
+    for heading in ("prompt tokens", "TTFT", "", "TPOT", "KV", "KV bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in recommendation.data["predicted"]:
         beyond = "" if row["within_positions"] else " *"
@@ -178,9 +176,8 @@ def _savings_table(recommendation: Recommendation) -> Table:
 def _sentence(recommendation: Recommendation) -> Text:
     data, cutoff = recommendation.data, recommendation.cutoff
     text = Text(f"\nRecommended cutoff: {cutoff} of {data['n_layers']} layers", style="bold")
-    text.append(
-        f" ({data['depth_fraction']:.0%} of the depth, {data['anchors']} anchor token(s))", style="not bold"
-    )
+    anchors = "1 anchor" if data["anchors"] == 1 else f"{data['anchors']} anchors"
+    text.append(f" ({data['depth_fraction']:.0%} of the depth, {anchors})", style="not bold")
     agreement = data["agreement"]
     said = [
         f"{name} says {k}"

@@ -8,9 +8,7 @@ from diagnostics.probes.base import PromptContext
 from diagnostics.readout import Readout
 
 
-def observe(
-    lm, prompt_ids, reference_ids=None, *, n_anchors=1, n_decode=12, evidence=(), capture=HooksCapture
-):
+def observe(lm, prompt_ids, reference_ids=None, *, n_anchors=1, n_decode=12, evidence=(), capture=HooksCapture):
     n_anchors = min(n_anchors, len(prompt_ids) - 1)
     context = PromptContext(
         layout=Layout(n_anchors, len(prompt_ids)),

@@ -154,9 +154,7 @@ class Reference:
             bound.arguments["attention_mask"] = mask.masked_fill(hide, torch.finfo(mask.dtype).min)
             return bound.args, bound.kwargs
 
-        handles = [
-            layer.register_forward_pre_hook(replace, with_kwargs=True) for layer in self.layers[cutoff:]
-        ]
+        handles = [layer.register_forward_pre_hook(replace, with_kwargs=True) for layer in self.layers[cutoff:]]
         try:
             yield
         finally:

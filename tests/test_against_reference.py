@@ -95,9 +95,7 @@ def test_logit_lens(case):
     positions = spaced(N_DECODE, N_POSITIONS).tolist()
     read = readout(family)
     log_p = reference.lens_log_probs(N_LAYERS - 1, read, positions)
-    np.testing.assert_allclose(
-        log_p, reference.logits[reference.decode][positions].log_softmax(-1), atol=1e-9
-    )
+    np.testing.assert_allclose(log_p, reference.logits[reference.decode][positions].log_softmax(-1), atol=1e-9)
     top = log_p.argmax(-1)
     agree, previous = [], None
     for layer in range(N_LAYERS):
@@ -158,9 +156,7 @@ def test_sweep_with_other_anchors(family, n_anchors):
     effective = min(n_anchors, N_PROMPT - 1)
     reference = reference_of(lm, ids[:-1], n_anchors=effective)
     assert_sweep_equals_masked_pass(reference, target, cutoffs, range(1, N_LAYERS + 1))
-    np.testing.assert_allclose(
-        layers["mass_anchor"][2], reference.masses(2)["mass_anchor"].mean(), atol=TOLERANCE
-    )
+    np.testing.assert_allclose(layers["mass_anchor"][2], reference.masses(2)["mass_anchor"].mean(), atol=TOLERANCE)
     if n_anchors == 60:  # everything is anchor, so nothing is cut
         assert cutoffs["kl"].max() == pytest.approx(0, abs=1e-5)
 

@@ -54,9 +54,7 @@ def test_the_seed_decides_everything_and_nothing_else_does():
 
 
 def test_another_process_makes_the_same_set():
-    program = (
-        "from diagnostics.prompts import load_prompts; print(load_prompts(context_length=99).fingerprint)"
-    )
+    program = "from diagnostics.prompts import load_prompts; print(load_prompts(context_length=99).fingerprint)"
     output = subprocess.run(
         [sys.executable, "-c", program],
         env={"PYTHONHASHSEED": "7"},

@@ -28,9 +28,7 @@ def case(smollm):
     outcome, layers, heads, cutoffs = observe(smollm, prompt, n_decode=N_DECODE)
     target = outcome.reference_ids.tolist()
     anatomy = smollm.anatomy
-    reference = Reference(
-        smollm.model, anatomy.layers, anatomy.attentions, [*prompt, *target[:-1]], len(prompt), 1
-    )
+    reference = Reference(smollm.model, anatomy.layers, anatomy.attentions, [*prompt, *target[:-1]], len(prompt), 1)
     assert 450 < reference.total <= 500
     return smollm, reference, target, layers, heads, cutoffs
 
@@ -38,9 +36,7 @@ def case(smollm):
 def test_generated_reference_is_the_greedy_continuation(case):
     lm, reference, target, *_ = case
     ids = torch.tensor([reference.ids[0, : reference.n_prompt].tolist()])
-    stock = lm.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_DECODE, do_sample=False
-    )
+    stock = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_DECODE, do_sample=False)
     assert stock[0, ids.shape[1] :].tolist() == target
 
 

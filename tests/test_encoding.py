@@ -69,9 +69,7 @@ def test_chat_template_is_applied_once():
 
 
 def test_without_a_template_messages_become_paragraphs():
-    prompt = Prompt(
-        "p", messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
-    )
+    prompt = Prompt("p", messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}))
     encoded = encode_prompt(prompt, BYTES)
     assert encoded.text == "system: Be brief.\n\nuser: Hi\n\nassistant:"
     assert BYTES.decode(encoded.token_ids) == "<s>" + encoded.text
@@ -112,9 +110,7 @@ def test_reference_is_tokenized_bare_and_cut():
 
 def test_a_text_that_fits_exactly_is_taken_and_one_more_is_refused():
     assert encode_prompt(Prompt("p", text="a" * 9), BYTES, limit=10).n_prompt == 10
-    with pytest.raises(
-        PromptTooLong, match=r"^prompt 'p' has 11 tokens, but 10 fit: shorten it, decode fewer"
-    ):
+    with pytest.raises(PromptTooLong, match=r"^prompt 'p' has 11 tokens, but 10 fit: shorten it, decode fewer"):
         encode_prompt(Prompt("p", text="a" * 10), BYTES, limit=10, context_length=20)
     with pytest.raises(PromptTooLong, match="ask for a context length of at least 11"):
         encode_prompt(Prompt("p", text="a" * 10), BYTES, limit=20, context_length=10)
@@ -130,9 +126,7 @@ def test_a_prompt_too_long_without_its_document_names_the_least_length():
 
 def test_a_set_names_its_longest_prompt():
     prompts = tuple(Prompt(name, text="a" * size) for name, size in [("x", 40), ("y", 90), ("z", 5)])
-    with pytest.raises(
-        UserError, match=r"^prompt 'y' has 91 tokens.* at least 91 \(2 of 3 prompts do not fit\)$"
-    ):
+    with pytest.raises(UserError, match=r"^prompt 'y' has 91 tokens.* at least 91 \(2 of 3 prompts do not fit\)$"):
         encode_prompts(PromptSet(prompts, "set", context_length=20), BYTES)
     with pytest.raises(PromptTooLong, match=r"^prompt 'x' has 41 tokens, but 20 fit: ask[^()]*$"):
         encode_prompts(PromptSet(prompts[::2], "set", context_length=20), BYTES)
@@ -196,19 +190,13 @@ documents = st.builds(
 
 
 @settings(deadline=None)
-@given(
-    documents, st.integers(1, 900), st.sampled_from([BYTES, BARE, CHAT]), st.sampled_from(["word", "line"])
-)
+@given(documents, st.integers(1, 900), st.sampled_from([BYTES, BARE, CHAT]), st.sampled_from(["word", "line"]))
 def test_never_above_the_limit_and_never_much_below(document, limit, tokenizer, cut):
     inserts = (Insert(0.2, "Needle one."), Insert(0.9, "Needle two."))
-    prompt = user(
-        "Front {document} back?", document=document, inserts=inserts, cut=cut, evidence=("Needle two.",)
-    )
+    prompt = user("Front {document} back?", document=document, inserts=inserts, cut=cut, evidence=("Needle two.",))
     least = encode_prompt(Prompt("p", messages=prompt.fill("")), tokenizer).n_prompt
     if limit < least:
-        with pytest.raises(
-            PromptTooLong, match=f"has {least} tokens, even without its document, but {limit} "
-        ):
+        with pytest.raises(PromptTooLong, match=f"has {least} tokens, even without its document, but {limit} "):
             encode_prompt(prompt, tokenizer, limit=limit)
         return
     encoded = encode_prompt(prompt, tokenizer, limit=limit)

@@ -39,9 +39,7 @@ def test_a_file_with_every_field(tmp_path):
 
 def test_byte_order_mark_blank_lines_line_ends_and_nulls(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_bytes(
-        b'\xef\xbb\xbf{"text": "one", "id": null}\r\n\r\n  \n{"text": "two\xe2\x80\xa8lines"}\r\n'
-    )
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one", "id": null}\r\n\r\n  \n{"text": "two\xe2\x80\xa8lines"}\r\n')
     assert [(p.id, p.text) for p in load_prompts(path)] == [("line-1", "one"), ("line-4", "two\u2028lines")]
 
 
@@ -125,9 +123,7 @@ def test_sources_that_are_no_prompt_file(tmp_path):
             load_prompts(source)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"max_prompts": 0}, {"context_length": 15}, {"context_length": 2**20 + 1}]
-)
+@pytest.mark.parametrize("arguments", [{"max_prompts": 0}, {"context_length": 15}, {"context_length": 2**20 + 1}])
 def test_numbers_out_of_range_are_refused(arguments):
     with pytest.raises(UserError, match=f"{next(iter(arguments))} is {next(iter(arguments.values()))}: "):
         load_prompts("builtin", **arguments)
@@ -140,9 +136,7 @@ def test_a_set_is_an_immutable_sequence(tmp_path):
     path = written(tmp_path, *({"text": text} for text in "abc"))
     prompts = load_prompts(path, context_length=99, seed=5)
     assert (prompts.name, prompts.context_length, prompts.seed) == ("prompts.jsonl", 99, None)
-    assert (
-        [p.text for p in prompts] == [prompts[0].text, prompts[1].text, prompts[-1].text] == ["a", "b", "c"]
-    )
+    assert [p.text for p in prompts] == [prompts[0].text, prompts[1].text, prompts[-1].text] == ["a", "b", "c"]
     tail = prompts[1:]
     assert isinstance(tail, PromptSet)
     assert (len(tail), tail.context_length) == (2, 99)

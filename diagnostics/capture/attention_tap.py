@@ -47,11 +47,11 @@ def attention_tap(model: nn.Module, attentions: tuple[nn.Module, ...], handler: 
 
     ``handler`` returns what the attention should return, usually ``call.proceed()``.
     """
-    # Each configuration by itself: the public setter would also overwrite sub-configurations, and undo not restore them.
+    # Each configuration by itself: the public setter would overwrite sub-configurations too, past undoing.
     held = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     configs = [config for config in held if hasattr(config, "_attn_implementation_internal")]
     before = [(config, config._attn_implementation_internal) for config in configs]
-    inner = attentions[0].config._attn_implementation
+    inner: str = model.config._attn_implementation  # type: ignore[union-attr, assignment]
     tapped = _register(inner)
 
     for module in attentions:

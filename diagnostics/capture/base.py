@@ -108,8 +108,8 @@ class AttentionRows:
 class DecodeRows:
     """Layer ``layer`` as the decode-phase rows run through it: residuals before and after, each [n_decode, width].
 
-    ``branch`` runs the same layer on other residuals of the same positions, [branches, n_decode, width], that see the
-    anchors' keys and their own branch and nothing of the prompt: an upper layer of SPEED.
+    ``branch`` runs the same layer on other residuals of the same positions, [branches, n_decode, width], that see
+    the anchors' keys and their own branch and nothing of the prompt: an upper layer of SPEED.
     """
 
     layer: int
@@ -121,7 +121,7 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one prompt: the model's own logits of the decode rows, float32 [n_decode, vocab], and the reference."""
+    """The end of one prompt: the model's own logits of the decode rows, float32 [n_decode, vocab], and reference ids."""
 
     logits: Tensor
     reference_ids: Tensor
@@ -156,6 +156,6 @@ class Capture(Protocol):
     ) -> Outcome:
         """Take one prompt through the model.
 
-        Without ``reference_ids`` the reference is the model's greedy continuation, at most ``n_decode`` tokens, ended by
-        the end-of-sequence token (which counts). The prompt runs through the model once either way.
+        Without ``reference_ids`` the reference is the model's greedy continuation, at most ``n_decode`` tokens, ended
+        by the end-of-sequence token (which counts). The prompt runs through the model once either way.
         """

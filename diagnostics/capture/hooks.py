@@ -81,9 +81,7 @@ class HooksCapture:
 class _Taps:
     """The hooks of one prompt: what each pass reads, and what the decode pass needs from the context pass."""
 
-    def __init__(
-        self, lm: LoadedModel, observers: Sequence[Observer], *, n_context: int, n_anchors: int
-    ) -> None:
+    def __init__(self, lm: LoadedModel, observers: Sequence[Observer], *, n_context: int, n_anchors: int) -> None:
         self.anatomy, self.model, self.name = lm.anatomy, lm.model, lm.name
         self.observers = observers
         self.n_context, self.n_anchors = n_context, n_anchors

@@ -1,12 +1,14 @@
 """Where the decode-phase queries look, how selectively, and how much they take.
 
-Only the decode rows are computed beside the model's own fused attention: in float32, one KV head and a bounded block of
-queries at a time. Mass alone misleads, since attention sinks sit on common tokens and late layers may look at the prompt and
-take nothing: *selectivity* tells queries that look at different tokens from a sink that all of them share, and
-*contribution* weighs what is written to the residual.
+Only the decode rows are computed beside the model's own fused attention: in float32, one KV head and a bounded
+block of queries at a time. Mass alone misleads, since attention sinks sit on common tokens and late layers may look
+at the prompt and take nothing: *selectivity* tells queries that look at different tokens from a sink that all of them
+share, and *contribution* weighs what is written to the residual.
 """
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ class AttentionMass(Probe):
     """Attention of decode queries to anchors, prompt and decode, per layer and head."""
 
     name = "attention_mass"
-    describes = {
+    describes: ClassVar[Mapping[str, str]] = {
         "mass_anchor": "attention weight on the anchors, mean over decode queries (and heads), 0..1",
         "mass_prompt": "attention weight on the prompt, 0..1",
         "mass_decode": "attention weight on decode-phase tokens, 0..1",
@@ -70,9 +72,7 @@ def mean_over_heads(column: np.ndarray) -> np.ndarray:
     """Mean over the last axis of what is not NaN (a head whose window ends after the prompt); NaN if nothing is."""
     counted = np.isfinite(column)
     total = np.where(counted, column, 0).sum(axis=-1)
-    return np.divide(
-        total, counted.sum(axis=-1), out=np.full(total.shape, np.nan), where=counted.any(axis=-1)
-    )
+    return np.divide(total, counted.sum(axis=-1), out=np.full(total.shape, np.nan), where=counted.any(axis=-1))
 
 
 def attend(
@@ -87,11 +87,11 @@ def attend(
     [n_decode, heads, head_dim] before the output projection. ``tile_bytes`` bounds the weights held at once.
     """
     parts = [
-        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes)
-        for kv_head in range(attention.key.shape[0])
+        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes) for kv_head in range(attention.key.shape[0])
     ]
     columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
-    from_prompt, total = (torch.cat([part[i] for part in parts]).transpose(0, 1) for i in (1, 2))
+    from_prompt = torch.cat([part[1] for part in parts]).transpose(0, 1)
+    total = torch.cat([part[2] for part in parts]).transpose(0, 1)
     return columns, from_prompt, total
 
 
@@ -125,10 +125,8 @@ def _attend_kv_head(
         per_query["mass_decode"].append(a[..., decode].sum(-1))
         # Not torch.special.entr, which is several times as slow; weights of 0 still give 0.
         per_query["entropy"].append(-on_prompt.clamp_min(TINY).log_().mul_(on_prompt).sum(-1))
-        per_query["evidence_mass"].append(
-            sum((a[..., i:j].sum(-1) for i, j in evidence), a.new_zeros(a.shape[:2]))
-        )
-        token_mass += on_prompt.sum(1)
+        per_query["evidence_mass"].append(sum((a[..., i:j].sum(-1) for i, j in evidence), a.new_zeros(a.shape[:2])))
+        token_mass.add_(on_prompt.sum(1))
         from_prompt = on_prompt @ value[prompt]
         outputs[0].append(from_prompt)
         outputs[1].append(from_prompt + a[..., anchors] @ value[anchors] + a[..., decode] @ value[decode])
@@ -140,15 +138,12 @@ def _attend_kv_head(
 
     query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}
     columns = {name: query[name].mean(-1) for name in ("mass_anchor", "mass_prompt", "mass_decode")}
-    columns["mass_sink"] = (
-        1 - sum(columns.values()) if attention.sinks is not None else columns["mass_prompt"] * 0
-    )
+    rest = 1 - columns["mass_anchor"] - columns["mass_prompt"] - columns["mass_decode"]
+    columns["mass_sink"] = rest if attention.sinks is not None else rest * 0
     columns["selectivity"] = query["variation"].mean(-1)
     columns["prompt_entropy"] = _entropy(query["entropy"], query["mass_prompt"], layout.n_segment)
     columns["prompt_top5"] = _top_share(token_mass)
-    columns["evidence_mass"] = (
-        query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
-    )
+    columns["evidence_mass"] = query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
     return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1)
 
 

@@ -4,7 +4,9 @@ Raw cosines hide the change: on many models a few outlier dimensions hold half o
 cosine subtracts the mean over prompt positions first and shows the structure.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ class Drift(Probe):
     """Change of the residual from layer to layer, for prompt and decode positions."""
 
     name = "drift"
-    describes = {
+    describes: ClassVar[Mapping[str, str]] = {
         "drift_prompt": "mean over prompt positions of 1 - cos(h_l, h_l+1), 0..2",
         "drift_prompt_centred": "the same after subtracting the mean over prompt positions from each, 0..2",
         "update_prompt": "mean over prompt positions of |h_l+1 - h_l| / |h_l|, >= 0",

@@ -5,6 +5,9 @@ divergence in lower layers is a shift of basis; the *translated* lens removes th
 position, by adding the mean over prompt positions of h_L - h_l+1. Nothing is trained.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ class LogitLens(Probe):
     """Distance of every layer's prediction from the last layer's."""
 
     name = "logit_lens"
-    describes = {
+    describes: ClassVar[Mapping[str, str]] = {
         "lens_kl": "KL(final || lens after layer l), mean over lens positions, nats, >= 0",
         "lens_top1": "share of lens positions where the lens's top token is the final one, 0..1",
         "lens_rank": "rank of the final top token under the lens, median over lens positions, 0 is top",

@@ -4,6 +4,9 @@ FastKV (arXiv 2502.01068) keeps the prompt tokens that the last few prompt queri
 layer l are those of the layers above it, a choice made at layer l holds: token importance has stabilised.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ class Saliency(Probe):
     """Overlap of the most salient prompt tokens between layers."""
 
     name = "saliency"
-    describes = {
+    describes: ClassVar[Mapping[str, str]] = {
         "saliency_overlap": "overlap of the top 20% of prompt tokens with those of each later layer, mean over later "
         "layers, 0..1 (0.2 by chance); NaN in the last layer",
         "saliency_overlap_next": "overlap with the next layer alone, 0..1; NaN in the last layer",
@@ -47,8 +50,8 @@ class Saliency(Probe):
 def saliency_scores(attention: AttentionRows, n_prompt: int) -> Tensor:
     """Score prompt tokens as FastKV does: [n_prompt - window], empty for prompts not longer than the window.
 
-    Attention of the last ``window`` prompt queries, softmax over the whole prompt, summed over queries; max-pooled along
-    the tokens with kernel 7; summed over heads.
+    Attention of the last ``window`` prompt queries, softmax over the whole prompt, summed over queries; max-pooled
+    along the tokens with kernel 7; summed over heads.
     """
     window, group = attention.n_window, attention.query.shape[0] // attention.key.shape[0]
     kept = n_prompt - window
@@ -63,7 +66,7 @@ def saliency_scores(attention: AttentionRows, n_prompt: int) -> Tensor:
 
 
 def top_overlap(scores: Tensor) -> np.ndarray:
-    """Return the share of top tokens that each pair of layers has in common: [L, tokens] -> [L, L]; NaN without tokens."""
+    """Return the share of top tokens each pair of layers has in common: [L, tokens] -> [L, L]; NaN without tokens."""
     n_layers, n_tokens = scores.shape
     if n_tokens == 0:
         return np.full((n_layers, n_layers), np.nan)
