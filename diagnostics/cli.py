@@ -1,5 +1,6 @@
 """The command: parses, calls, prints."""
 
+import io
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,11 +22,11 @@ from diagnostics.errors import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
 RUNS = Path("runs")
+INTERRUPTED = 130  # exit status, as shells have it for SIGINT
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     help="How deep must a prompt go? Layer diagnostics and the SPEED cutoff for decoder-only language models.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -41,7 +42,7 @@ ContextLength = Annotated[
 ]
 DecodeTokens = Annotated[int, typer.Option(help="reference tokens per prompt")]
 Anchors = Annotated[int, typer.Option(help="leading tokens that keep their KV in all layers")]
-Seed = Annotated[int, typer.Option(help="seed of the built-in prompts and of the bootstrap")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of the built-in prompts and of the bootstrap")]
 Backend = Annotated[str, typer.Option(help="how activations are read: hooks")]
 Device = Annotated[str, typer.Option(help="auto, map (spread over GPUs), cpu, cuda, cuda:1, mps")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
@@ -122,20 +123,24 @@ def recommend(
     rules = _region_rules(region_rule or [])
     # Before the model runs for minutes: these say in one line what is wrong with the goals.
     Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence)
-    run = load_run(model) if (Path(model) / MANIFEST).is_file() else _diagnose(arguments)
+    # os.path, unlike pathlib, takes a name that is too long for one that is not there.
+    run = load_run(model) if os.path.isfile(os.path.join(model, MANIFEST)) else _diagnose(arguments)
     from diagnostics.recommend import recommend as recommend_cutoff
 
-    recommendation = recommend_cutoff(
-        run,
-        max_kl=max_kl,
-        max_nll_increase=max_nll_increase,
-        min_agreement=min_agreement,
-        kv_budget=kv_budget,
-        confidence=confidence,
-        rules=rules,
-        seed=seed,
-    )
     assert run.path is not None
+    try:
+        recommendation = recommend_cutoff(
+            run,
+            max_kl=max_kl,
+            max_nll_increase=max_nll_increase,
+            min_agreement=min_agreement,
+            kv_budget=kv_budget,
+            confidence=confidence,
+            rules=rules,
+            seed=seed,
+        )
+    except UserError as error:
+        raise UserError(f"{error} (what was measured is in {str(run.path)!r})") from None
     recommendation.save(run.path / RECOMMENDATION)
     if json:
         print(recommendation.to_json())
@@ -153,7 +158,9 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
         raise UserError("--resume needs --out: the folder of the run to continue")
     out = a["out"] or RUNS / f"{_slug(a['model'])}_{datetime.now():%Y-%m-%dT%H-%M-%S}"
     from diagnostics.prompts import load_prompts
+    from diagnostics.results import require_place
 
+    require_place(out, resume=a["resume"])  # before a large model is loaded
     prompt_set = load_prompts(
         a["prompts"], max_prompts=a["max_prompts"], context_length=a["context_length"], seed=a["seed"]
     )
@@ -168,18 +175,21 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
         revision=a["revision"],
         trust_remote_code=a["trust_remote_code"],
     )
-    with _progress(f"diagnosing {lm.name}") as progress:
-        return run_diagnosis(
-            lm,
-            prompt_set,
-            decode_tokens=a["decode_tokens"],
-            anchors=a["anchors"],
-            backend=a["backend"],
-            out=out,
-            resume=a["resume"],
-            progress=progress,
-            arguments={k: str(v) if isinstance(v, Path) else v for k, v in a.items()},
-        )
+    try:
+        with _progress(f"diagnosing {lm.name}") as progress:
+            return run_diagnosis(
+                lm,
+                prompt_set,
+                decode_tokens=a["decode_tokens"],
+                anchors=a["anchors"],
+                backend=a["backend"],
+                out=out,
+                resume=a["resume"],
+                progress=progress,
+                arguments={k: str(v) if isinstance(v, Path) else v for k, v in a.items()},
+            )
+    except KeyboardInterrupt:
+        _fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
 
 
 @contextmanager
@@ -217,28 +227,37 @@ def _slug(model: str) -> str:
 
 def _quiet() -> None:
     """Keep the libraries' own progress bars and advice out of what the user reads."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="transformers|torch")
+    # Their environment variables would be too late: both are imported by now.
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    hub_logging.set_verbosity_error()
 
 
 def main() -> None:
     """Entry point: what is wrong with the input is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode gets "?" for the bars
     try:
-        status = app(standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
         _fail(str(error))
     except ClickException as error:
         _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; what is finished is kept, continue with --resume", 130)
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        _fail("interrupted", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, status: int = 2) -> None:
+def _fail(message: str, status: int = 2) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

@@ -98,10 +98,12 @@ class AttentionRows:
         # Nearly all keys are visible to all rows, unless a window slides: only the others are touched.
         hidden = self._hidden[rows, self._first_hidden : n_keys]
         scores[..., self._first_hidden :].masked_fill_(hidden, -torch.inf)
-        if self.sinks is None:
-            return scores.softmax(-1)
-        sinks = self.sinks[heads, None, None].float().expand(-1, scores.shape[1], 1)
-        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+        # A softmax in place: fresh memory for a second tile costs more than the arithmetic.
+        peak = scores.amax(-1, keepdim=True)
+        total = scores.sub_(peak).exp_().sum(-1, keepdim=True)
+        if self.sinks is not None:
+            total += (self.sinks[heads, None, None].float() - peak).exp()
+        return scores.div_(total)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one prompt: the model's own logits of the decode rows, float32 [n_decode, vocab], and reference ids."""
+    """The end of one prompt: the model's logits of the decode rows, float32 [n_decode, vocab], and reference ids."""
 
     logits: Tensor
     reference_ids: Tensor

@@ -1,9 +1,8 @@
 """The default capture: module hooks for residuals, the attention interface for queries and keys.
 
-Two forward passes share one KV cache. The *context pass* runs all prompt tokens but the last, with the model's own
-fused attention; the *decode pass* runs the decode-phase rows as one chunk against the cache, so its queries are exactly
-the rows that the probes want. A reference, when none is given, is generated from the same cache in between and rolled
-back. The context pass runs once, whatever follows.
+With a given reference, prompt and reference run as one forward pass. Without one, the context runs first into a KV
+cache; the greedy continuation is generated from that cache and rolled back; then the decode-phase rows run as one chunk
+against it. The prompt runs through the model once either way, with the model's own fused attention.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,8 @@ from diagnostics.models import LoadedModel
 
 # Query rows before the first decode row that are kept for the saliency window: FastKV's window of 8, less the last.
 N_WINDOW = 8
+# What layers get per position besides their input; anything else unknown fails by its shape.
+PER_POSITION = {"position_embeddings", "position_ids"}
 
 
 class HooksCapture:
@@ -43,20 +44,24 @@ class HooksCapture:
         n_anchors: int,
     ) -> Outcome:
         """Take one prompt through the model; see `diagnostics.capture.base.Capture`."""
-        prompt = torch.tensor([prompt_ids], device=self.lm.device)
+        model, prompt = self.lm.model, torch.tensor([prompt_ids], device=self.lm.device)
+        taps = _Taps(self.lm, observers, n_prompt=prompt.shape[1], n_anchors=n_anchors)
         # A plain cache keeps every position in every layer, also where the model's own would forget (sliding windows).
-        cache = DynamicCache()
-        taps = _Taps(self.lm, observers, n_context=prompt.shape[1] - 1, n_anchors=n_anchors)
-        if prompt.shape[1] > 1:
-            with taps.context_pass():
-                self.lm.model.base_model(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
-        if reference_ids is None:
-            reference = self._greedy(prompt[:, -1:], cache, n_decode)
+        cache = None if reference_ids is not None else DynamicCache()
+        if cache is None:
+            reference = torch.tensor(list(reference_ids or ())[:n_decode], device=self.lm.device)
+            rows = torch.cat([prompt[0], reference[:-1]])[None]
         else:
-            reference = torch.tensor(list(reference_ids)[:n_decode], device=self.lm.device)
-        rows = torch.cat([prompt[0, -1:], reference[:-1]])[None]
-        with taps.decode_pass():
-            logits = self.lm.model(input_ids=rows, past_key_values=cache, use_cache=True).logits[0]
+            if prompt.shape[1] > 1:
+                with taps.forward_pass(first_row=0):
+                    model.base_model(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
+            reference = self._greedy(prompt[:, -1:], cache, n_decode)
+            rows = torch.cat([prompt[0, -1:], reference[:-1]])[None]
+        with taps.forward_pass(first_row=prompt.shape[1] + len(reference) - 1 - rows.shape[1]):
+            logits = model(
+                input_ids=rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=len(reference)
+            ).logits[0]
+        taps.require_all_layers()
         outcome = Outcome(logits.float(), reference)
         for observer in observers:
             observer.on_outcome(outcome)
@@ -66,95 +71,92 @@ class HooksCapture:
         """Continue greedily at full depth and leave the cache as it was found."""
         ends = self.lm.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
-        start, tokens = token, []
+        tokens = []
         for _ in range(n_decode):
             logits = self.lm.model(input_ids=token, past_key_values=cache, use_cache=True).logits
             token = logits[:, -1:].argmax(-1)
             tokens.append(token)
             if token.item() in ends:
                 break
-        if start is not token:
-            cache.crop(-len(tokens))
+        cache.crop(-len(tokens))
         return torch.cat(tokens, dim=1)[0]
 
 
 class _Taps:
-    """The hooks of one prompt: what each pass reads, and what the decode pass needs from the context pass."""
+    """The hooks of one prompt, over one forward pass or two."""
 
-    def __init__(self, lm: LoadedModel, observers: Sequence[Observer], *, n_context: int, n_anchors: int) -> None:
+    def __init__(self, lm: LoadedModel, observers: Sequence[Observer], *, n_prompt: int, n_anchors: int) -> None:
         self.anatomy, self.model, self.name = lm.anatomy, lm.model, lm.name
         self.observers = observers
-        self.n_context, self.n_anchors = n_context, n_anchors
+        self.n_context, self.n_anchors = n_prompt - 1, n_anchors
         self.index = {module: layer for layer, module in enumerate(self.anatomy.attentions)}
-        # Per layer: the last context queries and, if the mask is not plainly causal, what they may see.
+        # Last context queries of each layer and what they may see, from a pass that ended before the decode rows.
         self.window: dict[int, tuple[Tensor, Tensor]] = {}
+        # Attention of the decode rows in the layer that is running.
         self.attention: AttentionRows | None = None
-        self.anchor_kv: tuple[Tensor, Tensor, Tensor] | None = None
+        self.seen: set[int] = set()
         self.branching = False
 
     @contextmanager
-    def context_pass(self) -> Iterator[None]:
-        """Feed ``on_context`` and keep the last query rows of every layer."""
-
-        def on_attention(call: AttentionCall) -> tuple[Tensor, Any]:
-            n_rows = min(N_WINDOW - 1, self.n_context)
-            visible = _visible(call, first_row=0, rows=slice(self.n_context - n_rows, self.n_context))
-            # clone: a view would keep all queries of the layer alive.
-            self.window[self.index[call.module]] = call.query[0, :, -n_rows:].clone(), visible
-            return call.proceed()
-
-        def on_layer(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            rows = ContextRows(layer, _residual_in(args, kwargs)[0], _residual_out(output)[0])
-            for observer in self.observers:
-                observer.on_context(rows)
-
-        with self._hooked(on_attention, on_layer):
-            yield
-        self._require_all(self.window)
-
-    @contextmanager
-    def decode_pass(self) -> Iterator[None]:
-        """Feed ``on_decode``; inside it, observers may run branches through the same layer."""
-        seen: dict[int, bool] = {}
+    def forward_pass(self, first_row: int) -> Iterator[None]:
+        """Watch a forward pass whose first input row is this position."""
+        n_rows_before = max(0, self.n_context - first_row)  # context rows of this pass
 
         def on_attention(call: AttentionCall) -> tuple[Tensor, Any]:
             if self.branching:
                 return self._branch_attention(call)
-            layer = self.index[call.module]
-            seen[layer] = True
             output, weights = call.proceed()
-            self.attention = self._attention_rows(layer, call, output)
-            self.anchor_kv = (
-                call.key[:, :, : self.n_anchors],
-                call.value[:, :, : self.n_anchors],
-                self.attention.visible[-output.shape[1] :],
-            )
+            layer, early = self.index[call.module], slice(max(0, n_rows_before - N_WINDOW + 1), n_rows_before)
+            if n_rows_before:
+                # clone: a view would keep all queries of the layer alive.
+                self.window[layer] = call.query[0, :, early].clone(), _visible(call, first_row, early)
+            if n_rows_before < call.query.shape[2]:
+                rows = slice(n_rows_before, call.query.shape[2])
+                self.attention = self._attention_rows(layer, call, output, first_row, rows)
+                self.seen.add(layer)
             return output, weights
 
         def on_layer(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.branching:
                 return
-            assert self.attention is not None
-            rows = DecodeRows(
-                layer,
-                _residual_in(args, kwargs)[0],
-                _residual_out(output)[0],
-                self.attention,
-                lambda hidden: self._branch(layer, args, kwargs, hidden),
-            )
-            for observer in self.observers:
-                observer.on_decode(rows)
+            before, after = _residual_in(args, kwargs)[0], _residual_out(output)[0]
+            if n_rows_before:
+                context = ContextRows(layer, before[:n_rows_before], after[:n_rows_before])
+                for observer in self.observers:
+                    observer.on_context(context)
+            if self.attention is not None:
 
-        with self._hooked(on_attention, on_layer):
+                def branch(hidden: Tensor) -> Tensor:
+                    return self._branch(layer, args, kwargs, hidden, n_rows_before)
+
+                decode = DecodeRows(layer, before[n_rows_before:], after[n_rows_before:], self.attention, branch)
+                for observer in self.observers:
+                    observer.on_decode(decode)
+                self.attention = None
+
+        with ExitStack() as stack:
+            for layer, module in enumerate(self.anatomy.layers):
+                stack.callback(_after(module, layer, on_layer))
+            stack.enter_context(attention_tap(self.model, self.anatomy.attentions, on_attention))
             yield
-        self._require_all(seen)
 
-    def _attention_rows(self, layer: int, call: AttentionCall, output: Tensor) -> AttentionRows:
-        query, visible = call.query[0], _visible(call, first_row=self.n_context)
+    def require_all_layers(self) -> None:
+        """Refuse a model in which a layer's attention was not seen; raise UserError."""
+        missing = sorted(set(range(self.anatomy.n_layers)) - self.seen)
+        if missing:
+            raise UserError(
+                f"model {self.name!r} cannot be diagnosed: the attention of layer {missing[0]} "
+                "did not run through transformers' attention interface"
+            )
+
+    def _attention_rows(
+        self, layer: int, call: AttentionCall, output: Tensor, first_row: int, rows: slice
+    ) -> AttentionRows:
+        query, visible = call.query[0, :, rows], _visible(call, first_row, rows)
         if layer in self.window:
-            early_query, early_visible = self.window[layer]
+            early_query, early_visible = self.window.pop(layer)
             query = torch.cat([early_query, query], dim=1)
-            # Context rows cannot see the decode-phase keys that came after them.
+            # Context rows cannot see the keys of a later pass.
             early_visible = nn.functional.pad(early_visible, (0, visible.shape[1] - early_visible.shape[1]))
             visible = torch.cat([early_visible, visible])
         return AttentionRows(
@@ -165,21 +167,23 @@ class _Taps:
             scaling=call.options.get("scaling") or query.shape[-1] ** -0.5,
             softcap=call.options.get("softcap"),
             sinks=call.options.get("s_aux"),
-            output=output[0],
+            output=output[0, rows],
             project=_without_bias(self.anatomy.output_projections[layer]),
         )
 
-    def _branch(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
-        """Run ``layer`` on [branches, n_decode, width] with the arguments of the decode pass, but no cache."""
-        place = {"args": tuple(None if isinstance(a, Cache) else a for a in args)}
+    def _branch(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, first: int) -> Tensor:
+        """Run ``layer`` on [branches, n_decode, width] as the pass ran its rows from ``first`` on; no cache."""
+        arguments = [None if isinstance(a, Cache) else a for a in args]
         options = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-        if "hidden_states" in options:
-            options["hidden_states"] = hidden
+        for name in PER_POSITION & options.keys():
+            options[name] = _rows_from(options[name], first)
+        if arguments:
+            arguments[0] = hidden
         else:
-            place["args"] = (hidden, *place["args"][1:])
+            options["hidden_states"] = hidden
         self.branching = True
         try:
-            return _residual_out(self.anatomy.layers[layer](*place["args"], **options))
+            return _residual_out(self.anatomy.layers[layer](*arguments, **options))
         finally:
             self.branching = False
 
@@ -188,12 +192,13 @@ class _Taps:
 
         Anchors are the first tokens and see only each other, so their upper keys do not depend on the cutoff.
         """
-        assert self.anchor_kv is not None
-        keys, values, visible = self.anchor_kv
-        branches = call.query.shape[0]
-        key = torch.cat([keys.expand(branches, -1, -1, -1), call.key], dim=2)
-        value = torch.cat([values.expand(branches, -1, -1, -1), call.value], dim=2)
-        mask = torch.cat([visible[:, : self.n_anchors], visible[:, self.n_context :]], dim=1)[None, None]
+        full = self.attention
+        assert full is not None
+        anchors, branches = slice(0, self.n_anchors), call.query.shape[0]
+        key = torch.cat([full.key[:, anchors].expand(branches, -1, -1, -1), call.key], dim=2)
+        value = torch.cat([full.value[:, anchors].expand(branches, -1, -1, -1), call.value], dim=2)
+        visible = full.visible[-full.n_decode :]
+        mask = torch.cat([visible[:, anchors], visible[:, self.n_context :]], dim=1)[None, None]
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         if call.options.get("softcap") is not None or call.options.get("s_aux") is not None:
             # Fused attention knows neither; eager attention adds its mask to the scores.
@@ -202,39 +207,27 @@ class _Taps:
         options = call.options | {"is_causal": False}
         return attend(call.module, call.query, key, value, mask, **options)
 
-    @contextmanager
-    def _hooked(
-        self,
-        on_attention: Callable[[AttentionCall], tuple[Tensor, Any]],
-        on_layer: Callable[[int, tuple[Any, ...], dict[str, Any], Any], None],
-    ) -> Iterator[None]:
-        with ExitStack() as stack:
-            for layer, module in enumerate(self.anatomy.layers):
 
-                def hook(
-                    _: nn.Module,
-                    args: tuple[Any, ...],
-                    kwargs: dict[str, Any],
-                    output: Any,
-                    layer: int = layer,
-                ) -> None:
-                    on_layer(layer, args, kwargs, output)
+def _after(
+    module: nn.Module, layer: int, act: Callable[[int, tuple[Any, ...], dict[str, Any], Any], None]
+) -> Callable[[], None]:
+    """Call ``act(layer, args, kwargs, output)`` after every call of ``module``; return what undoes it."""
 
-                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            stack.enter_context(attention_tap(self.model, self.anatomy.attentions, on_attention))
-            yield
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        act(layer, args, kwargs, output)
 
-    def _require_all(self, seen: dict[int, Any]) -> None:
-        missing = [layer for layer in range(self.anatomy.n_layers) if layer not in seen]
-        if missing:
-            raise UserError(
-                f"model {self.name!r} cannot be diagnosed: the attention of layer {missing[0]} "
-                "did not run through transformers' attention interface"
-            )
+    return module.register_forward_hook(hook, with_kwargs=True).remove
 
 
-def _visible(call: AttentionCall, first_row: int, rows: slice = slice(None)) -> Tensor:
-    """Return which keys the query rows may see, bool [rows, keys], from whatever mask the model passed."""
+def _rows_from(value: Any, first: int) -> Any:
+    """Drop the first rows of what a layer gets per position: [batch, position, ...], or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(_rows_from(part, first) for part in value)
+    return value[:, first:] if isinstance(value, Tensor) else value
+
+
+def _visible(call: AttentionCall, first_row: int, rows: slice) -> Tensor:
+    """Return which keys these query rows may see, bool [rows, keys], from whatever mask the model passed."""
     n_keys = call.key.shape[2]
     if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
         mask = call.mask[0, 0, rows, :n_keys]

@@ -18,7 +18,10 @@ from diagnostics.capture.base import AttentionRows, DecodeRows, Layout
 from diagnostics.errors import UserError
 from diagnostics.probes.base import Columns, Measured, Probe, PromptContext
 
-TILE_BYTES = 32 << 20
+# Weights computed at once: what stays in a processor's cache, or what keeps a GPU busy.
+TILE_BYTES = {"cpu": 1 << 20, "mps": 64 << 20, "cuda": 256 << 20}
+# Weights of one KV head that may wait for the second round; beyond, they are computed twice.
+KEEP_BYTES = 256 << 20
 TOP_SHARE = 0.05
 TINY = torch.finfo(torch.float32).tiny
 PER_QUERY = ("mass_anchor", "mass_prompt", "mass_decode", "entropy", "evidence_mass", "variation")
@@ -79,15 +82,18 @@ def attend(
     attention: AttentionRows,
     layout: Layout,
     evidence: tuple[tuple[int, int], ...] = (),
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
+    keep_bytes: int = KEEP_BYTES,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Recompute the decode rows' attention by segments.
 
     Returns per-head columns [heads], the prompt part of the head outputs and the whole of them, both float32
-    [n_decode, heads, head_dim] before the output projection. ``tile_bytes`` bounds the weights held at once.
+    [n_decode, heads, head_dim] before the output projection. ``tile_bytes`` and ``keep_bytes`` bound the weights held.
     """
+    tile_bytes = tile_bytes or TILE_BYTES.get(attention.key.device.type, TILE_BYTES["cuda"])
     parts = [
-        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes) for kv_head in range(attention.key.shape[0])
+        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes, keep_bytes)
+        for kv_head in range(attention.key.shape[0])
     ]
     columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     from_prompt = torch.cat([part[1] for part in parts]).transpose(0, 1)
@@ -101,6 +107,7 @@ def _attend_kv_head(
     layout: Layout,
     evidence: tuple[tuple[int, int], ...],
     tile_bytes: int,
+    keep_bytes: int,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """One KV head: columns [group], prompt part and total of the outputs [group, n_decode, head_dim]."""
     value = attention.value[kv_head].float()
@@ -111,29 +118,32 @@ def _attend_kv_head(
     block = max(1, min(n_decode, tile_bytes // (4 * group * n_keys)))
     blocks = [slice(first + i, first + min(i + block, n_decode)) for i in range(0, n_decode, block)]
 
-    def weights(rows: slice) -> Tensor:
-        return attention.weights(kv_head, rows)
-
     per_query: dict[str, list[Tensor]] = {name: [] for name in PER_QUERY}
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     token_mass = value.new_zeros(group, layout.n_segment)
+    scratch = value.new_empty(group, block, layout.n_segment)
+    keep = 4 * group * n_decode * n_keys <= keep_bytes
+    kept: list[Tensor] = []
     for rows in blocks:
-        a = weights(rows)
+        a = attention.weights(kv_head, rows)
+        if keep:
+            kept.append(a)
         on_prompt = a[..., prompt]
         per_query["mass_anchor"].append(a[..., anchors].sum(-1))
         per_query["mass_prompt"].append(on_prompt.sum(-1))
         per_query["mass_decode"].append(a[..., decode].sum(-1))
         # Not torch.special.entr, which is several times as slow; weights of 0 still give 0.
-        per_query["entropy"].append(-on_prompt.clamp_min(TINY).log_().mul_(on_prompt).sum(-1))
+        log_a = torch.clamp_min(on_prompt, TINY, out=scratch[:, : on_prompt.shape[1]]).log_()
+        per_query["entropy"].append(-log_a.mul_(on_prompt).sum(-1))
         per_query["evidence_mass"].append(sum((a[..., i:j].sum(-1) for i, j in evidence), a.new_zeros(a.shape[:2])))
         token_mass.add_(on_prompt.sum(1))
         from_prompt = on_prompt @ value[prompt]
         outputs[0].append(from_prompt)
         outputs[1].append(from_prompt + a[..., anchors] @ value[anchors] + a[..., decode] @ value[decode])
-    # The mean over queries must be known first, so several blocks mean a second round.
+    # Total variation from the mean over queries: known only now, hence a second round.
     token_mass /= n_decode
-    for rows in blocks:
-        a = a if len(blocks) == 1 else weights(rows)
+    for i, rows in enumerate(blocks):
+        a = kept[i] if keep else attention.weights(kv_head, rows)
         per_query["variation"].append(a[..., prompt].sub_(token_mass[:, None]).norm(p=1, dim=-1) / 2)
 
     query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}

@@ -15,9 +15,10 @@ from torch import Tensor
 from diagnostics.capture.base import ContextRows, DecodeRows, Outcome
 from diagnostics.probes.base import Measured, Probe, PromptContext
 
-# The lens of 64 positions costs as much as a fifth of a 2000-token forward pass of a small model (its vocabulary is
-# most of its weights), so at most this many decode positions, evenly spaced, are read.
-N_POSITIONS = 8
+# The lens of 64 positions costs a fifth of a 2000-token forward pass of a small model, whose vocabulary is much of its
+# weights; so at most this many decode positions of a prompt, evenly spaced, are read. `n_lens_positions` in the prompts
+# table says how many.
+N_POSITIONS = 6
 
 
 class LogitLens(Probe):
