@@ -80,7 +80,7 @@ def diagnose(
         return
     from diagnostics.terminal import show_run
 
-    show_run(run, Console())
+    show_run(run, Console(highlight=False))
     print(f"Run folder: {run.path}")
 
 
@@ -147,7 +147,7 @@ def recommend(
         return
     from diagnostics.terminal import show_recommendation
 
-    show_recommendation(run, recommendation, Console())
+    show_recommendation(run, recommendation, Console(highlight=False))
     print(f"Run folder: {run.path}")
 
 
@@ -165,6 +165,8 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
         a["prompts"], max_prompts=a["max_prompts"], context_length=a["context_length"], seed=a["seed"]
     )
     _quiet()
+    import torch
+
     from diagnostics.diagnose import diagnose as run_diagnosis
     from diagnostics.models import load_model
 
@@ -188,6 +190,8 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
                 progress=progress,
                 arguments={k: str(v) if isinstance(v, Path) else v for k, v in a.items()},
             )
+    except torch.OutOfMemoryError:
+        raise UserError("out of device memory: give a smaller --context-length, or --dtype bfloat16") from None
     except KeyboardInterrupt:
         _fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
 
@@ -250,6 +254,8 @@ def main() -> None:
         _fail(str(error))
     except ClickException as error:
         _fail(error.format_message())
+    except OSError as error:  # such as a full disk below stdout
+        _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:
