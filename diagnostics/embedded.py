@@ -47,7 +47,13 @@ def embedded_model_folder() -> Path:
             "set SPEED_DIAGNOSTICS_CACHE to a folder with 0.6 GB free"
         ) from None
     try:
-        _convert(source, scratch)
+        try:
+            _convert(source, scratch)
+        except Exception as error:  # a full disk reaches us through several libraries
+            raise UserError(
+                f"the embedded model cannot be converted in {target.parent} ({' '.join(str(error).split())}); "
+                "it takes 0.6 GB there, or set SPEED_DIAGNOSTICS_CACHE to another folder"
+            ) from error
         try:
             scratch.rename(target)
         except OSError:

@@ -1,6 +1,7 @@
 """Name, folder, GGUF file or built-in -> a loaded model with its tokenizer and what is known about it."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diagnostics.anatomy import Anatomy, dissect, refuse_config
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError
 
+MESSAGE_LENGTH = 240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,13 +85,16 @@ def load_model(
         refuse_config(config, name)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         spread = device == "map" or (device == "auto" and _exceeds_one_gpu(config, torch_dtype))
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype,
             use_safetensors=None if "gguf_file" in options else True,
             device_map="auto" if spread else None,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
             **options,
         )
+        _require_all_weights(report, name)
         if not spread:
             loaded = loaded.to(place)
     except UserError:
@@ -98,8 +103,8 @@ def load_model(
         raise UserError(
             f"model {name!r} does not fit on {place} in {torch_dtype}; try --dtype bfloat16 or --device map"
         ) from None
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # a damaged file makes each of the libraries involved raise what it likes
+        raise UserError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
     return LoadedModel.wrap(loaded, tokenizer, name)
 
 
@@ -118,23 +123,39 @@ def weight_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _require_all_weights(report: dict[str, Any], name: str) -> None:
+    """Refuse a model of which transformers made weights up, as it does for those that the files lack."""
+    if report["mismatched_keys"]:
+        key, found, expected = min(report["mismatched_keys"])
+        raise UserError(
+            f"model {name!r} cannot be loaded: its weights do not fit its config.json "
+            f"({key} is {tuple(found)}, not {tuple(expected)})"
+        )
+    if report["missing_keys"]:
+        raise UserError(
+            f"model {name!r} cannot be loaded: {len(report['missing_keys'])} of its weights are missing "
+            f"({min(report['missing_keys'])}, ...)"
+        )
+
+
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """Turn what the user typed into what transformers' ``from_pretrained`` takes."""
     if name.lower() == EMBEDDED_MODEL:
         return str(embedded_model_folder()), {}
-    path = Path(name).expanduser()
+    # os.path, unlike pathlib, takes a name that cannot be for one that is not there.
+    path = Path(os.path.expanduser(name))
     if path.suffix.lower() == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"there is no GGUF file {name!r}")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise UserError(f"folder {name!r} holds no model: it has no config.json")
         pickled = not any(path.glob("*.safetensors")) and (any(path.glob("*.bin")) or any(path.glob("*.pt*")))
         if pickled:
             raise UserError(f"folder {name!r} has pickled weights only; convert them to safetensors first")
         return str(path), {}
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{name!r} is a file, but neither a model folder nor a .gguf file")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {name!r}")
@@ -148,9 +169,9 @@ def _choose_device(device: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {device!r} cannot be used here: {_first_line(error)}") from None
+        torch.ones(1, device=chosen).item()  # on the meta device there are no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device {device!r} cannot be used here: {_one_line(error)}") from None
     return chosen
 
 
@@ -174,6 +195,9 @@ def _exceeds_one_gpu(config: Any, dtype: torch.dtype) -> bool:
     return weights * dtype.itemsize > 0.9 * free
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+def _one_line(error: BaseException) -> str:
+    """What a library says, which may be a page, or just the key that it did not find."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."

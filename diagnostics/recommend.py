@@ -21,6 +21,7 @@ from diagnostics.results import Run, write_json
 from diagnostics.savings import LENGTHS, predict_savings
 
 MAX_KL = 0.1
+MAX_LOSS = 1000.0  # nats per token; no goal is that loose
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Criterion:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("max_kl", 0, math.inf),
-            ("max_nll_increase", 0, math.inf),
+            ("max_kl", 0, MAX_LOSS),
+            ("max_nll_increase", 0, MAX_LOSS),
             ("min_agreement", 0, 1),
             ("kv_budget", 0, 1),
         ):
@@ -137,7 +138,8 @@ def recommend(
         bound = bounds[name]
         admissible &= (means[name] if bound is None else bound) <= limit
     if criterion.kv_budget is not None:
-        cutoff = _largest_that_fits(criterion.kv_budget, n_layers)
+        admissible = _fits(criterion.kv_budget, n_layers)
+        cutoff = int(admissible.sum())
     else:
         cutoff = _smallest_admissible(admissible)
         if cutoff == n_layers:
@@ -174,10 +176,17 @@ def _losses(run: Run) -> dict[str, np.ndarray]:
         disagreement=1 - run.cutoffs["top1_agreement"],
     )
     order = run.prompts["prompt_id"]
-    return {
+    losses = {
         name: table.pivot(index="prompt_id", columns="cutoff", values=name).loc[order].to_numpy()
         for name in ("kl", "nll_increase", "disagreement")
     }
+    for name, rows in losses.items():
+        if not np.isfinite(rows).all():
+            worst = order.iloc[int(np.argmin(np.isfinite(rows).all(axis=1)))]
+            raise UserError(
+                f"run {run.name!r} cannot be judged: {name} of prompt {worst!r} is not a number at some cutoff"
+            )
+    return losses
 
 
 def _smallest_admissible(admissible: np.ndarray) -> int:
@@ -188,14 +197,14 @@ def _smallest_admissible(admissible: np.ndarray) -> int:
     return k
 
 
-def _largest_that_fits(kv_budget: float, n_layers: int) -> int:
-    """Largest k with k/L <= budget, the share that a long prompt's cache approaches."""
-    cutoff = math.floor(kv_budget * n_layers + 1e-9)
-    if cutoff < 1:
+def _fits(kv_budget: float, n_layers: int) -> np.ndarray:
+    """Whether k/L, the share that a long prompt's cache approaches, is within the budget: bool [L]."""
+    fits = np.arange(1, n_layers + 1) <= kv_budget * n_layers + 1e-9
+    if not fits.any():
         raise UserError(
             f"kv_budget {kv_budget} is less than one of {n_layers} layers: give at least {1 / n_layers:.3f}"
         )
-    return cutoff
+    return fits
 
 
 def _agreement(cutoff: int, regions: Regions, n_layers: int) -> dict[str, Any]:
@@ -217,7 +226,7 @@ def _retention(run: Run, cutoff: int) -> dict[str, float | None]:
     means = run.layers.groupby("layer")[["mass_prompt", "prompt_contribution"]].mean()
     kept, total = means.iloc[:cutoff].sum(), means.sum()
     return {
-        name: float(kept[name] / total[name]) if total[name] > 0 else None
+        name: float(kept[name] / total[name]) if 0 < total[name] < math.inf else None
         for name in ("mass_prompt", "prompt_contribution")
     }
 

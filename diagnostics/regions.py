@@ -18,12 +18,14 @@ The last layer's own drift does not count: no key or value is computed from its 
 Both are found on the mean curves over prompts; a bootstrap over prompts says how far their ends move.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from diagnostics.bounds import MIN_PROMPTS
+from diagnostics.errors import UserError
 from diagnostics.results import Run
 
 N_RESAMPLES = 1000
@@ -39,6 +41,14 @@ class RegionRules:
     max_drift: float = 0.1
     min_overlap: float = 0.5
     min_layers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            # "not ... <=" so that NaN is refused as well
+            if not 0 <= value < math.inf:
+                raise UserError(f"region rule {name} is {value}: give 0 or more")
+        if not 0 < self.uptake_share <= 1:
+            raise UserError(f"region rule uptake_share is {self.uptake_share}: give a share above 0, 1 at most")
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def selection_intervals(curve: np.ndarray, rules: RegionRules) -> list[tuple[int
     breaks = np.flatnonzero(np.diff(layers) > rules.max_gap + 1) + 1
     intervals = [(int(run[0]), int(run[-1])) for run in np.split(layers, breaks)]
     wide = [interval for interval in intervals if interval[1] - interval[0] + 1 >= rules.min_layers]
-    return sorted(wide, key=lambda interval: -curve[interval[0] : interval[1] + 1].sum())
+    return sorted(wide, key=lambda interval: -np.nansum(curve[interval[0] : interval[1] + 1]))
 
 
 def stable_interval(drift: np.ndarray, overlap: np.ndarray, rules: RegionRules) -> list[tuple[int, int]]:

@@ -29,9 +29,28 @@ from diagnostics.errors import UserError
 
 SCHEMA_VERSION = 1
 TABLES = ("prompts", "layers", "heads", "cutoffs")
+# What readers of a run rely on; a run may have more.
+COLUMNS = {
+    "prompts": "prompt_id category n_prompt n_decode",
+    "layers": "prompt_id layer mass_anchor mass_prompt mass_decode prompt_contribution selectivity prompt_entropy "
+    "drift_prompt drift_decode drift_prompt_centred update_decode lens_kl lens_top1 lens_rank lens_kl_translated "
+    "saliency_overlap",
+    "heads": "prompt_id layer head mass_anchor mass_prompt mass_decode selectivity",
+    "cutoffs": "prompt_id cutoff kl top1_agreement nll nll_full",
+}
+MANIFEST_FIELDS = {
+    "model": str,
+    "n_layers": int,
+    "n_heads": int,
+    "n_prompts": int,
+    "shape": dict,
+    "notes": list,
+    "identity": dict,
+}
 MANIFEST = "manifest.json"
 RECOMMENDATION = "recommendation.json"
 PARTS = "parts"
+SCRATCH = ".writing-"
 
 Tables = dict[str, pd.DataFrame]
 
@@ -88,34 +107,59 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     manifest = read_manifest(path)
     if manifest["status"] == "complete":
-        return Run(manifest, {name: _read_table(path / f"{name}.parquet") for name in TABLES}, path)
-    parts = sorted(p for p in (path / PARTS).glob("[0-9]*") if p.is_dir())
-    if not parts:
-        raise UserError(f"run {str(path)!r} has no finished prompt yet; continue it with --resume")
-    return Run(manifest, _merge(parts), path)
+        tables = {name: _read_table(path / f"{name}.parquet") for name in TABLES}
+    else:
+        parts = sorted(p for p in (path / PARTS).glob("[0-9]*") if p.is_dir())
+        if not parts:
+            raise UserError(f"run {str(path)!r} has no finished prompt yet; continue it with --resume")
+        tables = _merge(parts)
+    run = Run(manifest, tables, path)
+    _require_whole(run)
+    return run
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check ``manifest.json`` of a run folder."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"there is no run folder {str(path)!r}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, status = manifest["schema_version"], manifest["status"]
     except FileNotFoundError:
         raise UserError(f"folder {str(path)!r} is not a run: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} ({error})") from None
-    if version != SCHEMA_VERSION or status not in ("running", "complete"):
+    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+        raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} (it has no schema_version)")
+    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
         raise UserError(
             f"run {str(path)!r} was written by another version (schema {version}, this is {SCHEMA_VERSION}); "
             "run it again"
         )
+    wrong = [name for name, kind in MANIFEST_FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    if manifest.get("status") not in ("running", "complete"):
+        wrong.append("status")
+    if wrong:
+        raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} (field {wrong[0]} is missing or wrong)")
     return manifest
 
 
+def require_place(path: Path, *, resume: bool) -> None:
+    """Raise UserError unless a run can be written to ``path``, or continued there; leave nothing behind."""
+    with _reporting(path):
+        if (path / MANIFEST).exists():
+            if not resume:
+                raise UserError(f"run folder {str(path)!r} exists; add --resume to continue it or choose another --out")
+            return
+        # A process that was killed may have left a scratch folder and nothing else.
+        if path.exists() and (not path.is_dir() or any(not p.name.startswith(SCRATCH) for p in path.iterdir())):
+            raise UserError(f"{str(path)!r} exists and is not a run folder; choose another --out")
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        with _scratch_folder(nearest):
+            pass
+
+
 class RunWriter:
-    """Writes one run folder, prompt by prompt."""
+    """Writes one run folder, prompt by prompt; the folder appears with the first finished prompt."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
@@ -127,25 +171,18 @@ class RunWriter:
         What must be the same is ``manifest["identity"]``. Raises UserError when the folder is in the way, holds another
         diagnosis, or cannot be written.
         """
-        if (path / MANIFEST).exists():
-            if not resume:
-                raise UserError(f"run folder {str(path)!r} exists; add --resume to continue it or choose another --out")
-            found = read_manifest(path)
-            for key, asked in manifest["identity"].items():
-                there = found.get("identity", {}).get(key)
-                if there != asked:
-                    raise UserError(
-                        f"run folder {str(path)!r} holds another diagnosis "
-                        f"({key} is {_short(there)}, not {_short(asked)}); choose another --out"
-                    )
-            return cls(path, found)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{str(path)!r} exists and is not a run folder; choose another --out")
-        writer = cls(path, manifest)
-        with writer._reporting():
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / MANIFEST, manifest)
-        return writer
+        require_place(path, resume=resume)
+        if not (path / MANIFEST).exists():
+            return cls(path, manifest)
+        found = read_manifest(path)
+        for key, asked in manifest["identity"].items():
+            there = found["identity"].get(key)
+            if there != asked:
+                raise UserError(
+                    f"run folder {str(path)!r} holds another diagnosis "
+                    f"({key} is {_short(there)}, not {_short(asked)}); choose another --out"
+                )
+        return cls(path, found)
 
     @property
     def complete(self) -> bool:
@@ -158,7 +195,10 @@ class RunWriter:
 
     def write(self, index: int, tables: Tables) -> None:
         """Write the rows of one finished prompt; they appear together or not at all."""
-        with self._reporting():
+        with _reporting(self.path):
+            if not (self.path / MANIFEST).exists():
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_json(self.path / MANIFEST, self.manifest)
             (self.path / PARTS).mkdir(exist_ok=True)
             with _scratch_folder(self.path / PARTS) as scratch:
                 for name, table in tables.items():
@@ -168,28 +208,20 @@ class RunWriter:
     def finish(self, **additions: Any) -> Run:
         """Merge the prompts into the run's tables, in the order of the set, and mark the run complete."""
         if not self.complete:
-            with self._reporting():
+            with _reporting(self.path):
                 for name, table in _merge(sorted((self.path / PARTS).glob("[0-9]*"))).items():
                     with _scratch_folder(self.path) as scratch:
                         table.to_parquet(scratch / name, index=False)
                         (scratch / name).rename(self.path / f"{name}.parquet")
                 self.manifest = self.manifest | additions | {"status": "complete"}
                 write_json(self.path / MANIFEST, self.manifest)
-            shutil.rmtree(self.path / PARTS, ignore_errors=True)
+        # Also what a process that was killed left behind.
+        for leftover in (self.path / PARTS, *self.path.glob(f"{SCRATCH}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
         return load_run(self.path)
 
     def _part(self, index: int) -> Path:
         return self.path / PARTS / f"{index:06d}"
-
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Turn what the file system says into one line, and say that nothing finished is lost."""
-        try:
-            yield
-        except OSError as error:
-            started = (self.path / PARTS).is_dir()
-            after = "what is finished is kept, continue with --resume" if started else "choose another --out"
-            raise UserError(f"cannot write run folder {str(self.path)!r}: {error.strerror or error}; {after}") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -201,14 +233,41 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Turn what the file system says of a run folder into one line, and say that nothing finished is lost."""
+    try:
+        yield
+    except OSError as error:
+        started = os.path.isdir(path / PARTS)
+        after = "what is finished is kept, continue with --resume" if started else "choose another --out"
+        raise UserError(f"cannot write run folder {str(path)!r}: {error.strerror or error}; {after}") from None
+
+
+@contextmanager
 def _scratch_folder(parent: Path) -> Iterator[Path]:
     """A folder on the same file system as ``parent``, so that a rename out of it is atomic; gone afterwards."""
-    scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
     scratch.chmod(0o755)  # mkdtemp makes it private, and a renamed part would stay so
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _require_whole(run: Run) -> None:
+    """Refuse tables that lack a column, or a row of a prompt."""
+    n_prompts, n_layers = len(run.prompts), run.n_layers
+    expected = run.manifest["n_prompts"] if run.complete else n_prompts
+    rows = {"prompts": 1, "layers": n_layers, "heads": n_layers * run.manifest["n_heads"], "cutoffs": n_layers}
+    for name, table in run.tables.items():
+        missing = [column for column in COLUMNS[name].split() if column not in table]
+        if missing:
+            raise UserError(f"run {str(run.path)!r} is damaged: table {name} has no column {missing[0]}")
+        if len(table) != expected * rows[name]:
+            raise UserError(
+                f"run {str(run.path)!r} is damaged: table {name} has {len(table)} rows instead of "
+                f"{expected * rows[name]}"
+            )
 
 
 def _merge(parts: list[Path]) -> Tables:

@@ -13,6 +13,12 @@ from diagnostics.recommend import Recommendation
 from diagnostics.regions import Region
 from diagnostics.results import Run
 
+GOALS = {
+    "max_kl": "KL at most",
+    "max_nll_increase": "NLL increase at most",
+    "min_agreement": "same top token at least",
+    "kv_budget": "share of full KV at most",
+}
 BARS = "▁▂▃▄▅▆▇█"
 # Column of the layers table, what it is called here, and whether the scale starts at 0 (else at the curve's minimum).
 CURVES = (
@@ -24,55 +30,63 @@ CURVES = (
     ("lens_kl_translated", "lens KL, translated"),
 )
 NEIGHBOURS = 3
+RULER = 5  # layers from one number below the bars to the next
+MARGINS = 39  # columns that the frame, the labels and the scales take
 
 
 def show_run(run: Run, console: Console) -> None:
     """Print the curves of a diagnosis."""
-    console.print(Panel(Group(*_curves(run)), title=_title(run), title_align="left"))
+    console.print(Panel(Group(_title(run), *_curves(run, console.width))))
 
 
 def show_recommendation(run: Run, recommendation: Recommendation, console: Console) -> None:
     """Print the curves with regions and cutoff, the loss around the cutoff, the savings, and the recommendation."""
     selection, stable = recommendation.selection_region, recommendation.stabilization_region
-    curves = Group(*_curves(run, recommendation))
-    console.print(Panel(curves, title=_title(run), title_align="left"))
+    console.print(Panel(Group(_title(run), *_curves(run, console.width, recommendation))))
     console.print(f"Selection region      {_describe(selection)}")
     console.print(f"Stabilization region  {_describe(stable)}")
     console.print()
     console.print(_loss_table(recommendation))
     console.print(_savings_table(recommendation))
     for note in recommendation.data["notes"]:
-        console.print(f"Note: {note}.", style="yellow")
+        console.print(Text(f"Note: {note}.", style="yellow"))
     console.print(_sentence(recommendation))
 
 
-def _title(run: Run) -> str:
+def _title(run: Run) -> Text:
     prompts = run.prompts
-    return (
-        f"{run.manifest['model']}: {len(prompts)} prompts of {prompts['n_prompt'].min()} to "
-        f"{prompts['n_prompt'].max()} tokens"
-    )
+    shortest, longest = prompts["n_prompt"].min(), prompts["n_prompt"].max()
+    return Text(f"{run.manifest['model']}: {len(prompts)} prompts of {shortest} to {longest} tokens\n", style="bold")
 
 
-def _curves(run: Run, recommendation: Recommendation | None = None) -> Iterator[RenderableType]:
-    """One line per curve, a bar per layer, layer 0 first."""
+def _curves(run: Run, width: int, recommendation: Recommendation | None = None) -> Iterator[RenderableType]:
+    """One line per curve, a bar per layer, layer 0 first; deep models in several blocks, to fit the width."""
     means = run.layers.groupby("layer").mean(numeric_only=True)
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(justify="right")
-    grid.add_column(no_wrap=True)
-    grid.add_column(style="dim")
+    rows: list[tuple[str, Text, str]] = []
     for column, label in CURVES:
         values = means[column].to_numpy()
-        if np.isfinite(values).any():
-            # Layer 0 turns embeddings into a residual; on its scale nothing else would show.
-            top = np.nanmax(values[1:] if column in ("prompt_contribution", "drift_prompt_centred") else values)
-            grid.add_row(label, bars(values, top), f"0 .. {top:.2g}")
+        # Layer 0 turns embeddings into a residual; on its scale nothing else would show.
+        scale = values[1:] if column in ("prompt_contribution", "drift_prompt_centred") else values
+        if np.isfinite(scale).any():
+            top = np.nanmax(scale)
+            rows.append((label, Text(bars(values, top)), f"0 .. {top:.2g}"))
     losses = run.cutoffs.groupby("cutoff")["kl"].mean().to_numpy()
-    grid.add_row("loss if cut above, KL", bars(losses, losses.max()), f"0 .. {losses.max():.2g}")
+    rows.append(("loss if cut above, KL", Text(bars(losses, losses.max())), f"0 .. {losses.max():.2g}"))
     if recommendation:
-        grid.add_row("regions", _marks(recommendation, run.n_layers), "s selects = stable | cutoff")
-    grid.add_row("layer", _ruler(run.n_layers), "")
-    yield grid
+        rows.append(("regions", _marks(recommendation, run.n_layers), ""))
+    block = max(RULER, (width - MARGINS) // RULER * RULER)
+    for first in range(0, run.n_layers, block):
+        layers = range(first, min(first + block, run.n_layers))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(justify="right")
+        grid.add_column(no_wrap=True)
+        grid.add_column(style="dim", no_wrap=True)
+        for label, line, scale_text in rows:
+            grid.add_row(label, line[layers.start : layers.stop], scale_text)
+        grid.add_row("layer", _ruler(layers), "")
+        yield grid
+    if recommendation:
+        yield Text("regions: s selects, = stable, | last layer below the cutoff", style="dim")
 
 
 def bars(values: Sequence[float] | np.ndarray, top: float) -> str:
@@ -97,12 +111,9 @@ def _marks(recommendation: Recommendation, n_layers: int) -> Text:
     return text
 
 
-def _ruler(n_layers: int) -> str:
+def _ruler(layers: range) -> str:
     """Number every fifth layer under its bar."""
-    line = [" "] * (n_layers + 3)
-    for layer in range(0, n_layers, 5):
-        line[layer : layer + len(str(layer))] = str(layer)
-    return "".join(line).rstrip()
+    return "".join(f"{layer:<{RULER}}" for layer in layers[::RULER]).rstrip()
 
 
 def _describe(region: Region | None) -> str:
@@ -119,9 +130,11 @@ def _describe(region: Region | None) -> str:
 
 def _loss_table(recommendation: Recommendation) -> Table:
     cutoff, n_layers = recommendation.cutoff, recommendation.data["n_layers"]
-    confidence = f"{recommendation.data['criterion']['confidence']:.0%}"
+    criterion = recommendation.data["criterion"]
+    confidence = f"{100 * criterion['confidence']:g}%"
+    goals = " and ".join(f"{label} {criterion[name]:g}" for name, label in GOALS.items() if name in criterion)
     table = Table(
-        title=f"Measured loss of SPEED around the cutoff ({recommendation.data['n_prompts']} prompts)",
+        title=f"Measured loss of SPEED around the cutoff ({recommendation.data['n_prompts']} prompts; goal: {goals})",
         title_justify="left",
         box=SIMPLE_HEAD,
     )
@@ -155,14 +168,14 @@ def _savings_table(recommendation: Recommendation) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    for heading in ("prompt tokens", "TTFT", "", "TPOT", "KV", "KV bytes"):
+    for heading in ("prompt tokens", "TTFT", "speed-up", "TPOT", "KV", "KV bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in recommendation.data["predicted"]:
         beyond = "" if row["within_positions"] else " *"
         table.add_row(
             f"{row['n_prompt']:,}{beyond}",
             f"{row['ttft_ratio'] - 1:+.1%}",
-            f"{row['speedup_ttft']:.2f}x as fast",
+            f"{row['speedup_ttft']:.2f}x",
             f"{row['tpot_ratio'] - 1:+.1%}",
             f"{row['kv_ratio'] - 1:+.1%}",
             f"{_bytes(row['kv_bytes'])} of {_bytes(row['kv_bytes_full'])}",
