@@ -20,7 +20,8 @@ from random import Random
 from typing import Literal
 
 from diagnostics.errors import UserError
-from diagnostics.prompts import PLACEHOLDER, Insert, Prompt
+from diagnostics.inserts import Insert
+from diagnostics.prompts import PLACEHOLDER, Prompt
 
 PROMPTS_PER_CATEGORY = 4
 CHARACTERS_PER_TOKEN = 8  # most tokenizers need 4 to 5: there is always something to cut

@@ -118,7 +118,7 @@ def weight_hash(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         if parameter.device.type != "meta":  # offloaded by accelerate: name and shape must do
             flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64]
+            sample = flat[:: max(1, -(-flat.numel() // 64))]
             digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from diagnostics.errors import UserError
+from diagnostics.fields import check_name, check_text, kind, wrong
+from diagnostics.inserts import Insert, place_inserts
 
 Message = dict[str, str]
 
@@ -25,24 +26,6 @@ ROLES = ("system", "user", "assistant")
 FILE_FIELDS = ("id", "messages", "text", "document", "reference", "evidence", "category")
 MIN_CONTEXT_LENGTH = 16
 DEFAULT_CONTEXT_LENGTH = 1024
-MAX_NAME_LENGTH = 200
-
-
-@dataclass(frozen=True)
-class Insert:
-    """A text that stands in the document at a relative depth, wherever the document is cut.
-
-    ``depth`` runs from 0 (before the document) to 1 (after it). The text is placed at the nearest end of a
-    sentence or paragraph; a text of several lines only between paragraphs that are not indented.
-    """
-
-    depth: float
-    text: str
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.depth <= 1:
-            raise _wrong("inserts", f"depth {self.depth} is not between 0 and 1")
-        _check_text("inserts", self.text)
 
 
 @dataclass(frozen=True)
@@ -87,18 +70,18 @@ class Prompt:
     cut: Literal["word", "line", "paragraph"] = "word"
 
     def __post_init__(self) -> None:
-        _check_name("id", self.id)
-        _check_name("category", self.category)
+        check_name("id", self.id)
+        check_name("category", self.category)
         if self.messages is None and self.text is None:
-            raise _wrong("text", 'is missing, and so is "messages": give one of the two')
+            raise wrong("text", 'is missing, and so is "messages": give one of the two')
         if self.messages is not None and self.text is not None:
-            raise _wrong("text", 'is given beside "messages": give one of the two')
+            raise wrong("text", 'is given beside "messages": give one of the two')
         if self.messages is not None:
             object.__setattr__(self, "messages", _checked_messages(self.messages))
         else:
-            _check_text("text", self.text)
+            check_text("text", self.text)
         if self.reference is not None:
-            _check_text("reference", self.reference)
+            check_text("reference", self.reference)
         self._check_document()
         object.__setattr__(self, "evidence", self._checked_evidence())
 
@@ -120,18 +103,18 @@ class Prompt:
 
     def _check_document(self) -> None:
         if self.document != "":
-            _check_text("document", self.document)
+            check_text("document", self.document)
         marks = sum(content.count(PLACEHOLDER) for content in self._contents())
         if marks and not self.document:
-            raise _wrong("document", f"is missing, but the prompt has a {PLACEHOLDER} mark")
+            raise wrong("document", f"is missing, but the prompt has a {PLACEHOLDER} mark")
         if self.document and marks != 1:
-            raise _wrong("document", f"goes to one {PLACEHOLDER} mark, but the prompt has {marks or 'none'}")
+            raise wrong("document", f"goes to one {PLACEHOLDER} mark, but the prompt has {marks or 'none'}")
         if self.inserts and not self.document:
-            raise _wrong("inserts", "there is no document to place them in")
+            raise wrong("inserts", "there is no document to place them in")
 
     def _checked_evidence(self) -> tuple[str | tuple[int, int], ...]:
         if isinstance(self.evidence, str) or not isinstance(self.evidence, Sequence):
-            raise _wrong("evidence", "must be a list of strings or [start, end] pairs")
+            raise wrong("evidence", "must be a list of strings or [start, end] pairs")
         if not self.evidence:
             return ()
         filled = self.fill(self.document)
@@ -141,15 +124,15 @@ class Prompt:
     def _checked_span(self, span: Any, contents: list[str]) -> str | tuple[int, int]:
         if isinstance(span, str):
             if not span or not any(span in content for content in contents):
-                raise _wrong("evidence", f"{_shown(span)} does not occur in the prompt")
+                raise wrong("evidence", f"{_shown(span)} does not occur in the prompt")
             return span
         if not (isinstance(span, Sequence) and len(span) == 2 and all(type(end) is int for end in span)):
-            raise _wrong("evidence", f"{_shown(span)} is neither a string nor a [start, end] pair")
+            raise wrong("evidence", f"{_shown(span)} is neither a string nor a [start, end] pair")
         if self.text is None or self.document:
-            raise _wrong("evidence", '[start, end] is only for "text" without a document: quote it instead')
+            raise wrong("evidence", '[start, end] is only for "text" without a document: quote it instead')
         start, end = span
         if not 0 <= start < end <= len(self.text):
-            raise _wrong("evidence", f"[{start}, {end}] is no part of the text's {len(self.text)} characters")
+            raise wrong("evidence", f"[{start}, {end}] is no part of the text's {len(self.text)} characters")
         return start, end
 
 
@@ -242,7 +225,7 @@ def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
                 try:
                     prompt = _parse_line(line, default_id=f"line-{number}")
                     if prompt.id in prompts:
-                        raise _wrong("id", f"{_shown(prompt.id)} is already the id of an earlier prompt")
+                        raise wrong("id", f"{_shown(prompt.id)} is already the id of an earlier prompt")
                 except UserError as error:
                     raise UserError(f"{path}:{number}: {error}") from None
                 prompts[prompt.id] = prompt
@@ -269,7 +252,7 @@ def _parse_line(line: str, default_id: str) -> Prompt:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists a thousand deep
         raise UserError(f"not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise UserError(f"must be a JSON object, not {_kind(record)}")
+        raise UserError(f"must be a JSON object, not {kind(record)}")
     for field in record:
         if field not in FILE_FIELDS:
             raise UserError(f"unknown field {_shown(field)}; the fields are {', '.join(FILE_FIELDS)}")
@@ -281,92 +264,20 @@ def _parse_line(line: str, default_id: str) -> Prompt:
 # --- Checks ---
 
 
-def _wrong(field: str, reason: str) -> UserError:
-    return UserError(f'field "{field}": {reason}')
-
-
-def _check_text(field: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise _wrong(field, f"must be text, not {_kind(value)}")
-    if not value:
-        raise _wrong(field, "is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _wrong(field, "holds half of a surrogate pair, which is not text") from None
-
-
-def _check_name(field: str, value: Any) -> None:
-    _check_text(field, value)
-    if len(value) > MAX_NAME_LENGTH:
-        raise _wrong(field, f"has {len(value)} characters; at most {MAX_NAME_LENGTH} are allowed")
-
-
 def _checked_messages(messages: Any) -> tuple[Message, ...]:
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise _wrong("messages", "must be a list of at least one message")
+        raise wrong("messages", "must be a list of at least one message")
     for message in messages:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise _wrong("messages", 'every message has exactly "role" and "content"')
+            raise wrong("messages", 'every message has exactly "role" and "content"')
         if message["role"] not in ROLES:
-            raise _wrong("messages", f"role {_shown(message['role'])} is none of {', '.join(ROLES)}")
-        _check_text("messages", message["content"])
+            raise wrong("messages", f"role {_shown(message['role'])} is none of {', '.join(ROLES)}")
+        check_text("messages", message["content"])
     if messages[-1]["role"] != "user":
-        raise _wrong("messages", 'the last must be from the user; an expected answer belongs in "reference"')
+        raise wrong("messages", 'the last must be from the user; an expected answer belongs in "reference"')
     return tuple(dict(message) for message in messages)
-
-
-def _kind(value: Any) -> str:
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-# --- Inserts ---
-
-# Where an insert may go, best first. The white space there then stands on both sides of the insert. Indented
-# text is left alone as long as there is any choice: it may be code.
-_BLOCK_ENDS = re.compile(r"\n\n+(?=\S)")
-_SENTENCE_ENDS = re.compile(r"""\n\n+(?=\S)|(?:(?<=[.!?])|(?<=[.!?]["')]))(?: +|\n)(?=[A-Z])""")
-_LINE_ENDS = re.compile(r"\n(?=\S)")
-_WORD_ENDS = re.compile(r"\s+")
-_REACH = 2000  # characters to look for an end, either way
-
-
-def place_inserts(document: str, inserts: Sequence[Insert]) -> str:
-    """The document with every insert near its depth; without a document, the inserts in order of depth."""
-    ordered = sorted(inserts, key=lambda insert: insert.depth)
-    if not document:
-        return "\n\n".join(insert.text for insert in ordered)
-    pieces, done = [], 0
-    for insert in ordered:
-        position, before, after = _place(document, insert)
-        # Two inserts that look for different ends may find them in the other order: keep the order of depth.
-        position = max(position, done)
-        pieces += [document[done:position], before, insert.text, after]
-        done = position
-    return "".join([*pieces, document[done:]])
-
-
-def _place(document: str, insert: Insert) -> tuple[int, str, str]:
-    """Where an insert goes: its position, and what separates it from the text before and after."""
-    target = round(insert.depth * len(document))
-    start, stop = max(target - _REACH, 0), min(target + _REACH, len(document))
-    outside = [(0, "", "\n\n"), (len(document), "\n\n", "")]
-    several_lines = "\n" in insert.text
-    for ends in (_BLOCK_ENDS,) if several_lines else (_SENTENCE_ENDS, _LINE_ENDS, _WORD_ENDS):
-        places = [(match.start(), match[0], "") for match in ends.finditer(document, start, stop)]
-        if places or several_lines:
-            return min(outside + places, key=lambda place: abs(place[0] - target))
-    return target, " ", " "

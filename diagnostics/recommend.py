@@ -133,6 +133,9 @@ def recommend(
             f"{len(run.prompts)} prompts are too few for a confidence bound (at least {MIN_PROMPTS}): "
             "the mean alone decides"
         )
+    # A cutoff takes nothing from a prompt that is all anchors and first decode-phase token.
+    if empty := int((run.prompts["n_prompt"] <= anchors + 1).sum()):
+        notes.append(f"{empty} of {len(run.prompts)} prompts are too short to be cut: their loss says nothing")
     admissible = np.ones(n_layers, dtype=bool)
     for name, limit in criterion.limits().items():
         bound = bounds[name]

@@ -5,7 +5,8 @@ from transformers import ByT5Tokenizer
 
 from diagnostics.encoding import PromptTooLong, encode_prompt, encode_prompts
 from diagnostics.errors import UserError
-from diagnostics.prompts import Insert, Prompt, PromptSet, load_prompts
+from diagnostics.inserts import Insert
+from diagnostics.prompts import Prompt, PromptSet, load_prompts
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer, smollm_tokenizer, word_tokenizer
 
 BYTES = byte_tokenizer()

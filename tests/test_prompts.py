@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics.errors import UserError
-from diagnostics.prompts import Insert, Prompt, PromptSet, load_prompts, place_inserts
+from diagnostics.inserts import Insert, place_inserts
+from diagnostics.prompts import Prompt, PromptSet, load_prompts
 
 USER = [{"role": "user", "content": "Hello"}]
 

@@ -1,0 +1,44 @@
+"""What is wrong with a field of a prompt, said in the words of its file."""
+
+from typing import Any
+
+from diagnostics.errors import UserError
+
+MAX_NAME_LENGTH = 200
+
+
+def wrong(field: str, reason: str) -> UserError:
+    """Return the error that names the field."""
+    return UserError(f'field "{field}": {reason}')
+
+
+def check_text(field: str, value: Any) -> None:
+    """Raise UserError unless the value is text that can be encoded."""
+    if not isinstance(value, str):
+        raise wrong(field, f"must be text, not {kind(value)}")
+    if not value:
+        raise wrong(field, "is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise wrong(field, "holds half of a surrogate pair, which is not text") from None
+
+
+def check_name(field: str, value: Any) -> None:
+    """Raise UserError unless the value is a text short enough to be a name."""
+    check_text(field, value)
+    if len(value) > MAX_NAME_LENGTH:
+        raise wrong(field, f"has {len(value)} characters; at most {MAX_NAME_LENGTH} are allowed")
+
+
+def kind(value: Any) -> str:
+    """Name the kind of a JSON value."""
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
