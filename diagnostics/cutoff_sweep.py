@@ -56,10 +56,10 @@ class CutoffSweep:
         assert self.final is not None
         candidates = torch.cat([self.branches, self.final[None]]).transpose(0, 1)  # cutoff L is the full model
         compared = self.context.readout.compare(self.final, candidates, outcome.reference_ids.to(self.final.device))
-        nll = compared.nll.double().mean(0).cpu().numpy()
+        nll = compared.nll.cpu().double().mean(0).numpy()
         self.columns = {
-            "kl": compared.kl.double().mean(0).cpu().numpy(),
-            "top1_agreement": (compared.rank == 0).double().mean(0).cpu().numpy(),
+            "kl": compared.kl.cpu().double().mean(0).numpy(),
+            "top1_agreement": (compared.rank == 0).cpu().double().mean(0).numpy(),
             "nll": nll,
             "nll_full": np.full_like(nll, nll[-1]),
         }

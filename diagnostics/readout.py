@@ -80,7 +80,7 @@ class Readout:
         ``consecutive`` asks for the distance of each candidate from the one before it.
         """
         n, m = candidates.shape[:2]
-        log_p = self.logits(final).double().log_softmax(-1).float()
+        log_p = self.logits(final).to(wide(final.device)).log_softmax(-1).float()
         # Streaming needs a tile of a block's rows; the second round of ``consecutive`` needs all of their logits.
         row_bytes = 4 * log_p.shape[1] if consecutive or not self.plain else TILE_BYTES // 2048
         block = max(1, BLOCK_BYTES // (row_bytes * m))
@@ -105,7 +105,7 @@ class Readout:
         rank = torch.zeros_like(best)
         peak = torch.full_like(best, -torch.inf)  # running maximum of the scores, and
         total = torch.zeros_like(best)  # running sum of exp(score - peak)
-        expected = torch.zeros_like(best, dtype=torch.float64)  # E_p[score]
+        expected = torch.zeros_like(best, dtype=wide(best.device))  # E_p[score]
         kept = []
         scratch = best.new_empty(0)
         for columns, tile in self._tiles(hidden.flatten(0, 1)):
@@ -127,7 +127,7 @@ class Readout:
                 kept.append(z)
         log_norm = peak + total.log()
         # KL(p || q) = E_p[log p] - E_p[log q]
-        entropy = -(p * log_p).sum(-1, dtype=torch.float64)
+        entropy = -(p * log_p).sum(-1, dtype=expected.dtype)
         kl = (log_norm - expected - entropy[:, None]).clamp_min(0).float()
         missing = torch.full_like(best, torch.nan)
         nll = missing if targets is None else log_norm - self._scores_of(hidden, targets)
@@ -166,12 +166,17 @@ class Readout:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """Return the type to sum in: float64, but on MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _js_distance(tiles: list[Tensor], log_norm: Tensor) -> Tensor:
     """Jensen-Shannon distance of neighbouring candidates: tiles of [n, m, columns] logits -> [n, m], NaN first.
 
     JS = H((p + q) / 2) - (H(p) + H(q)) / 2, tile by tile; the tiles are overwritten.
     """
-    entropy = torch.zeros_like(log_norm, dtype=torch.float64)
+    entropy = torch.zeros_like(log_norm, dtype=wide(log_norm.device))
     mixed = torch.zeros_like(entropy[:, 1:])
     tiny = torch.finfo(log_norm.dtype).tiny
     q, log_mixture = log_norm.new_empty(0), log_norm.new_empty(0)

@@ -49,15 +49,17 @@ class HooksCapture:
         # A plain cache keeps every position in every layer, also where the model's own would forget (sliding windows).
         cache = None if reference_ids is not None else DynamicCache()
         if cache is None:
+            first_row = 0
             reference = torch.tensor(list(reference_ids or ())[:n_decode], device=self.lm.device)
             rows = torch.cat([prompt[0], reference[:-1]])[None]
         else:
-            if prompt.shape[1] > 1:
+            first_row = prompt.shape[1] - 1
+            if first_row > 0:
                 with taps.forward_pass(first_row=0):
                     model.base_model(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True)
             reference = self._greedy(prompt[:, -1:], cache, n_decode)
             rows = torch.cat([prompt[0, -1:], reference[:-1]])[None]
-        with taps.forward_pass(first_row=prompt.shape[1] + len(reference) - 1 - rows.shape[1]):
+        with taps.forward_pass(first_row):
             logits = model(
                 input_ids=rows, past_key_values=cache, use_cache=cache is not None, logits_to_keep=len(reference)
             ).logits[0]

@@ -117,13 +117,13 @@ def _change(before: Tensor, after: Tensor, size: Size, new_size: Size) -> tuple[
         centred_update.append(step.sub_(shift).norm(dim=-1))
 
     def drift(a: Tensor, b: Tensor, c: Tensor) -> float:
-        return float(((c.square() - (a - b).square()) / (2 * a * b)).mean(dtype=torch.float64))
+        return float(((c.square() - (a - b).square()) / (2 * a * b)).cpu().double().mean())
 
     c, centred_c = torch.cat(update), torch.cat(centred_update)
     return (
         drift(size.norm, new_size.norm.to(device), c),
         drift(size.centred_norm, new_size.centred_norm.to(device), centred_c),
-        float((c / size.norm).mean(dtype=torch.float64)),
+        float((c / size.norm).cpu().double().mean()),
     )
 
 

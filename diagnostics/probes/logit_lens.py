@@ -93,4 +93,4 @@ def spaced(n: int, most: int) -> Tensor:
 
 
 def _mean(values: Tensor) -> np.ndarray:
-    return values.double().mean(0).cpu().numpy()
+    return values.cpu().double().mean(0).numpy()
