@@ -42,6 +42,7 @@ ContextLength = Annotated[
 ]
 DecodeTokens = Annotated[int, typer.Option(help="reference tokens per prompt")]
 Anchors = Annotated[int, typer.Option(help="leading tokens that keep their KV in all layers")]
+LensPositions = Annotated[int, typer.Option(help="decode positions per prompt that the logit lens reads")]
 Seed = Annotated[int, typer.Option(min=0, help="seed of the built-in prompts and of the bootstrap")]
 Backend = Annotated[str, typer.Option(help="how activations are read: hooks")]
 Device = Annotated[str, typer.Option(help="auto, map (spread over GPUs), cpu, cuda, cuda:1, mps")]
@@ -60,6 +61,7 @@ def diagnose(
     context_length: ContextLength = None,
     decode_tokens: DecodeTokens = 48,
     anchors: Anchors = 1,
+    lens_positions: LensPositions = 4,
     seed: Seed = 0,
     backend: Backend = "hooks",
     device: Device = "auto",
@@ -105,6 +107,7 @@ def recommend(
         typer.Option(help="change a threshold of the regions, e.g. max_drift=0.2; repeatable"),
     ] = None,
     anchors: Anchors = 1,
+    lens_positions: LensPositions = 4,
     seed: Seed = 0,
     backend: Backend = "hooks",
     device: Device = "auto",
@@ -184,6 +187,7 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
                 prompt_set,
                 decode_tokens=a["decode_tokens"],
                 anchors=a["anchors"],
+                lens_positions=a["lens_positions"],
                 backend=a["backend"],
                 out=out,
                 resume=a["resume"],

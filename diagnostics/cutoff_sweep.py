@@ -55,7 +55,8 @@ class CutoffSweep:
         assert self.branches is not None
         assert self.final is not None
         candidates = torch.cat([self.branches, self.final[None]]).transpose(0, 1)  # cutoff L is the full model
-        compared = self.context.readout.compare(self.final, candidates, outcome.reference_ids.to(self.final.device))
+        readout, targets = self.context.readout, outcome.reference_ids.to(self.final.device)
+        compared = readout.compare(readout.logits(self.final), candidates, targets)
         nll = compared.nll.cpu().double().mean(0).numpy()
         self.columns = {
             "kl": compared.kl.cpu().double().mean(0).numpy(),

@@ -19,7 +19,7 @@ from diagnostics.encoding import EncodedPrompt, encode_prompts
 from diagnostics.errors import UserError
 from diagnostics.models import LoadedModel
 from diagnostics.probes import all_probes
-from diagnostics.probes.base import Measured, PromptContext
+from diagnostics.probes.base import LENS_POSITIONS, Measured, PromptContext
 from diagnostics.prompts import PromptSet
 from diagnostics.readout import Readout
 from diagnostics.results import SCHEMA_VERSION, Run, RunWriter, Tables
@@ -37,6 +37,7 @@ def diagnose(
     *,
     decode_tokens: int = DECODE_TOKENS,
     anchors: int = 1,
+    lens_positions: int = LENS_POSITIONS,
     backend: str = "hooks",
     out: str | Path | None = None,
     resume: bool = False,
@@ -55,6 +56,8 @@ def diagnose(
         Reference tokens per prompt at most, 1 or more.
     anchors
         Leading tokens that SPEED keeps in all layers, 0 or more.
+    lens_positions
+        Decode positions per prompt, evenly spaced, that the logit lens reads at most, 1 or more.
     backend
         How activations are read: ``hooks``.
     out
@@ -75,11 +78,15 @@ def diagnose(
         raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
     if anchors < 0:
         raise UserError(f"anchors is {anchors}: give 0 or more")
+    if lens_positions < 1:
+        raise UserError(f"lens positions is {lens_positions}: give 1 or more")
     capture = make_capture(backend, lm)
     encoded = encode_prompts(
         prompts, lm.tokenizer, limit=_prompt_limit(lm, decode_tokens), max_reference_tokens=decode_tokens
     )
-    manifest = _manifest(lm, prompts, encoded, capture, decode_tokens, anchors) | {"arguments": arguments or {}}
+    manifest = _manifest(lm, prompts, encoded, capture, decode_tokens, anchors, lens_positions) | {
+        "arguments": arguments or {}
+    }
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -89,7 +96,7 @@ def diagnose(
             continue
         if progress:
             progress(index, len(encoded), prompt.prompt_id)
-        tables = _diagnose_prompt(lm, prompt, capture, readout, decode_tokens, anchors)
+        tables = _diagnose_prompt(lm, prompt, capture, readout, decode_tokens, anchors, lens_positions)
         if writer:
             writer.write(index, tables)
         else:
@@ -115,6 +122,7 @@ def _diagnose_prompt(
     readout: Readout,
     decode_tokens: int,
     anchors: int,
+    lens_positions: int,
 ) -> Tables:
     n_prompt = prompt.n_prompt
     segments = Segments.of(torch.ones(1, n_prompt), n_prompt, anchors)
@@ -127,6 +135,7 @@ def _diagnose_prompt(
         readout=readout,
         model_name=lm.name,
         evidence=tuple((a, b) for a, b in evidence if a < b),
+        lens_positions=lens_positions,
     )
     watching = [observer(context) for observer in observers().values()]
     started = time.perf_counter()
@@ -192,6 +201,7 @@ def _manifest(
     capture: Capture,
     decode_tokens: int,
     anchors: int,
+    lens_positions: int,
 ) -> dict[str, Any]:
     """Say what this run is. ``identity`` is what a resumed run must share for its numbers to be the same."""
     without_bos = [prompt.prompt_id for prompt in encoded if not prompt.has_bos]
@@ -228,6 +238,7 @@ def _manifest(
             "backend": capture.name,
             "anchors": anchors,
             "decode_tokens": decode_tokens,
+            "lens_positions": lens_positions,
             "context_length": prompts.context_length,
             "prompts": prompts.fingerprint,
         },

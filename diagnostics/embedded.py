@@ -56,10 +56,12 @@ def embedded_model_folder() -> Path:
             ) from error
         try:
             scratch.rename(target)
-        except OSError:
-            # Another process finished the same conversion first: its result is as good.
+        except OSError as error:
+            # Another process may have finished the same conversion first: its result is as good.
             if not (target / "config.json").is_file():
-                raise
+                raise UserError(
+                    f"the converted embedded model cannot be put at {target} ({error.strerror}); remove what is there"
+                ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target

@@ -55,14 +55,13 @@ class Readout:
             *residuals.shape[:-1], -1
         )
 
-    def require_identity(self, residuals: Tensor, logits: Tensor, name: str) -> None:
+    def require_identity(self, ours: Tensor, logits: Tensor, name: str) -> None:
         """Refuse the model unless the lens after the last layer reproduces its logits.
 
-        ``residuals`` [rows, width] is the output of the last layer, ``logits`` [rows, vocab] the model's own.
+        ``ours`` [rows, vocab] are `logits` of the last layer's output, ``logits`` [rows, vocab] the model's own.
         Tolerance: 1e-3 of the logits' standard deviation in float32, 0.1 of it in half precision, whose rounding alone
         reaches a few hundredths. Raises UserError.
         """
-        ours = self.logits(residuals)
         tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * float(logits.std())
         error = float((ours - logits.to(ours.device)).abs().max())
         if not error <= tolerance:
@@ -74,13 +73,14 @@ class Readout:
     def compare(
         self, final: Tensor, candidates: Tensor, targets: Tensor | None = None, *, consecutive: bool = False
     ) -> Comparison:
-        """Compare candidates with the final residual at the same positions.
+        """Compare candidate residuals with the final distribution at the same positions.
 
-        ``final`` [positions, width], ``candidates`` [positions, candidates, width], ``targets`` [positions] token ids;
-        ``consecutive`` asks for the distance of each candidate from the one before it.
+        ``final`` [positions, vocab] are `logits` of the last layer's output, ``candidates`` [positions, candidates,
+        width] residuals, ``targets`` [positions] token ids; ``consecutive`` asks for the distance of each candidate
+        from the one before it.
         """
         n, m = candidates.shape[:2]
-        log_p = self.logits(final).to(wide(final.device)).log_softmax(-1).float()
+        log_p = final.to(wide(final.device)).log_softmax(-1).float()
         # Streaming needs a tile of a block's rows; the second round of ``consecutive`` needs all of their logits.
         row_bytes = 4 * log_p.shape[1] if consecutive or not self.plain else TILE_BYTES // 2048
         block = max(1, BLOCK_BYTES // (row_bytes * m))

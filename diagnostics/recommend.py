@@ -22,6 +22,7 @@ from diagnostics.savings import LENGTHS, predict_savings
 
 MAX_KL = 0.1
 MAX_LOSS = 1000.0  # nats per token; no goal is that loose
+ROUNDING = 1e-9  # so that an agreement of 0.9 meets a goal of 0.9
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def recommend(
     admissible = np.ones(n_layers, dtype=bool)
     for name, limit in criterion.limits().items():
         bound = bounds[name]
-        admissible &= (means[name] if bound is None else bound) <= limit
+        admissible &= (means[name] if bound is None else bound) <= limit + ROUNDING
     if criterion.kv_budget is not None:
         admissible = _fits(criterion.kv_budget, n_layers)
         cutoff = int(admissible.sum())
@@ -202,7 +203,7 @@ def _smallest_admissible(admissible: np.ndarray) -> int:
 
 def _fits(kv_budget: float, n_layers: int) -> np.ndarray:
     """Whether k/L, the share that a long prompt's cache approaches, is within the budget: bool [L]."""
-    fits = np.arange(1, n_layers + 1) <= kv_budget * n_layers + 1e-9
+    fits = np.arange(1, n_layers + 1) <= kv_budget * n_layers + ROUNDING
     if not fits.any():
         raise UserError(
             f"kv_budget {kv_budget} is less than one of {n_layers} layers: give at least {1 / n_layers:.3f}"

@@ -8,7 +8,9 @@ from diagnostics.probes.base import PromptContext
 from diagnostics.readout import Readout
 
 
-def observe(lm, prompt_ids, reference_ids=None, *, n_anchors=1, n_decode=12, evidence=(), capture=HooksCapture):
+def observe(
+    lm, prompt_ids, reference_ids=None, *, n_anchors=1, n_decode=12, evidence=(), lens_positions=8, capture=HooksCapture
+):
     n_anchors = min(n_anchors, len(prompt_ids) - 1)
     context = PromptContext(
         layout=Layout(n_anchors, len(prompt_ids)),
@@ -16,6 +18,7 @@ def observe(lm, prompt_ids, reference_ids=None, *, n_anchors=1, n_decode=12, evi
         readout=Readout(lm.anatomy),
         model_name=lm.name,
         evidence=evidence,
+        lens_positions=lens_positions,
     )
     observers = [*(probe(context) for probe in all_probes().values()), CutoffSweep(context)]
     outcome = capture(lm).run(prompt_ids, reference_ids, observers, n_decode=n_decode, n_anchors=n_anchors)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.probes.logit_lens import N_POSITIONS, spaced
+from diagnostics.probes.logit_lens import spaced
 from tests.observe import observe
 from tests.reference import Reference, js_distance, kl
 from tests.tiny import FAMILIES, N_LAYERS, random_ids, tiny_model
@@ -92,7 +92,7 @@ def test_drift(case):
 
 def test_logit_lens(case):
     family, _, reference, _, layers, _, _ = case
-    positions = spaced(N_DECODE, N_POSITIONS).tolist()
+    positions = spaced(N_DECODE, 8).tolist()
     read = readout(family)
     log_p = reference.lens_log_probs(N_LAYERS - 1, read, positions)
     np.testing.assert_allclose(log_p, reference.logits[reference.decode][positions].log_softmax(-1), atol=1e-9)

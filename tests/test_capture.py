@@ -196,7 +196,8 @@ def test_comparison_equals_scipy(positions, candidates, scale, seed):
     rows = torch.randn(positions, candidates, 32, generator=generator) * scale
     targets = torch.randint(0, 211, (positions,), generator=generator)
     with torch.no_grad():
-        found = Readout(lm.anatomy).compare(final, rows, targets, consecutive=True)
+        reader = Readout(lm.anatomy)
+        found = reader.compare(reader.logits(final), rows, targets, consecutive=True)
         norm, head = copy.deepcopy(lm.model.model.norm).double(), lm.model.lm_head.weight.double()
         p = (norm(final.double()) @ head.T).log_softmax(-1).numpy()
         q = (norm(rows.double()) @ head.T).log_softmax(-1).numpy()

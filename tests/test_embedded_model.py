@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.probes.logit_lens import N_POSITIONS, spaced
+from diagnostics.probes.logit_lens import spaced
 from tests.observe import observe
 from tests.reference import Reference, kl
 from tests.test_against_reference import assert_sweep_equals_masked_pass
@@ -64,7 +64,7 @@ def test_logit_lens(case):
     def head(model, rows):
         return model.lm_head(model.model.norm(rows))
 
-    positions = spaced(len(target), N_POSITIONS).tolist()
+    positions = spaced(len(target), 8).tolist()
     log_p = reference.lens_log_probs(29, head, positions)
     for layer in range(30):
         log_q = reference.lens_log_probs(layer, head, positions)

@@ -13,6 +13,10 @@ import numpy as np
 from diagnostics.capture.base import ContextRows, DecodeRows, Layout, Outcome
 from diagnostics.readout import Readout
 
+# The lens of 64 positions costs a fifth of a 2000-token forward pass of a small model, whose vocabulary is much of its
+# weights. A few positions of each of many prompts say as much about the layers for a tenth of that.
+LENS_POSITIONS = 4
+
 Columns = dict[str, np.ndarray]
 
 
@@ -20,7 +24,8 @@ Columns = dict[str, np.ndarray]
 class PromptContext:
     """What every observer may know of the model and the prompt before the first layer runs.
 
-    ``evidence`` are half-open token spans inside the prompt segment; ``model_name`` is for messages.
+    ``evidence`` are half-open token spans inside the prompt segment; ``lens_positions`` bounds the decode positions,
+    evenly spaced, that the logit lens reads; ``model_name`` is for messages.
     """
 
     layout: Layout
@@ -28,6 +33,7 @@ class PromptContext:
     readout: Readout
     model_name: str
     evidence: tuple[tuple[int, int], ...] = ()
+    lens_positions: int = LENS_POSITIONS
 
 
 @dataclass(frozen=True)

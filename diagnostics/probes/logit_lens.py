@@ -15,11 +15,6 @@ from torch import Tensor
 from diagnostics.capture.base import ContextRows, DecodeRows, Outcome
 from diagnostics.probes.base import Measured, Probe, PromptContext
 
-# The lens of 64 positions costs a fifth of a 2000-token forward pass of a small model, whose vocabulary is much of its
-# weights; so at most this many decode positions of a prompt, evenly spaced, are read. `n_lens_positions` in the prompts
-# table says how many.
-N_POSITIONS = 6
-
 
 class LogitLens(Probe):
     """Distance of every layer's prediction from the last layer's."""
@@ -50,19 +45,18 @@ class LogitLens(Probe):
 
     def on_decode(self, rows: DecodeRows) -> None:
         """Keep the residuals at the lens positions."""
-        picked = spaced(len(rows.residual_out), N_POSITIONS).to(rows.residual_out.device)
+        picked = spaced(len(rows.residual_out), self.context.lens_positions).to(rows.residual_out.device)
         self.rows.append(rows.residual_out[picked].float())
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Read all layers, after checking that the last one gives the model's own logits."""
         readout, device = self.context.readout, self.rows[-1].device
-        picked = spaced(len(outcome.logits), N_POSITIONS)
-        readout.require_identity(
-            self.rows[-1], outcome.logits[picked.to(outcome.logits.device)], self.context.model_name
-        )
+        picked = spaced(len(outcome.logits), self.context.lens_positions)
+        final = readout.logits(self.rows[-1])
+        readout.require_identity(final, outcome.logits[picked.to(outcome.logits.device)], self.context.model_name)
         self.n_positions = len(picked)
         layers = torch.stack([rows.to(device) for rows in self.rows], dim=1)  # [positions, layers, width]
-        raw = readout.compare(layers[:, -1], layers, consecutive=True)
+        raw = readout.compare(final, layers, consecutive=True)
         top = raw.rank == 0
         settled = top.flip(1).cumprod(1).flip(1)
         self.columns = {
@@ -76,7 +70,7 @@ class LogitLens(Probe):
         self.columns |= {"lens_kl_translated": missing, "lens_top1_translated": missing}
         if self.means:
             means = torch.stack([mean.to(device) for mean in self.means])
-            translated = readout.compare(layers[:, -1], layers + (means[-1] - means))
+            translated = readout.compare(final, layers + (means[-1] - means))
             self.columns["lens_kl_translated"] = _mean(translated.kl)
             self.columns["lens_top1_translated"] = _mean(translated.rank == 0)
 
