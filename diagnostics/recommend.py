@@ -131,7 +131,7 @@ def recommend(
         notes.append(f"the run is not complete: {len(run.prompts)} of {run.manifest['n_prompts']} prompts")
     if len(run.prompts) < MIN_PROMPTS:
         notes.append(
-            f"{len(run.prompts)} prompts are too few for a confidence bound (at least {MIN_PROMPTS}): "
+            f"too few prompts for a confidence bound ({len(run.prompts)} of at least {MIN_PROMPTS}): "
             "the mean alone decides"
         )
     # A cutoff takes nothing from a prompt that is all anchors and first decode-phase token.

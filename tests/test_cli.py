@@ -393,6 +393,15 @@ def test_out_of_device_memory_is_one_line(world, command, monkeypatch):
     assert "out of device memory" in err
 
 
+def test_interrupt_while_the_model_loads(world, command, monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diagnostics.models.load_model", interrupt)
+    assert command(*into("out")(world)) == (130, "", "error: interrupted\n")
+    assert contents(tmp_path) == {}
+
+
 def test_a_model_refused_at_its_first_prompt_leaves_nothing(world, command, monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise cli.UserError("its attention is not understood")

@@ -82,7 +82,7 @@ def test_few_prompts_have_no_bound_and_the_mean_decides():
     assert recommendation.cutoff == 2
     for name in ("kl_bound", "nll_increase_bound", "disagreement_bound"):
         assert evidence(recommendation, name) == [None] * 4
-    assert any("4 prompts are too few" in note for note in recommendation.data["notes"])
+    assert any("too few prompts for a confidence bound (4 of" in note for note in recommendation.data["notes"])
     assert "too few" not in str(recommend(make_run(spread(FALLING, n_prompts=5))).data["notes"])
 
 
