@@ -254,11 +254,14 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets "?" for the bars
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()  # here, where a full disk below it can still be reported
     except UserError as error:
         _fail(str(error))
     except ClickException as error:
         _fail(error.format_message())
     except OSError as error:  # such as a full disk below stdout
+        # What is still in its buffer has no place to go; Python would try again at exit, and complain.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED

@@ -271,7 +271,13 @@ def test_the_installed_command_on_a_terminal_without_unicode(world, tmp_path):
 def test_full_disk_below_the_output(world, tmp_path):
     shutil.copytree(world.run, tmp_path / "run")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*MODULE, "recommend", tmp_path / "run"], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [*MODULE, "recommend", tmp_path / "run"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "No space left" in done.stderr
