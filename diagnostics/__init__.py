@@ -2,24 +2,44 @@
 
 from diagnostics.diagnose import diagnose
 from diagnostics.errors import UserError
+from diagnostics.generate import Generation, decode, generate, prefill
 from diagnostics.models import LoadedModel, load_model
+from diagnostics.policies import Policy, PolicyCache, parse_policy
+from diagnostics.policies.fastkv import FastKVPolicy
+from diagnostics.policies.full import FullPolicy
+from diagnostics.policies.projected import ProjectedPolicy
+from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.policies.store import load_cache, save_cache
 from diagnostics.prompts import Prompt, PromptSet, load_prompts
 from diagnostics.recommend import Recommendation, recommend
 from diagnostics.regions import RegionRules, find_regions
 from diagnostics.results import Run, load_run
 
 __all__ = [
+    "FastKVPolicy",
+    "FullPolicy",
+    "Generation",
     "LoadedModel",
+    "Policy",
+    "PolicyCache",
+    "ProjectedPolicy",
     "Prompt",
     "PromptSet",
     "Recommendation",
     "RegionRules",
     "Run",
+    "SpeedPolicy",
     "UserError",
+    "decode",
     "diagnose",
     "find_regions",
+    "generate",
+    "load_cache",
     "load_model",
     "load_prompts",
     "load_run",
+    "parse_policy",
+    "prefill",
     "recommend",
+    "save_cache",
 ]

@@ -17,6 +17,8 @@ from diagnostics.errors import UserError
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 OUTPUT_PROJECTION_NAMES = ("o_proj", "c_proj", "dense", "out_proj", "wo")
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+# Families whose stack reshapes what its layers return to the shape of its input.
+RESHAPING = {"gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen"}
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
@@ -24,10 +26,12 @@ SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"
 class Anatomy:
     """The parts of one decoder-only model, in layer order.
 
-    ``layers``, ``attentions`` and ``output_projections`` have ``n_layers`` entries. Logits are
-    ``softcap(unembedding(final_norm(h)) * logit_scale)``; ``max_positions`` is None where positions are unbounded.
+    ``stack`` is the module that runs the layers; ``layers``, ``attentions`` and ``output_projections`` have as many
+    entries as there are. Logits are ``softcap(unembedding(final_norm(h)) * logit_scale)``; ``max_positions`` is None
+    where positions are unbounded. ``reshapes`` says that the stack insists on as many rows after its layers as before.
     """
 
+    stack: nn.Module
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     output_projections: tuple[nn.Module, ...]
@@ -42,6 +46,7 @@ class Anatomy:
     logit_softcap: float | None = None
     layer_types: tuple[str, ...] = field(default=())
     sliding_window: int | None = None
+    reshapes: bool = False
 
     @property
     def n_layers(self) -> int:
@@ -134,6 +139,7 @@ def dissect(model: Any, name: str) -> Anatomy:
         scale = float(config.logit_scale)
     n_heads = config.num_attention_heads
     return Anatomy(
+        stack=parent,
         layers=layers,
         attentions=attentions,
         output_projections=projections,
@@ -148,6 +154,7 @@ def dissect(model: Any, name: str) -> Anatomy:
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         layer_types=tuple(getattr(config, "layer_types", None) or (_only_layer_type(config),) * len(layers)),
         sliding_window=getattr(config, "sliding_window", None),
+        reshapes=config.model_type in RESHAPING,
     )
 
 

@@ -1,0 +1,111 @@
+"""What a policy is: hyper-parameters that say which prompt tokens run where, and a ``with`` block over a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from diagnostics.anatomy import Anatomy
+from diagnostics.errors import UserError
+from diagnostics.policies.columns import Pieces
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from diagnostics.capture.attention_tap import AttentionCall
+    from diagnostics.policies.runtime import Call, Runtime
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one prompt costs under a policy, per layer, for one row of a batch.
+
+    ``run``: prompt tokens that run through the whole layer; ``projected``: those of which the layer only makes keys and
+    values; ``held``: prompt positions in the layer's cache afterwards.
+    """
+
+    run: Sequence[int]
+    held: Sequence[int]
+    projected: Sequence[int]
+
+
+class Policy(ABC):
+    """Which prompt tokens run through which layers, and what of them is cached.
+
+    Subclasses are frozen dataclasses of hyper-parameters, one per file; `diagnostics.policies` finds them. Every
+    policy runs all prompt tokens through the layers below `depth` and the tokens of `runs_on` through the rest.
+    Decode-phase tokens, the last prompt token the first of them, run through all layers.
+
+    Use ``with policy(model): model.generate(...)``. A policy object holds no state and serves any number of models.
+    """
+
+    name: ClassVar[str]
+    chunked: ClassVar[bool] = True  # whether a prompt may come in several calls
+    crops_prompt: ClassVar[bool] = True  # whether a cache can be cropped inside its prompt
+    taps_attention: ClassVar[bool] = False  # whether `after_attention` wants to be called
+    later_prompts: ClassVar[bool] = True  # whether prompt tokens of later turns are treated like those of the first
+
+    # Trailing prompt tokens that are decode phase, the last one included, and leading ones that run through all
+    # layers: fields of the policies that have them.
+    boundary: int = 1
+    anchors: int = 0
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __call__(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Run ``model``, a transformers causal language model or a PEFT wrapper, under this policy inside the block.
+
+        Raises
+        ------
+        UserError
+            If the policy does not fit the model, the model cannot be served, or a policy is active on it already.
+        """
+        from diagnostics.policies.runtime import running
+
+        return running(self, model)
+
+    @abstractmethod
+    def depth(self, n_layers: int) -> int:
+        """Layers that all prompt tokens run through, 1 to ``n_layers``."""
+
+    @abstractmethod
+    def workload(self, n_prompt: int, n_layers: int) -> Workload:
+        """Count the work and the cache of a prompt of ``n_prompt`` tokens."""
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise UserError if the policy cannot serve this model."""
+        if not 1 <= self.depth(anatomy.n_layers) <= anatomy.n_layers:
+            raise UserError(f"{self}: the model has {anatomy.n_layers} layers")
+
+    def runs_on(self, call: Call) -> Pieces:
+        """Columns of this call that run on above `depth`; nothing ends the call there."""
+        return call.kept_columns(self.anchors)
+
+    def install(self, runtime: Runtime) -> None:
+        """Add hooks of the policy's own, through ``runtime.hook``; they are removed with the others."""
+        return None
+
+    def before_upper_layer(self, call: Call, layer: int, arguments: dict[str, Any]) -> None:
+        """Act before a layer at or above `depth` runs, on the arguments that the model passed to it."""
+        return None
+
+    def after_attention(self, call: Call, layer: int, attention: AttentionCall) -> None:
+        """Act after the attention of a layer, if ``taps_attention``."""
+        return None
+
+    @property
+    def spec(self) -> str:
+        """The policy as `diagnostics.policies.parse_policy` reads it."""
+        return ":".join([self.name, *(f"{k}={v}" for k, v in asdict(self).items() if v is not None)])
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{k}={v}" for k, v in asdict(self).items() if v is not None)
+        return f"{self.name}({fields})"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError unless ``condition``."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,23 @@
+"""Read what `recommend` wrote, for the policies that follow it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diagnostics.errors import UserError
+from diagnostics.results import RECOMMENDATION
+
+
+def read_recommendation(path: str | Path) -> dict[str, Any]:
+    """Read a recommendation file, or the one in a run folder; raise UserError where there is none."""
+    place = Path(path)
+    place = place / RECOMMENDATION if place.is_dir() else place
+    try:
+        data = json.loads(place.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no recommendation in {str(path)!r} ({error.strerror}): make one with `recommend`") from None
+    except ValueError:
+        raise UserError(f"{str(place)!r} is not a recommendation: it is not JSON") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{str(place)!r} is not a recommendation: it is not a JSON object")
+    return data

@@ -1,0 +1,316 @@
+"""A stock transformers model under a policy: forward hooks that select rows, and the undoing of them.
+
+One call of the model is one `Call`. Before the decoder stack runs, it gets the policy's cache in place of an empty one
+and learns which of its tokens are decode phase. Before each layer, the layer gets its own mask; after the last layer
+that all prompt tokens run through, the others are let go. The layers' own code, kernels and weights do all the work.
+
+Which tokens are decode phase is never guessed from lengths. `expect` announces it; without, as inside ``generate()``:
+tokens whose logits are asked for (``logits_to_keep``) are, in a first call at least the last one, and so is the
+token right after logits were given, since the model wrote it. The rest is prompt. In later calls that ask for all
+logits, as when a continuation is scored, every token is decode phase.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache
+
+from diagnostics.anatomy import Anatomy, dissect
+from diagnostics.capture.attention_tap import AttentionCall, attention_tap
+from diagnostics.errors import UserError
+from diagnostics.policies.base import Policy
+from diagnostics.policies.cache import PolicyCache
+from diagnostics.policies.call import PER_POSITION, Call, take_positions
+from diagnostics.policies.columns import as_tensor, take
+from diagnostics.policies.masks import SERVED
+
+_ACTIVE: dict[nn.Module, Runtime] = {}
+
+
+class ShallowCallDone(Exception):
+    """Ends a forward pass of which no row runs on above the policy's depth."""
+
+
+@contextmanager
+def running(policy: Policy, model: Any) -> Iterator[Runtime]:
+    """Run ``model`` under ``policy`` inside the block, and leave it as it was."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__
+    if not hasattr(inner, "config") or not hasattr(inner.config, "get_text_config"):
+        raise UserError(f"a policy runs transformers models, not {type(model).__name__}")
+    anatomy = dissect(inner, name)
+    if inner in _ACTIVE:
+        raise UserError(f"this model runs under {_ACTIVE[inner].policy} already: leave that `with` block first")
+    implementation = inner.config._attn_implementation
+    if implementation not in SERVED:
+        raise UserError(
+            f"attention implementation {implementation!r} takes no mask per layer: "
+            'use model.set_attn_implementation("sdpa")'
+        )
+    policy.check(anatomy)
+    with ExitStack() as stack:
+        runtime = Runtime(policy, inner, anatomy, implementation, stack)
+        runtime.attach(model)
+        _ACTIVE[inner] = runtime
+        stack.callback(_ACTIVE.pop, inner)
+        yield runtime
+
+
+def active(model: Any) -> Runtime | None:
+    """Return the runtime of a model that is inside a policy's block, else None."""
+    return _ACTIVE.get(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+
+class Runtime:
+    """The hooks of one policy on one model.
+
+    ``attach`` adds them; the exit stack removes them. ``projecting`` is the number of tokens of which a layer is just
+    making keys and values, 0 otherwise.
+    """
+
+    def __init__(self, policy: Policy, model: Any, anatomy: Anatomy, implementation: str, stack: ExitStack) -> None:
+        self.policy, self.model, self.anatomy, self.implementation = policy, model, anatomy, implementation
+        self.depth = policy.depth(anatomy.n_layers)
+        self.projecting = 0
+        self.call: Call | None = None
+        self._stack = stack
+        self._stack_names = list(inspect.signature(anatomy.stack.forward).parameters)
+        self._logits_to_keep: int | None = None
+        self._expected: tuple[int, int] | None = None
+
+    def hook(self, handle: RemovableHandle) -> None:
+        """Have a hook removed when the block ends."""
+        self._stack.callback(handle.remove)
+
+    def expect(self, *, head: int = 0, tail: int) -> None:
+        """Announce that of the next call's tokens the first ``head`` and the last ``tail`` are decode phase."""
+        self._expected = head, tail
+
+    def new_cache(self) -> PolicyCache:
+        """Return an empty cache of this policy for this model."""
+        return PolicyCache(self.policy, self.anatomy)
+
+    def attach(self, model: nn.Module) -> None:
+        """Add all hooks; ``model`` is what the user calls: the model itself, or a wrapper of it."""
+        for module in {model, self.model}:
+            self.hook(module.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self.hook(self.anatomy.stack.register_forward_pre_hook(self._before_stack, with_kwargs=True))
+        self.hook(self.anatomy.stack.register_forward_hook(self._after_stack))
+        for index, layer in enumerate(self.anatomy.layers):
+            self.hook(layer.register_forward_pre_hook(_BeforeLayer(self, index, layer), with_kwargs=True))
+        if self.depth < self.anatomy.n_layers:
+            self.hook(self.anatomy.layers[self.depth - 1].register_forward_hook(self._select))
+            self.hook(self.anatomy.layers[-1].register_forward_hook(self._spread))
+        self.policy.install(self)
+        if self.policy.taps_attention:
+            layers = {module: layer for layer, module in enumerate(self.anatomy.attentions)}
+
+            def tapped(attention: AttentionCall) -> tuple[Tensor, Any]:
+                output = attention.proceed()
+                if self.call is not None:
+                    self.policy.after_attention(self.call, layers[attention.module], attention)
+                return output
+
+            self._stack.enter_context(attention_tap(self.model, self.anatomy.attentions, tapped))
+        self._refuse_stock_chunks()
+
+    def _refuse_stock_chunks(self) -> None:
+        """Make ``generate(prefill_chunk_size=...)`` say that it cannot tell a chunk's last token from the prompt's."""
+        stock = getattr(self.model, "_prefill", None)
+        if stock is None:
+            return
+
+        def prefill(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+            if generation_config.prefill_chunk_size is not None:
+                raise UserError(
+                    "generate() cannot prefill in chunks under a policy: "
+                    "use diagnostics.prefill(..., chunk_size=...) and pass its cache"
+                )
+            return stock(input_ids, generation_config, *args, **kwargs)
+
+        vars(self.model)["_prefill"] = prefill
+        self._stack.callback(vars(self.model).pop, "_prefill")
+
+    # --- Hooks, in the order in which they run ---
+
+    def _before_model(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get("logits_to_keep", 0)
+        self._logits_to_keep = wanted if isinstance(wanted, int) else 0
+
+    def _before_stack(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        wanted, self._logits_to_keep = self._logits_to_keep, None
+        expected, self._expected = self._expected, None
+        kwargs = dict(zip(self._stack_names, args, strict=False)) | kwargs
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            return None  # the model says itself what is missing
+        batch, n_new = inputs.shape[:2]
+        use_cache = kwargs.get("use_cache")
+        if use_cache is False or (use_cache is None and not getattr(self.model.config, "use_cache", True)):
+            raise UserError("a policy needs the KV cache: leave out use_cache=False")
+        cache = self._cache(kwargs.get("past_key_values"))
+        mask = kwargs.get("attention_mask")
+        self.see_padding(cache, mask, batch, n_new, inputs.device)
+        head, tail = expected or self._phases(cache, n_new, wanted)
+        if cache.n_columns == 0:
+            cache.batch = batch
+            if expected is None:
+                self.require_anchors(n_new if cache.padding is None else n_new - int(cache.padding.max()))
+            cache.n_prompt = n_new
+        elif cache.batch != batch:
+            raise UserError(f"the KV cache holds {cache.batch} rows, the input {batch}")
+        cache.writing = True
+        self.call = call = Call(self, cache, n_new, head, tail)
+        call.notes["logits"] = wanted
+        if kwargs.get("position_ids") is None:
+            columns = torch.arange(call.start, call.stop, device=inputs.device)[None]
+            if cache.padding is not None:
+                columns = (columns - cache.padding.to(inputs.device)[:, None]).clamp_(min=0)
+            kwargs["position_ids"] = columns
+        # A mask of four dimensions is passed on as it is: the model builds none. Layers get theirs in `_BeforeLayer`.
+        kwargs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs.device)
+        kwargs |= {"past_key_values": cache, "use_cache": True}
+        return (), kwargs
+
+    def before_layer(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Give a layer the columns that it is to hold, its mask, and positions of the rows that run."""
+        call = self.call
+        assert call is not None
+        if call.selected:
+            self.policy.before_upper_layer(call, index, arguments)
+        hidden = arguments["hidden_states"]
+        changed: dict[str, Any] = {"attention_mask": call.mask(index, hidden.dtype, hidden.device)}
+        if call.selected:
+            for name in PER_POSITION:
+                if name in arguments:
+                    changed[name] = take_positions(arguments[name], call.rows, call.start)
+        call.cache.layers[index].incoming = () if call.unheld and call.selected else call.rows
+        return changed
+
+    def _select(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        """Let go of the rows that do not run on."""
+        call = self.call
+        if call is None or not call.selects or self.projecting:
+            return None
+        call.hidden = _residual(output)
+        rows = self.policy.runs_on(call)
+        if rows is call.rows:
+            return None
+        if not rows:
+            raise ShallowCallDone
+        hidden, call.rows, call.selected = take(call.hidden, rows, call.start), rows, True
+        del call.hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _spread(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        """Put rows back to their columns, where the caller looks beyond the decode phase; NaN where none ran."""
+        call = self.call
+        if call is None or not call.selected or self.projecting:
+            return None
+        wanted = call.notes["logits"]
+        last_rows_do = (wanted and wanted <= call.tail) or call.unheld
+        if last_rows_do and not self.anatomy.reshapes:
+            return None
+        hidden = _residual(output)
+        columns = (as_tensor(call.rows, hidden.device) - call.start).expand(hidden.shape[0], -1)
+        spread = hidden.new_full((hidden.shape[0], call.stop - call.start + 1, hidden.shape[2]), torch.nan)
+        # Unused slots go to an extra column at the end.
+        columns = columns.masked_fill(columns < 0, call.stop - call.start)
+        spread.scatter_(1, columns[..., None].expand(-1, -1, hidden.shape[2]), hidden)
+        spread = spread[:, :-1]
+        return (spread, *output[1:]) if isinstance(output, tuple) else spread
+
+    def _after_stack(self, *_: Any) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Count the call's columns as seen."""
+        call, self.call = self.call, None
+        if call is not None:
+            call.cache.n_columns, call.cache.writing = call.stop, False
+            call.cache.awaits_token = call.tail > 0
+
+    # --- What a call is ---
+
+    def require_anchors(self, n_prompt: int) -> None:
+        """Raise UserError if the prompt is shorter than the anchors."""
+        if self.policy.anchors > n_prompt:
+            raise UserError(f"{self.policy}: the prompt has {n_prompt} tokens, fewer than the anchors")
+
+    def _phases(self, cache: PolicyCache, n_new: int, wanted: int | None) -> tuple[int, int]:
+        """Decode-phase tokens at the head and at the tail of a call that nobody announced."""
+        if cache.n_columns and (not wanted or not self.policy.later_prompts):
+            return 0, n_new
+        tail = min(n_new, max(wanted or 1, 1) + self.policy.boundary - 1)
+        return min(int(cache.n_columns > 0 and cache.awaits_token), n_new - tail), tail
+
+    def _cache(self, given: Any) -> PolicyCache:
+        """Return the cache of this call: the policy's own, or a new one in place of an empty default one."""
+        if given is None or (type(given) is DynamicCache and given.get_seq_length() == 0 and not given.offloading):
+            return self.new_cache()
+        if not isinstance(given, PolicyCache):
+            raise UserError(
+                f"a policy runs with its own KV cache, not with a {type(given).__name__}: "
+                "leave out past_key_values and cache_implementation"
+            )
+        if given.policy != self.policy:
+            raise UserError(f"this KV cache was made under {given.policy}, the model runs under {self.policy}")
+        if given.writing:
+            raise UserError("a call was interrupted while it wrote into this KV cache: prefill anew")
+        if len(given.layers) != self.anatomy.n_layers:
+            raise UserError(f"this KV cache has {len(given.layers)} layers, the model {self.anatomy.n_layers}")
+        return given
+
+    def see_padding(self, cache: PolicyCache, mask: Any, batch: int, n_new: int, device: torch.device) -> None:
+        """Learn the padding of the first call; refuse masks that are not left padding."""
+        if mask is None:
+            return
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise UserError(
+                "a policy makes the attention masks itself: give attention_mask as [batch, tokens], or none"
+            )
+        total = cache.n_columns + n_new
+        if tuple(mask.shape) != (batch, total):
+            raise UserError(
+                f"attention_mask is {list(mask.shape)}, not {[batch, total]}: all tokens so far and the new"
+            )
+        if n_new == 1 and cache.n_columns:
+            return  # every generated token is real
+        real = mask.to(device) != 0
+        if bool((real[:, 1:] < real[:, :-1]).any()):
+            raise UserError(
+                "attention_mask has padding after tokens: pad on the left (tokenizer.padding_side = 'left')"
+            )
+        if not bool(real[:, -1].all()):
+            raise UserError("attention_mask has a row without tokens")
+        if cache.n_columns == 0:
+            padding = (~real).sum(1)
+            cache.padding = padding if bool(padding.any()) else None
+
+
+class _BeforeLayer:
+    """Pre-hook of one layer; knows where in its signature the arguments are that it changes."""
+
+    def __init__(self, runtime: Runtime, index: int, layer: nn.Module) -> None:
+        self.runtime, self.index = runtime, index
+        self.names = list(inspect.signature(layer.forward).parameters)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.runtime.call is None or self.runtime.projecting:
+            return None
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        changed = self.runtime.before_layer(self.index, arguments)
+        positional = tuple(changed.pop(name, value) for name, value in zip(self.names, args, strict=False))
+        return positional, kwargs | changed
+
+
+def _residual(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,63 @@
+"""SPEED, Shallow Prefill, dEEp Decode (arXiv 2605.06105): prompt tokens stop at the cutoff; decoding is full depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from diagnostics.errors import UserError
+from diagnostics.policies.base import Policy, Workload, require
+from diagnostics.policies.recommendation import read_recommendation
+
+
+@dataclass(frozen=True)
+class SpeedPolicy(Policy):
+    """Prompt tokens run through layers 0..cutoff-1 and leave keys and values only there.
+
+    Attributes
+    ----------
+    cutoff
+        Layers that prompt tokens run through, 1 to L; L is the stock model.
+    anchors
+        Leading tokens that run through all layers, 0 or more; 1 is BoS.
+    boundary
+        Trailing prompt tokens that do so too, as first tokens of the decode phase; 1 or more.
+    """
+
+    cutoff: int
+    anchors: int = 1
+    boundary: int = 1
+    name: ClassVar[str] = "speed"
+
+    def __post_init__(self) -> None:
+        require(self.cutoff >= 1, f"cutoff is {self.cutoff}: give 1 or more")
+        require(self.anchors >= 0, f"anchors is {self.anchors}: give 0 or more")
+        require(
+            self.boundary >= 1, f"boundary is {self.boundary}: give 1 or more, the last prompt token is decode phase"
+        )
+
+    @classmethod
+    def from_recommendation(cls, path: str | Path) -> SpeedPolicy:
+        """Read cutoff and anchors from a ``recommendation.json``, or from the run folder that holds one.
+
+        Raises
+        ------
+        UserError
+            If there is no such file, or if it is not a recommendation.
+        """
+        data = read_recommendation(path)
+        try:
+            return cls(cutoff=int(data["cutoff"]), anchors=int(data["anchors"]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{str(path)!r} is not a recommendation: it lacks cutoff or anchors") from None
+
+    def depth(self, n_layers: int) -> int:
+        """The cutoff."""
+        return self.cutoff
+
+    def workload(self, n_prompt: int, n_layers: int) -> Workload:
+        """All tokens below the cutoff, anchors and boundary above."""
+        deep = min(n_prompt, self.anchors + self.boundary)
+        tokens = [n_prompt] * self.cutoff + [deep] * (n_layers - self.cutoff)
+        return Workload(tokens, tokens, [0] * n_layers)

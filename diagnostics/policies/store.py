@@ -1,0 +1,116 @@
+"""Save and load a KV cache: one prefilled document, many questions, also tomorrow.
+
+The file is safetensors: keys and values of every layer, columns where rows or heads differ, and a JSON header with the
+policy and a hash of the weights, so that it cannot be read into another model. No pickles.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diagnostics.anatomy import dissect
+from diagnostics.errors import UserError
+from diagnostics.models import LoadedModel, weight_hash
+from diagnostics.policies import parse_policy
+from diagnostics.policies.cache import PolicyCache, with_room
+from diagnostics.policies.columns import Piece
+
+FORMAT = "speed-diagnostics KV cache 1"
+HEADER = "cache"
+
+
+def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Module) -> None:
+    """Write a cache to a ``.safetensors`` file, whole or not at all; ``model`` is the one that filled the cache.
+
+    Raises
+    ------
+    UserError
+        If the cache is empty or the file cannot be written.
+    """
+    if cache.n_columns == 0:
+        raise UserError("this KV cache is empty: prefill first")
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        slots = slice(layer.first, layer.first + layer.n_slots)
+        tensors[f"keys.{index}"] = layer.keys[:, :, slots].contiguous()
+        tensors[f"values.{index}"] = layer.values[:, :, slots].contiguous()
+        pieces = []
+        for number, piece in enumerate(layer.held):
+            name = None
+            if piece.columns is not None:
+                name = f"columns.{index}.{number}"
+                tensors[name] = piece.columns.clone()
+            pieces.append([piece.start, piece.stop, piece.full, name])
+        layers.append(pieces)
+    if cache.padding is not None:
+        tensors["padding"] = cache.padding.clone()
+    header = {
+        "format": FORMAT,
+        "policy": cache.policy.spec,
+        "weight_hash": weight_hash(_module(model)),
+        "n_columns": cache.n_columns,
+        "n_prompt": cache.n_prompt,
+        "batch": cache.batch,
+        "awaits_token": cache.awaits_token,
+        "layers": layers,
+    }
+    place = Path(path)
+    part = place.with_name(f".{place.name}.part")
+    try:
+        save_file(tensors, part, metadata={HEADER: json.dumps(header)})
+        part.replace(place)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write the KV cache to {str(path)!r}: {error}") from None
+
+
+def load_cache(path: str | Path, model: LoadedModel | nn.Module) -> PolicyCache:
+    """Read a cache back, onto the devices of the model's layers.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, if it is damaged, or if another model filled it.
+    """
+    module = _module(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            if header.get("format") != FORMAT:
+                raise UserError(f"{str(path)!r} is not a KV cache of this version")
+            if header["weight_hash"] != weight_hash(module):
+                raise UserError(f"the KV cache {str(path)!r} was filled by another model, or in another type")
+            return _rebuild(header, {name: file.get_tensor(name) for name in file.keys()}, module)  # noqa: SIM118
+    except OSError as error:
+        raise UserError(f"cannot read the KV cache {str(path)!r}: {error}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{str(path)!r} is not a KV cache, or a damaged one: {error}") from None
+
+
+def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> PolicyCache:
+    anatomy = dissect(model, type(model).__name__)
+    cache = PolicyCache(parse_policy(header["policy"]), anatomy)
+    cache.n_columns, cache.n_prompt = header["n_columns"], header["n_prompt"]
+    cache.batch, cache.awaits_token = header["batch"], header["awaits_token"]
+    cache.padding = tensors.get("padding")
+    for index, (layer, pieces) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+        device = next(anatomy.layers[index].parameters()).device
+        keys, values = tensors[f"keys.{index}"].to(device), tensors[f"values.{index}"].to(device)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = with_room(keys, layer.room), with_room(values, layer.room)
+        layer.pieces = tuple(
+            Piece(start, stop, tensors[name].to(device) if name else None, full) for start, stop, full, name in pieces
+        )
+        if layer.window is not None and layer.pieces:
+            layer.forgotten = layer.pieces[0].start
+    return cache
+
+
+def _module(model: Any) -> Any:
+    model = model.model if isinstance(model, LoadedModel) else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
