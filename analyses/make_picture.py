@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from diagnostics import load_run, recommend
-from diagnostics.terminal import show_recommendation
+from diagnostics.terminal.diagnosis import show_recommendation
 
 
 def main(run_folder: str, picture: str) -> None:

@@ -29,6 +29,7 @@ class Anatomy:
     ``stack`` is the module that runs the layers; ``layers``, ``attentions`` and ``output_projections`` have as many
     entries as there are. Logits are ``softcap(unembedding(final_norm(h)) * logit_scale)``; ``max_positions`` is None
     where positions are unbounded. ``reshapes`` says that the stack insists on as many rows after its layers as before.
+    ``expert_share`` is the share of a layer's experts that a token runs through, 1 without experts.
     """
 
     stack: nn.Module
@@ -47,6 +48,7 @@ class Anatomy:
     layer_types: tuple[str, ...] = field(default=())
     sliding_window: int | None = None
     reshapes: bool = False
+    expert_share: float = 1.0
 
     @property
     def n_layers(self) -> int:
@@ -57,7 +59,8 @@ class Anatomy:
     def shape(self) -> dict[str, Any]:
         """Plain numbers that decide compute and memory, for predictions without the model.
 
-        ``layer_parameters``: weights used per token in each layer. ``head_parameters``: weights of the unembedding.
+        ``layer_parameters``: weights used per token in each layer, of a mixture of experts those of the chosen ones.
+        ``head_parameters``: weights of the unembedding.
         ``bytes_per_value``: of weights and cache.
         """
         return {
@@ -65,7 +68,7 @@ class Anatomy:
             "n_kv_heads": self.n_kv_heads,
             "head_dim": self.head_dim,
             "width": self.width,
-            "layer_parameters": [sum(p.numel() for p in layer.parameters()) for layer in self.layers],
+            "layer_parameters": [_used_parameters(layer, self.expert_share) for layer in self.layers],
             "head_parameters": sum(p.numel() for p in self.unembedding.parameters()),
             "bytes_per_value": next(self.layers[0].parameters()).element_size(),
             "layer_types": list(self.layer_types),
@@ -155,7 +158,22 @@ def dissect(model: Any, name: str) -> Anatomy:
         layer_types=tuple(getattr(config, "layer_types", None) or (_only_layer_type(config),) * len(layers)),
         sliding_window=getattr(config, "sliding_window", None),
         reshapes=config.model_type in RESHAPING,
+        expert_share=_expert_share(config),
     )
+
+
+def _expert_share(config: Any) -> float:
+    """Share of its experts that a token runs through; 1 without experts."""
+    counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = next((n for n in counts if n), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / experts if experts and chosen else 1.0
+
+
+def _used_parameters(layer: nn.Module, expert_share: float) -> int:
+    """Weights of a layer that one token is multiplied with."""
+    shares = ((p, expert_share if ".experts." in f".{name}" else 1.0) for name, p in layer.named_parameters())
+    return round(sum(p.numel() * share for p, share in shares))
 
 
 def _only_layer_type(config: Any) -> str:

@@ -138,7 +138,6 @@ def _diagnose_prompt(
         lens_positions=lens_positions,
     )
     watching = [observer(context) for observer in observers().values()]
-    started = time.perf_counter()
     outcome = capture.run(
         prompt.token_ids, prompt.reference_ids, watching, n_decode=decode_tokens, n_anchors=layout.n_anchors
     )
@@ -153,10 +152,10 @@ def _diagnose_prompt(
         "reference_text": lm.tokenizer.decode(outcome.reference_ids),
         "notes": "; ".join(prompt.notes),
     }
-    return _tables(row, [observer.measured() for observer in watching], time.perf_counter() - started)
+    return _tables(row, [observer.measured() for observer in watching])
 
 
-def _tables(row: dict[str, Any], measured: Sequence[Measured], seconds: float) -> Tables:
+def _tables(row: dict[str, Any], measured: Sequence[Measured]) -> Tables:
     layers: dict[str, np.ndarray] = {}
     heads: dict[str, np.ndarray] = {}
     cutoffs: dict[str, np.ndarray] = {}

@@ -45,7 +45,6 @@ class Readout:
         self.norm = norm if exact else copy.deepcopy(norm).float()
         # A quantised, adapted or offloaded head: only the module itself knows its weights.
         self.plain = type(head) is nn.Linear and head.weight.is_floating_point() and not head.weight.is_meta
-        self.vocab = head.weight.shape[0] if self.plain else None
         self.dtype = next(anatomy.layers[-1].parameters()).dtype
 
     def logits(self, residuals: Tensor) -> Tensor:

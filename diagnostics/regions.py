@@ -26,6 +26,7 @@ import numpy as np
 
 from diagnostics.bounds import MIN_PROMPTS
 from diagnostics.errors import UserError
+from diagnostics.probes.base import finite_mean
 from diagnostics.results import Run
 
 N_RESAMPLES = 1000
@@ -89,10 +90,12 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
     n_prompts = len(curves["uptake"])
 
     def selection(rows: np.ndarray) -> list[tuple[int, int]]:
-        return selection_intervals(_mean(curves["uptake"][rows]), rules)
+        return selection_intervals(finite_mean(curves["uptake"][rows], axis=0), rules)
 
     def stabilization(rows: np.ndarray) -> list[tuple[int, int]]:
-        drift, overlap = (_mean(curves[name][rows]) for name in ("drift_prompt_centred", "saliency_overlap"))
+        drift, overlap = (
+            finite_mean(curves[name][rows], axis=0) for name in ("drift_prompt_centred", "saliency_overlap")
+        )
         return stable_interval(drift, overlap, rules)
 
     rng = np.random.default_rng(seed)
@@ -103,7 +106,7 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
         _region(find(everything), [found[0] if (found := find(rows)) else None for rows in resamples])
         for find in (selection, stabilization)
     )
-    return Regions(selected, stable, _mean(curves["uptake"]), rules)
+    return Regions(selected, stable, finite_mean(curves["uptake"], axis=0), rules)
 
 
 def uptake(run: Run) -> np.ndarray:
@@ -147,14 +150,3 @@ def _per_prompt(run: Run, column: str) -> np.ndarray:
     """One column of the layers table as [prompts, L], in the order of the prompts table."""
     table = run.layers.pivot(index="prompt_id", columns="layer", values=column)
     return table.loc[run.prompts["prompt_id"]].to_numpy()
-
-
-def _mean(curves: np.ndarray) -> np.ndarray:
-    """Mean over the prompts that have a value: [prompts, L] -> [L]; NaN where none has."""
-    counted = np.isfinite(curves)
-    return np.divide(
-        np.where(counted, curves, 0).sum(0),
-        counted.sum(0),
-        out=np.full(curves.shape[1], np.nan),
-        where=counted.any(0),
-    )

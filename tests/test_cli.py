@@ -28,13 +28,7 @@ def save_weights(folder, kind, auto, **settings):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny tensors gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +321,13 @@ def test_no_progress_where_there_is_no_terminal(world, command, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     status, _, err = command(*with_option("--json")(world))
     assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize("option", [("--anchors", 0), ("--prompts", "x.jsonl"), ("--out", "there"), ("--resume",)])
+def test_options_of_a_measurement_are_refused_with_a_run(world, command, option):
+    status, out, err = command("recommend", world.run, *option)
+    assert (status, out) == (2, "")
+    assert err == f"error: {option[0]} has no effect on a run that exists: leave it out, or give the model\n"
 
 
 def test_recommend_on_a_run_needs_no_model(world, command, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from scipy import stats
 
 from diagnostics import LoadedModel, Prompt, PromptSet, UserError, diagnose, recommend
 from diagnostics.bounds import upper_bound
-from diagnostics.terminal import show_recommendation, show_run
+from diagnostics.terminal.diagnosis import show_recommendation, show_run
 from tests.runs import llama_8b_shape, make_run
 from tests.tiny import tiny_model
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import pandas as pd
 import pytest
-import torch
 
 from diagnostics import UserError, diagnose, load_model, load_prompts, load_run, recommend, results
 from diagnostics.results import SCRATCH, TABLES, RunWriter
@@ -38,13 +37,7 @@ class Killed(BaseException):
     """Ends the process in the middle of things; no handler of the product may take it."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny tensors gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ import pytest
 
 from diagnostics.savings import kv_bytes, predict_savings
 from tests.runs import llama_8b_shape
+from tests.tiny import tiny_model
 
 TOY = {
     "n_heads": 2,
@@ -89,3 +90,10 @@ def test_sliding_layers_hold_and_read_a_window(n):
 def test_lengths_beyond_the_positions_are_marked():
     marks = [s.within_positions for s in predict_savings(TOY, 1, lengths=[511, 512, 513], max_positions=512)]
     assert marks == [True, True, False]
+
+
+def test_of_a_mixture_of_experts_only_the_chosen_ones_count():
+    anatomy = tiny_model("gpt_oss").anatomy  # 2 of 4 experts
+    parts = {name: p.numel() for name, p in anatomy.layers[0].named_parameters()}
+    experts = sum(count for name, count in parts.items() if "experts" in name)
+    assert anatomy.shape["layer_parameters"][0] == sum(parts.values()) - experts // 2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diagnostics.capture.base import AttentionRows, DecodeRows, Layout
 from diagnostics.errors import UserError
-from diagnostics.probes.base import Columns, Measured, Probe, PromptContext
+from diagnostics.probes.base import Columns, Measured, Probe, PromptContext, finite_mean
 
 # Weights computed at once: what stays in a processor's cache, or what keeps a GPU busy.
 TILE_BYTES = {"cpu": 1 << 20, "mps": 64 << 20, "cuda": 256 << 20}
@@ -64,18 +64,11 @@ class AttentionMass(Probe):
     def measured(self) -> Measured:
         """Return per-head columns, and their means (selectivity and evidence: also maxima) over heads per layer."""
         heads = {name: np.stack([layer[name] for layer in self.heads]) for name in self.heads[0]}
-        layers = {name: mean_over_heads(column) for name, column in heads.items()}
+        layers = {name: finite_mean(column, axis=-1) for name, column in heads.items()}
         layers["selectivity_max"] = heads["selectivity"].max(axis=1)
         layers["evidence_mass_max"] = heads["evidence_mass"].max(axis=1)
         layers["prompt_contribution"] = np.array(self.contribution)
         return Measured(layers=layers, heads=heads)
-
-
-def mean_over_heads(column: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is not NaN (a head whose window ends after the prompt); NaN if nothing is."""
-    counted = np.isfinite(column)
-    total = np.where(counted, column, 0).sum(axis=-1)
-    return np.divide(total, counted.sum(axis=-1), out=np.full(total.shape, np.nan), where=counted.any(axis=-1))
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: curves, tables and one sentence. No numbers are made here."""
+"""A diagnosis and a recommendation in the terminal: curves, tables and one sentence."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +20,7 @@ GOALS = {
     "kv_budget": "share of full KV at most",
 }
 BARS = "▁▂▃▄▅▆▇█"
-# Column of the layers table, what it is called here, and whether the scale starts at 0 (else at the curve's minimum).
+# Column of the layers table, and what it is called here.
 CURVES = (
     ("mass_prompt", "attention on prompt"),
     ("selectivity", "selectivity"),

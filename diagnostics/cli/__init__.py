@@ -1,0 +1,47 @@
+"""The command: parses, calls, prints. One file per group of commands."""
+
+import io
+import os
+import sys
+from typing import Any
+
+import typer
+
+from diagnostics.cli.common import INTERRUPTED, fail
+from diagnostics.cli.diagnosis import diagnose, recommend
+from diagnostics.errors import UserError
+
+ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    help="How deep must a prompt go? Layer diagnostics and the SPEED cutoff for decoder-only language models.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (diagnose, recommend):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: what is wrong with the input is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode gets "?" for the bars
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()  # here, where a full disk below it can still be reported
+    except UserError as error:
+        fail(str(error))
+    except ClickException as error:
+        fail(error.format_message())
+    except OSError as error:  # such as a full disk below stdout
+        # What is still in its buffer has no place to go; Python would try again at exit, and complain.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        fail("interrupted", INTERRUPTED)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,5 @@
+"""``python -m diagnostics.cli``: the command without its installation."""
+
+from diagnostics.cli import main
+
+main()

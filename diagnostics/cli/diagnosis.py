@@ -1,0 +1,205 @@
+"""``diagnose`` and ``recommend``."""
+
+import os
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from diagnostics.cli.common import INTERRUPTED, fail, load, new_folder, plain, progress
+from diagnostics.cli.options import (
+    Anchors,
+    Backend,
+    ContextLength,
+    DecodeTokens,
+    Device,
+    Dtype,
+    LensPositions,
+    MaxPrompts,
+    Model,
+    ModelOrRun,
+    Out,
+    PromptsOption,
+    RemoteCode,
+    Resume,
+    Revision,
+    Seed,
+)
+from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.errors import UserError
+
+# Options of `recommend` that an existing run has no use for.
+MEASURING = (
+    *("prompts", "max_prompts", "context_length", "decode_tokens", "anchors", "lens_positions", "backend", "device"),
+    *("dtype", "revision", "trust_remote_code", "out", "resume"),
+)
+
+
+def diagnose(
+    model: Model = EMBEDDED_MODEL,
+    prompts: PromptsOption = "builtin",
+    max_prompts: MaxPrompts = None,
+    context_length: ContextLength = None,
+    decode_tokens: DecodeTokens = 48,
+    anchors: Anchors = 1,
+    lens_positions: LensPositions = 4,
+    seed: Seed = 0,
+    backend: Backend = "hooks",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    out: Out = None,
+    resume: Resume = False,
+    json: Annotated[bool, typer.Option("--json", help="print the run's manifest alone")] = False,
+) -> None:
+    """Measure every layer and every cutoff of a model on prompts, and keep the tables in a run folder."""
+    arguments = dict(locals())
+    run = _diagnose(arguments)
+    if json:
+        from json import dumps
+
+        print(dumps(run.manifest, indent=1))
+        return
+    from diagnostics.terminal.diagnosis import show_run
+
+    show_run(run, Console(highlight=False))
+    print(f"Run folder: {run.path}")
+
+
+def recommend(
+    context: typer.Context,
+    model: ModelOrRun = EMBEDDED_MODEL,
+    prompts: PromptsOption = "builtin",
+    max_prompts: MaxPrompts = None,
+    context_length: ContextLength = None,
+    decode_tokens: DecodeTokens = 48,
+    max_kl: Annotated[
+        float | None, typer.Option(help="goal: KL from full depth, nats per token  [0.1 without other goal]")
+    ] = None,
+    max_nll_increase: Annotated[float | None, typer.Option(help="goal: NLL increase, nats per token")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="goal: share of same top tokens, 0..1")] = None,
+    kv_budget: Annotated[
+        float | None, typer.Option(help="largest cutoff whose KV fits this share of full, 0..1")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="of the bound that must meet the goal")] = 0.95,
+    region_rule: Annotated[
+        list[str] | None,
+        typer.Option(help="change a threshold of the regions, e.g. max_drift=0.2; repeatable"),
+    ] = None,
+    anchors: Anchors = 1,
+    lens_positions: LensPositions = 4,
+    seed: Seed = 0,
+    backend: Backend = "hooks",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    out: Out = None,
+    resume: Resume = False,
+    json: Annotated[bool, typer.Option("--json", help="print the recommendation alone on stdout")] = False,
+) -> None:
+    """Recommend the SPEED cutoff of a model, with its measured loss; or of an existing run, without the model."""
+    arguments = dict(locals())
+    from diagnostics.recommend import Criterion
+    from diagnostics.results import MANIFEST, RECOMMENDATION, load_run
+
+    rules = _region_rules(region_rule or [])
+    del arguments["context"]
+    # Before the model runs for minutes: these say in one line what is wrong with the goals.
+    Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence)
+    # os.path, unlike pathlib, takes a name that is too long for one that is not there.
+    if os.path.isfile(os.path.join(model, MANIFEST)):
+        _refuse_measuring_options(context)
+        run = load_run(model)
+    else:
+        run = _diagnose(arguments)
+    from diagnostics.recommend import recommend as recommend_cutoff
+
+    assert run.path is not None
+    try:
+        recommendation = recommend_cutoff(
+            run,
+            max_kl=max_kl,
+            max_nll_increase=max_nll_increase,
+            min_agreement=min_agreement,
+            kv_budget=kv_budget,
+            confidence=confidence,
+            rules=rules,
+            seed=seed,
+        )
+    except UserError as error:
+        raise UserError(f"{error} (what was measured is in {str(run.path)!r})") from None
+    recommendation.save(run.path / RECOMMENDATION)
+    if json:
+        print(recommendation.to_json())
+        return
+    from diagnostics.terminal.diagnosis import show_recommendation
+
+    show_recommendation(run, recommendation, Console(highlight=False))
+    print(f"Run folder: {run.path}")
+
+
+def _diagnose(arguments: dict[str, Any]) -> Any:
+    """Load model and prompts and run the diagnosis, with a progress bar on a terminal."""
+    a = arguments
+    if a["resume"] and a["out"] is None:
+        raise UserError("--resume needs --out: the folder of the run to continue")
+    out = a["out"] or new_folder(a["model"])
+    from diagnostics.prompts import load_prompts
+    from diagnostics.results import require_place
+
+    require_place(out, resume=a["resume"])  # before a large model is loaded
+    prompt_set = load_prompts(
+        a["prompts"], max_prompts=a["max_prompts"], context_length=a["context_length"], seed=a["seed"]
+    )
+    import torch
+
+    from diagnostics.diagnose import diagnose as run_diagnosis
+
+    lm = load(a)
+    try:
+        with progress(f"diagnosing {lm.name}") as advance:
+            return run_diagnosis(
+                lm,
+                prompt_set,
+                decode_tokens=a["decode_tokens"],
+                anchors=a["anchors"],
+                lens_positions=a["lens_positions"],
+                backend=a["backend"],
+                out=out,
+                resume=a["resume"],
+                progress=advance,
+                arguments=plain(a),
+            )
+    except torch.OutOfMemoryError:
+        raise UserError("out of device memory: give a smaller --context-length, or --dtype bfloat16") from None
+    except KeyboardInterrupt:
+        fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
+
+
+def _refuse_measuring_options(context: typer.Context) -> None:
+    """Raise UserError for options that decide how a run is made, given with one that exists."""
+    for name in MEASURING:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} has no effect on a run that exists: leave it out, or give the model")
+
+
+def _region_rules(settings: list[str]) -> Any:
+    """Parse ``name=value`` pairs into region rules."""
+    from diagnostics.regions import RegionRules
+
+    types = {name: type(default) for name, default in asdict(RegionRules()).items()}
+    values = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in types:
+            raise UserError(f"region rule {name!r} is not one of: {', '.join(types)}")
+        try:
+            values[name] = types[name](value)
+        except ValueError:
+            raise UserError(f"region rule {name} must be a number ({types[name].__name__}), not {value!r}") from None
+    return RegionRules(**values)
