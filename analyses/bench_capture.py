@@ -9,7 +9,6 @@ measured in a process of its own per variant and length.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,15 +16,16 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 
 from diagnostics.capture.base import Layout
 from diagnostics.capture.hooks import HooksCapture
 from diagnostics.cutoff_sweep import CutoffSweep
+from diagnostics.memory import peak_memory
 from diagnostics.models import LoadedModel, load_model
 from diagnostics.probes import all_probes
 from diagnostics.probes.base import PromptContext
 from diagnostics.readout import Readout
+from diagnostics.versions import hardware, versions
 
 N_DECODE = 64
 VARIANTS = ("bare", "probes", "probes+sweep")
@@ -74,22 +74,9 @@ def measure_memory(variant: str, length: int) -> None:
     lm = load_model()
     ids = token_ids(lm, length)
     run(lm, "bare", ids[:128])  # libraries allocate on first use; that is not the variant's
-    if lm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
+    with peak_memory(lm.device) as peak:
         run(lm, variant, ids)
-        print((torch.cuda.max_memory_allocated() - before) / 2**30)
-        return
-    # Loading peaks higher than running: have Linux forget that peak, and report the rise above the loaded model.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_kib("VmRSS")
-    run(lm, variant, ids)
-    print((_resident_kib("VmHWM") - before) / 2**20)
-
-
-def _resident_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+    print((peak.bytes or 0) / 2**30)
 
 
 def main() -> None:
@@ -131,20 +118,14 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "model": lm.name,
         "dtype": str(lm.dtype),
-        "device": torch.cuda.get_device_name() if lm.device.type == "cuda" else _cpu(),
+        "device": hardware(lm.device),
         "threads": torch.get_num_threads(),
         "n_decode": N_DECODE,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         "rows": rows,
     }
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = info.read_text().split("model name") if info.exists() else []
-    return names[1].split(":")[1].split("\n")[0].strip() if len(names) > 1 else platform.processor()
 
 
 if __name__ == "__main__":

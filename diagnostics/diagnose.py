@@ -1,10 +1,8 @@
 """Prompts -> capture -> probes and sweep -> run."""
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ from diagnostics.prompts import PromptSet
 from diagnostics.readout import Readout
 from diagnostics.results import SCHEMA_VERSION, Run, RunWriter, Tables
 from diagnostics.segments import Segments
+from diagnostics.versions import hardware, versions
 
 DECODE_TOKENS = 48
-PACKAGES = ("speed-diagnostics", "torch", "transformers", "numpy", "scipy", "pandas", "pyarrow")
 
 Progress = Callable[[int, int, str], None]
 
@@ -226,8 +224,8 @@ def _manifest(
         "seed": prompts.seed,
         "prompt_set": prompts.name,
         "n_prompts": len(prompts),
-        "hardware": torch.cuda.get_device_name() if lm.device.type == "cuda" else platform.machine(),
-        "versions": _versions(),
+        "hardware": hardware(lm.device),
+        "versions": versions(),
         "columns": {k: v for observer in observers().values() for k, v in observer.describes.items()},
         "notes": notes,
         "identity": {
@@ -242,13 +240,3 @@ def _manifest(
             "prompts": prompts.fingerprint,
         },
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            found[package] = "unknown"
-    return found

@@ -210,9 +210,7 @@ class RunWriter:
         if not self.complete:
             with _reporting(self.path):
                 for name, table in _merge(sorted((self.path / PARTS).glob("[0-9]*"))).items():
-                    with _scratch_folder(self.path) as scratch:
-                        table.to_parquet(scratch / name, index=False)
-                        (scratch / name).rename(self.path / f"{name}.parquet")
+                    write_table(self.path / f"{name}.parquet", table)
                 self.manifest = self.manifest | additions | {"status": "complete"}
                 write_json(self.path / MANIFEST, self.manifest)
         # Also what a process that was killed left behind.
@@ -229,6 +227,13 @@ def write_json(path: Path, content: Any) -> None:
     with _scratch_folder(path.parent) as scratch:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         (scratch / path.name).write_text(text + "\n", encoding="utf-8")
+        os.replace(scratch / path.name, path)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a parquet table atomically."""
+    with _scratch_folder(path.parent) as scratch:
+        table.to_parquet(scratch / path.name, index=False)
         os.replace(scratch / path.name, path)
 
 

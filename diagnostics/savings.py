@@ -43,45 +43,56 @@ def predict_savings(
 ) -> list[Savings]:
     """Predict the savings of a cutoff at each prompt length, from a run's ``manifest["shape"]``."""
     n_layers = len(shape["layer_parameters"])
-    weights = (sum(shape["layer_parameters"]) + shape["head_parameters"]) * shape["bytes_per_value"]
     predictions = []
     for n in lengths:
         # Above the cutoff only the anchors and the last prompt token, the first decode-phase token, run.
         deep = min(n, anchors + 1)
         full, speed = ([n] * n_layers, [n] * cutoff + [deep] * (n_layers - cutoff))
-        ttft = _prefill_flops(shape, speed) / _prefill_flops(shape, full)
-        kv_full, kv_speed = kv_bytes(shape, full), kv_bytes(shape, speed)
+        ttft = prefill_flops(shape, speed) / prefill_flops(shape, full)
         predictions.append(
             Savings(
                 n_prompt=n,
                 ttft_ratio=ttft,
                 speedup_ttft=1 / ttft,
-                tpot_ratio=(weights + kv_speed) / (weights + kv_full),
-                kv_ratio=kv_speed / kv_full,
-                kv_bytes=kv_speed,
-                kv_bytes_full=kv_full,
+                tpot_ratio=decode_bytes(shape, speed) / decode_bytes(shape, full),
+                kv_ratio=kv_bytes(shape, speed) / kv_bytes(shape, full),
+                kv_bytes=kv_bytes(shape, speed),
+                kv_bytes_full=kv_bytes(shape, full),
                 within_positions=max_positions is None or n <= max_positions,
             )
         )
     return predictions
 
 
-def kv_bytes(shape: dict[str, Any], tokens: Sequence[int]) -> int:
-    """Bytes of keys and values of one row when layer l holds ``tokens[l]`` positions; sliding layers hold a window."""
+def kv_bytes(shape: dict[str, Any], held: Sequence[int]) -> int:
+    """Bytes of keys and values of one row when layer l holds ``held[l]`` positions; sliding layers hold a window."""
     per_position = 2 * shape["n_kv_heads"] * shape["head_dim"] * shape["bytes_per_value"]
-    return per_position * sum(min(n, window or n) for n, window in zip(tokens, _windows(shape), strict=True))
+    # The next token sees itself and window - 1 others.
+    return per_position * sum(
+        min(n, window - 1) if window else n for n, window in zip(held, windows(shape), strict=True)
+    )
 
 
-def _prefill_flops(shape: dict[str, Any], tokens: Sequence[int]) -> float:
-    """Operations of one prefill in which layer l runs ``tokens[l]`` positions, head on one position included."""
+def decode_bytes(shape: dict[str, Any], held: Sequence[int], batch: int = 1) -> int:
+    """Bytes that one decode step of ``batch`` rows reads: all weights once, and every row's keys and values."""
+    weights = (sum(shape["layer_parameters"]) + shape["head_parameters"]) * shape["bytes_per_value"]
+    return weights + batch * kv_bytes(shape, held)
+
+
+def prefill_flops(shape: dict[str, Any], run: Sequence[int], projected: Sequence[int] | None = None) -> float:
+    """Operations of the prefill of one row in which layer l runs ``run[l]`` positions; head on one position included.
+
+    ``projected[l]`` positions go through the layer's key and value projections alone.
+    """
     total = 2.0 * shape["head_parameters"]
-    for parameters, n, window in zip(shape["layer_parameters"], tokens, _windows(shape), strict=True):
+    for parameters, n, window in zip(shape["layer_parameters"], run, windows(shape), strict=True):
         reach = min(n, window or n)
         pairs = reach * (reach + 1) / 2 + (n - reach) * reach  # query-key pairs under the causal mask
         total += 2.0 * parameters * n + 4.0 * shape["n_heads"] * shape["head_dim"] * pairs
-    return total
+    per_token = 2.0 * shape["width"] * 2 * shape["n_kv_heads"] * shape["head_dim"]
+    return total + per_token * sum(projected or ())
 
 
-def _windows(shape: dict[str, Any]) -> list[int | None]:
+def windows(shape: dict[str, Any]) -> list[int | None]:
     """Sliding window of each layer, None where it sees everything."""
     return [shape["sliding_window"] if kind == "sliding_attention" else None for kind in shape["layer_types"]]

@@ -77,14 +77,14 @@ def test_deeper_cutoffs_save_less():
 def test_sliding_layers_hold_and_read_a_window(n):
     window = 4
     shape = TOY | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": window}
-    assert kv_bytes(shape, [n, n]) == 16 * (min(n, window) + n)
+    assert kv_bytes(shape, [n, n]) == 16 * (min(n, window - 1) + n)  # the next token sees 3 others
     (savings,) = predict_savings(shape, 1, anchors=0, lengths=[n])
     pairs = sum(min(i, window) for i in range(1, n + 1))  # counted one query at a time
     sliding = 2 * 100 * n + 32 * pairs
     full = 2 * 100 * n + 32 * sum(range(1, n + 1))
     deep = 2 * 100 + 32
     assert savings.ttft_ratio == pytest.approx((sliding + deep + 100) / (sliding + full + 100), rel=1e-12)
-    assert savings.kv_bytes == 16 * (min(n, window) + 1)
+    assert savings.kv_bytes == 16 * (min(n, window - 1) + 1)
 
 
 def test_lengths_beyond_the_positions_are_marked():

@@ -7,8 +7,10 @@ from typing import Any
 
 import typer
 
+from diagnostics.cli.benchmark import bench
 from diagnostics.cli.common import INTERRUPTED, fail
 from diagnostics.cli.diagnosis import diagnose, recommend
+from diagnostics.cli.generation import generate
 from diagnostics.errors import UserError
 
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (diagnose, recommend):
+for command in (recommend, diagnose, generate, bench):
     app.command()(command)
 
 

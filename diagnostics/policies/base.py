@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diagnostics.anatomy import Anatomy
@@ -77,7 +77,7 @@ class Policy(ABC):
     def check(self, anatomy: Anatomy) -> None:
         """Raise UserError if the policy cannot serve this model."""
         if not 1 <= self.depth(anatomy.n_layers) <= anatomy.n_layers:
-            raise UserError(f"{self}: the model has {anatomy.n_layers} layers")
+            raise UserError(f"{self} does not fit: the model has {anatomy.n_layers} layers")
 
     def runs_on(self, call: Call) -> Pieces:
         """Columns of this call that run on above `depth`; nothing ends the call there."""
@@ -97,12 +97,16 @@ class Policy(ABC):
 
     @property
     def spec(self) -> str:
-        """The policy as `diagnostics.policies.parse_policy` reads it."""
-        return ":".join([self.name, *(f"{k}={v}" for k, v in asdict(self).items() if v is not None)])
+        """The policy as `diagnostics.policies.parse_policy` reads it, without what is default: ``speed:24``."""
+        parts = [self.name]
+        for position, field in enumerate(fields(self)):
+            value = getattr(self, field.name)
+            if value != field.default:
+                parts.append(str(value) if position == 0 else f"{field.name}={value}")
+        return ":".join(parts)
 
     def __str__(self) -> str:
-        fields = ", ".join(f"{k}={v}" for k, v in asdict(self).items() if v is not None)
-        return f"{self.name}({fields})"
+        return self.spec
 
 
 def require(condition: bool, message: str) -> None:

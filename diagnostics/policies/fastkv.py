@@ -26,7 +26,7 @@ from diagnostics.anatomy import Anatomy
 from diagnostics.errors import UserError
 from diagnostics.policies.base import Policy, Workload, require
 from diagnostics.policies.columns import EMPTY, Piece, Pieces, as_tensor
-from diagnostics.policies.recommendation import read_recommendation
+from diagnostics.policies.recommendation import read_recommendation, whole_number
 
 if TYPE_CHECKING:
     from diagnostics.capture.attention_tap import AttentionCall
@@ -84,7 +84,8 @@ class FastKVPolicy(Policy):
         region = read_recommendation(path).get("stabilization_region")
         if not region:
             raise UserError(f"{str(path)!r} found no stabilization region to take the TSP layer from")
-        return cls(tsp_layer=int(region["first"]))
+        first = region.get("first") if isinstance(region, dict) else region
+        return cls(tsp_layer=whole_number(first, "stabilization region's first layer", path))
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse models with sliding layers: the method scores by attention to the whole prompt."""

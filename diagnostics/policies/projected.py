@@ -8,12 +8,14 @@ the upper layers for the prompt and keeps their cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from diagnostics.policies.base import Policy, Workload, require
 from diagnostics.policies.columns import Pieces, gaps, span, take
+from diagnostics.policies.recommendation import recommended_cutoff
 
 if TYPE_CHECKING:
     from diagnostics.policies.runtime import Call, Runtime
@@ -40,6 +42,11 @@ class ProjectedPolicy(Policy):
         require(
             self.boundary >= 1, f"boundary is {self.boundary}: give 1 or more, the last prompt token is decode phase"
         )
+
+    @classmethod
+    def from_recommendation(cls, path: str | Path) -> ProjectedPolicy:
+        """Read the cutoff that was recommended for SPEED; raise UserError where there is none."""
+        return cls(cutoff=recommended_cutoff(path))
 
     def depth(self, n_layers: int) -> int:
         """The cutoff."""

@@ -8,6 +8,18 @@ from diagnostics.errors import UserError
 from diagnostics.results import RECOMMENDATION
 
 
+def recommended_cutoff(path: str | Path) -> int:
+    """Return the recommended cutoff; raise UserError where there is none."""
+    return whole_number(read_recommendation(path).get("cutoff"), "cutoff", path)
+
+
+def whole_number(value: Any, name: str, path: str | Path) -> int:
+    """Return ``value`` if it is a whole number; else raise UserError that names the field."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{str(path)!r} is not a recommendation: its {name} is {value!r}, not a whole number")
+    return value
+
+
 def read_recommendation(path: str | Path) -> dict[str, Any]:
     """Read a recommendation file, or the one in a run folder; raise UserError where there is none."""
     place = Path(path)

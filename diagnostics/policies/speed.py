@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from diagnostics.errors import UserError
 from diagnostics.policies.base import Policy, Workload, require
-from diagnostics.policies.recommendation import read_recommendation
+from diagnostics.policies.recommendation import read_recommendation, whole_number
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,8 @@ class SpeedPolicy(Policy):
             If there is no such file, or if it is not a recommendation.
         """
         data = read_recommendation(path)
-        try:
-            return cls(cutoff=int(data["cutoff"]), anchors=int(data["anchors"]))
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{str(path)!r} is not a recommendation: it lacks cutoff or anchors") from None
+        cutoff, anchors = (whole_number(data.get(name), name, path) for name in ("cutoff", "anchors"))
+        return cls(cutoff=cutoff, anchors=anchors)
 
     def depth(self, n_layers: int) -> int:
         """The cutoff."""

@@ -12,6 +12,7 @@ from rich.text import Text
 from diagnostics.recommend import Recommendation
 from diagnostics.regions import Region
 from diagnostics.results import Run
+from diagnostics.terminal.units import readable_bytes
 
 GOALS = {
     "max_kl": "KL at most",
@@ -178,7 +179,7 @@ def _savings_table(recommendation: Recommendation) -> Table:
             f"{row['speedup_ttft']:.2f}x",
             f"{row['tpot_ratio'] - 1:+.1%}",
             f"{row['kv_ratio'] - 1:+.1%}",
-            f"{_bytes(row['kv_bytes'])} of {_bytes(row['kv_bytes_full'])}",
+            f"{readable_bytes(row['kv_bytes'])} of {readable_bytes(row['kv_bytes_full'])}",
         )
     if not all(row["within_positions"] for row in recommendation.data["predicted"]):
         table.caption = "* beyond the model's positions"
@@ -204,11 +205,3 @@ def _sentence(recommendation: Recommendation) -> Text:
         verdict = "agree with" if agreement["agree"] else "DISAGREE with"
         text.append(f"\nThe regions {verdict} the measured loss: {', '.join(said)}.", style="not bold")
     return text
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -1,0 +1,86 @@
+"""``bench``: what policies cost and save, beside full depth and the limit."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from diagnostics.cli.common import load, new_folder, plain, progress
+from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision
+from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.errors import UserError
+
+# The depth of the paper, 24 of 32 layers, where nothing is said.
+DEPTH_SHARE = 0.75
+
+
+def bench(
+    model: Model = EMBEDDED_MODEL,
+    lengths: Annotated[str, typer.Option(help="prompt tokens, such as 1K,4K,32768")] = "512,2K",
+    policies: Annotated[
+        str | None,
+        typer.Option(help="such as full,speed:24,fastkv  [full, and the others at 3/4 of the layers]"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="measurements of each, after a warm-up")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate, 2 or more")] = 32,
+    batch_size: Annotated[int, typer.Option(help="prompts at a time")] = 1,
+    chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the random prompts")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    out: Annotated[Path | None, typer.Option(help="new folder, or a run folder  [runs/MODEL-bench_TIME]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print the summary alone, as JSON")] = False,
+) -> None:
+    """Measure TTFT, TPOT, KV bytes and peak memory of policies against full depth and the counted limit."""
+    arguments = dict(locals())
+    sizes = read_lengths(lengths)
+    out = out or new_folder(model, "-bench")
+    from diagnostics.benchmark import benchmark, require_benchmark_place
+    from diagnostics.policies import parse_policy
+
+    require_benchmark_place(out)
+    chosen = None if policies is None else [parse_policy(text) for text in policies.split(",")]
+    lm = load(arguments)
+    if chosen is None:
+        cutoff = max(1, round(DEPTH_SHARE * lm.anatomy.n_layers))
+        texts = ["full", f"speed:{cutoff}", f"projected:{cutoff}"]
+        if "sliding_attention" not in lm.anatomy.layer_types:
+            texts.append("fastkv")
+        chosen = [parse_policy(text) for text in texts]
+    with progress(f"benchmarking {lm.name}") as advance:
+        result = benchmark(
+            lm,
+            chosen,
+            lengths=sizes,
+            repeats=repeats,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            seed=seed,
+            out=out,
+            progress=advance,
+            arguments=plain(arguments),
+        )
+    if json:
+        print(result.summary().to_json(orient="records", indent=1))
+        return
+    from diagnostics.terminal.benchmark import show_benchmark
+
+    show_benchmark(result, Console(highlight=False))
+    print(f"Benchmark folder: {result.path}")
+
+
+def read_lengths(text: str) -> list[int]:
+    """Read ``1024,4K``: numbers of tokens, K for 1024; raise UserError for anything else."""
+    sizes = []
+    for part in text.split(","):
+        number = part.strip().upper()
+        factor = 1024 if number.endswith("K") else 1
+        digits = number.removesuffix("K")
+        if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
+            raise UserError(f"length {part.strip()!r} is not a number of tokens, such as 2048 or 4K")
+        sizes.append(int(digits) * factor)
+    return list(dict.fromkeys(sizes))

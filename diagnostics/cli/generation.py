@@ -1,0 +1,160 @@
+"""``generate``: a prompt under a policy, streamed, or side by side with full depth."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from diagnostics.cli.common import load
+from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision
+from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.errors import UserError
+
+PromptText = Annotated[str, typer.Option(help="text, @FILE, or @- for standard input")]
+PolicyName = Annotated[
+    str | None,
+    typer.Option(help="full, speed, fastkv, projected; parameters as in speed:24:anchors=0  [speed with a cutoff]"),
+]
+Cutoff = Annotated[int | None, typer.Option(help="layers that prompt tokens run through, for speed and projected")]
+RecommendationFile = Annotated[
+    Path | None, typer.Option(help="recommendation.json, or a run folder, to take the policy's layer from")
+]
+
+
+def generate(
+    model: Model = EMBEDDED_MODEL,
+    *,
+    prompt: PromptText,
+    policy: PolicyName = None,
+    cutoff: Cutoff = None,
+    recommendation: RecommendationFile = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate at most")] = 128,
+    chat: Annotated[bool | None, typer.Option("--chat/--text", help="use the chat template  [if there is one]")] = None,
+    system: Annotated[str | None, typer.Option(help="system message, with the chat template")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="share of the probability to draw from")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the drawing")] = 0,
+    chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="full depth and the policy side by side")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    json: Annotated[bool, typer.Option("--json", help="print token ids, text and timings alone")] = False,
+) -> None:
+    """Generate after a prompt under a policy, and say what it took."""
+    arguments = dict(locals())
+    text = read_prompt(prompt)
+    chosen = choose_policy(policy, cutoff, recommendation)
+    if compare and chosen.name == "full":
+        raise UserError("--compare sets a policy beside full depth: give --policy, --cutoff or --recommendation")
+    if not text.strip():
+        raise UserError("the prompt is empty")
+    lm = load(arguments)
+    import torch
+
+    from diagnostics.generate import generate as run_generation
+    from diagnostics.policies.full import FullPolicy
+
+    chosen.check(lm.anatomy)
+    ids = encode(lm, text, system, chat, max_new_tokens)
+    streams = not json and not compare
+
+    def run(one: Any, tokens: int = max_new_tokens, prompt_ids: Any = ids) -> Any:
+        streamer = None
+        if streams:
+            from transformers import TextStreamer
+
+            streamer = TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return run_generation(
+            lm,
+            prompt_ids,
+            policy=one,
+            max_new_tokens=tokens,
+            chunk_size=chunk_size,
+            temperature=temperature,
+            top_p=top_p,
+            generator=torch.Generator(lm.device).manual_seed(seed),
+            streamer=streamer,
+        )
+
+    from diagnostics.terminal.generation import as_json, show_comparison, summary_line
+
+    try:
+        if compare:
+            run(FullPolicy(), 2, ids[:, :64])  # the first pass of a process also sets libraries up
+            results = {"full": run(FullPolicy()), chosen.name: run(chosen)}
+        else:
+            results = {chosen.name: run(chosen)}
+    except torch.OutOfMemoryError:
+        raise UserError("out of device memory: give a --chunk-size, a shorter prompt, or --dtype bfloat16") from None
+    if json:
+        print(as_json(lm, ids, results))
+    elif compare:
+        show_comparison(lm, ids, results, chosen, Console(highlight=False))
+    else:
+        print(summary_line(lm, ids, results[chosen.name], chosen), file=sys.stderr)
+
+
+def read_prompt(argument: str) -> str:
+    """Return the text itself, or that of ``@FILE`` or of standard input; raise UserError where it cannot be read."""
+    if not argument.startswith("@"):
+        return argument
+    try:
+        data = sys.stdin.buffer.read() if argument == "@-" else Path(argument[1:]).expanduser().read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the prompt {argument[1:]!r}: {error.strerror}") from None
+    except (UnicodeDecodeError, ValueError):
+        raise UserError(f"the prompt {argument[1:]!r} is not UTF-8 text") from None
+
+
+def choose_policy(text: str | None, cutoff: int | None, recommendation: Path | None) -> Any:
+    """Make the policy out of its name and of what sets its layer; raise UserError where they do not fit together."""
+    from diagnostics.policies import all_policies, parse_policy
+
+    if cutoff is not None and recommendation is not None:
+        raise UserError("--cutoff and --recommendation both set the cutoff: give one")
+    if text is None:
+        text = "full" if cutoff is None and recommendation is None else "speed"
+    name, plain = text.split(":")[0], ":" not in text
+    if recommendation is not None:
+        policy = all_policies().get(name)
+        if policy is None or not hasattr(policy, "from_recommendation") or not plain:
+            raise UserError(f"--recommendation sets the layer of speed, projected or fastkv, not of {text!r}")
+        return policy.from_recommendation(recommendation)
+    if cutoff is None:
+        return parse_policy(text)
+    if name not in ("speed", "projected"):
+        raise UserError(f"--cutoff is for speed and projected, not for {text!r}")
+    return parse_policy(f"{text}:{cutoff}") if plain else replace(parse_policy(text), cutoff=cutoff)
+
+
+def encode(lm: Any, text: str, system: str | None, chat: bool | None, max_new_tokens: int) -> Any:
+    """Return the prompt's token ids, int64 [1, tokens]; raise UserError if they do not fit the model's positions."""
+    import torch
+
+    from diagnostics.encoding import encode_prompt
+    from diagnostics.prompts import Prompt
+
+    templated = bool(getattr(lm.tokenizer, "chat_template", None))
+    if chat and not templated:
+        raise UserError(f"model {lm.name!r} has no chat template: use --text")
+    if chat is False or not templated:
+        if system is not None:
+            raise UserError("--system needs a chat template")
+        prompt = Prompt(id="prompt", text="{document}", document=text)
+    else:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        prompt = Prompt(id="prompt", messages=(*messages, {"role": "user", "content": "{document}"}), document=text)
+    ids = torch.tensor([encode_prompt(prompt, lm.tokenizer).token_ids], device=lm.device)
+    positions = lm.anatomy.max_positions
+    if positions is not None and ids.shape[1] + max_new_tokens > positions:
+        raise UserError(
+            f"the prompt has {ids.shape[1]} tokens; with {max_new_tokens} new ones they exceed the {positions} "
+            f"positions of {lm.name!r}"
+        )
+    return ids

@@ -1,0 +1,93 @@
+"""Generated text in the terminal: one line of figures, or two policies side by side with the tokens that differ."""
+
+import json
+import math
+from difflib import SequenceMatcher
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from diagnostics.generate import Generation
+from diagnostics.models import LoadedModel
+from diagnostics.policies.base import Policy
+from diagnostics.terminal.units import readable_bytes
+
+
+def summary_line(lm: LoadedModel, prompt_ids: Tensor, made: Generation, policy: Policy) -> str:
+    """Say in one line what a generation took."""
+    tpot = "" if math.isnan(made.tpot_s) else f"TPOT {1000 * made.tpot_s:.1f} ms, "
+    return (
+        f"[{policy}: {prompt_ids.shape[1]} prompt tokens, {made.token_ids.shape[1]} generated, "
+        f"TTFT {made.ttft_s:.3f} s, {tpot}KV {readable_bytes(made.kv_bytes)}]"
+    )
+
+
+def as_json(lm: LoadedModel, prompt_ids: Tensor, results: dict[str, Generation]) -> str:
+    """Return token ids, text and timings; of several generations, an object by policy."""
+    described = {name: _describe(lm, prompt_ids, made) for name, made in results.items()}
+    return json.dumps(described if len(described) > 1 else next(iter(described.values())), indent=1)
+
+
+def _describe(lm: LoadedModel, prompt_ids: Tensor, made: Generation) -> dict[str, Any]:
+    return {
+        "model": lm.name,
+        "policy": made.cache.policy.spec,
+        "n_prompt": prompt_ids.shape[1],
+        "token_ids": made.token_ids[0].tolist(),
+        "text": lm.tokenizer.decode(made.token_ids[0], skip_special_tokens=True),
+        "ttft_s": made.ttft_s,
+        "tpot_s": None if math.isnan(made.tpot_s) else made.tpot_s,
+        "kv_bytes": made.kv_bytes,
+    }
+
+
+def show_comparison(
+    lm: LoadedModel, prompt_ids: Tensor, results: dict[str, Generation], policy: Policy, console: Console
+) -> None:
+    """Print full depth and a policy side by side; tokens that the other side has not are marked."""
+    full, other = results["full"], results[policy.name]
+    left, right = full.token_ids[0].tolist(), other.token_ids[0].tolist()
+    texts = Table(box=SIMPLE_HEAD, expand=True)
+    texts.add_column("full", ratio=1)
+    texts.add_column(str(policy), ratio=1)
+    blocks = SequenceMatcher(a=left, b=right, autojunk=False).get_matching_blocks()
+    texts.add_row(
+        _marked(lm, left, [(b.a, b.a + b.size) for b in blocks], "red"),
+        _marked(lm, right, [(b.b, b.b + b.size) for b in blocks], "green"),
+    )
+    console.print(texts)
+    same = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    if left == right:
+        console.print(f"All {len(left)} tokens are the same.")
+    else:
+        console.print(f"The first {same} tokens are the same (of {len(left)} and {len(right)}).")
+    figures = Table(title=f"{prompt_ids.shape[1]} prompt tokens", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("", "TTFT, s", "TPOT, ms", "KV"):
+        figures.add_column(heading, justify="left" if not heading else "right")
+    for name, made in ((str(results["full"].cache.policy), full), (str(policy), other)):
+        figures.add_row(name, f"{made.ttft_s:.3f}", f"{1000 * made.tpot_s:.1f}", readable_bytes(made.kv_bytes))
+    figures.add_row(
+        "ratio",
+        f"{other.ttft_s / full.ttft_s:.2f}",
+        f"{other.tpot_s / full.tpot_s:.2f}",
+        f"{other.kv_bytes / full.kv_bytes:.2f}",
+    )
+    console.print(figures)
+
+
+def _marked(lm: LoadedModel, ids: list[int], same: list[tuple[int, int]], colour: str) -> Text:
+    """Decode token by token, so that marks fall on tokens; what is outside the ``same`` ranges is underlined."""
+    kept = {i for start, stop in same for i in range(start, stop)}
+    text, shown = Text(), ""
+    for index in range(len(ids)):
+        # A token may be part of a character: decode the whole so far and take what is new.
+        so_far = lm.tokenizer.decode(ids[: index + 1], skip_special_tokens=True)
+        if so_far.endswith("\ufffd") and index + 1 < len(ids):
+            continue
+        text.append(so_far[len(shown) :], style=None if index in kept else f"underline {colour}")
+        shown = so_far
+    return text
