@@ -164,28 +164,23 @@ class FastKVPolicy(Policy):
         """Salience of the first n - window of a row's n tokens, per KV head: float32 [kv_heads, n - window]."""
         key = attention.key[row, :, -n:]
         query = attention.query[row, :, -min(self.window, n) :]
+        heads, window = query.shape[:2]
         scaling = attention.options.get("scaling") or query.shape[-1] ** -0.5
         softcap, sinks = attention.options.get("softcap"), attention.options.get("s_aux")
-        kv_heads, kept = key.shape[0], max(0, n - self.window)
-        group = query.shape[0] // kv_heads
-        ahead = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool, device=key.device).triu(1)
-        scores = key.new_zeros((kv_heads, kept), dtype=torch.float32)
-        for head in range(kv_heads):  # one at a time: [group, window, n] in float32 is all that is held
-            heads = slice(head * group, (head + 1) * group)
-            logits = (query[heads] @ key[head].T).float() * scaling
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            logits[:, :, -query.shape[1] :].masked_fill_(ahead, -torch.inf)
-            if sinks is not None:  # a sink takes weight from the tokens and has none itself
-                sink = sinks[heads, None, None].float().expand(-1, query.shape[1], 1)
-                weights = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
-            else:
-                weights = logits.softmax(-1)
-            # Cast as the published code does: ties and their order depend on it.
-            weights = weights.to(query.dtype)[:, :, :kept].sum(1)
-            pooled = nn.functional.max_pool1d(weights, self.kernel, stride=1, padding=self.kernel // 2)
-            scores[head] = pooled.sum(0)
-        return scores
+        query = query.reshape(len(key), -1, query.shape[-1])  # query heads of a KV head follow one another
+        logits = (query @ key.mT).view(heads, window, n).float() * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        ahead = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
+        logits[:, :, -window:].masked_fill_(ahead, -torch.inf)
+        if sinks is not None:  # a sink takes weight from the tokens and has none itself
+            logits = torch.cat([logits, sinks[:, None, None].float().expand(-1, window, 1)], dim=-1)
+        # Cast as the published code does: the order of the scores depends on it.
+        weights = logits.softmax(-1).to(query.dtype)[:, :, : max(0, n - self.window)].sum(1)
+        if weights.shape[-1] == 0:
+            return weights.new_zeros((len(key), 0), dtype=torch.float32)
+        pooled = nn.functional.max_pool1d(weights[None], self.kernel, stride=1, padding=self.kernel // 2)[0]
+        return pooled.view(len(key), -1, pooled.shape[-1]).sum(1).float()
 
 
 def _top(scores: Tensor, capacity: int, n: int) -> Tensor:
