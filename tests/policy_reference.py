@@ -108,9 +108,11 @@ def fastkv(slow, ids, n_prompt, tsp_layer, tsp_rate, retention_rate, window, ker
         chosen = sorted(chosen + list(range(n - window, n)))
     dropped = torch.ones(n, dtype=torch.bool)
     dropped[chosen] = False
+    # Rows of dropped tokens see themselves: nothing looks at them, but a softmax over nothing would be NaN.
+    gone_above = dropped[None, :] & ~torch.eye(n, dtype=torch.bool)
 
     def propagate(layer, hidden, mask):
-        return hidden, hide(mask, dropped[None, :].expand(n, -1)) if layer > tsp_layer else mask
+        return hidden, hide(mask, gone_above) if layer > tsp_layer else mask
 
     weights = slow.run(prompt, propagate, weights=True)[1]
     kept = []
@@ -129,7 +131,7 @@ def fastkv(slow, ids, n_prompt, tsp_layer, tsp_rate, retention_rate, window, ker
     def decode(layer, hidden, mask):
         where = torch.zeros(slow.n_heads, total, total, dtype=torch.bool)
         if layer > tsp_layer:
-            where[:, :n, :n] |= dropped[None, None]
+            where[:, :n, :n] |= gone_above
         for head in range(slow.n_heads):
             gone = torch.ones(n, dtype=torch.bool)
             gone[kept[layer][head // slow.groups]] = False

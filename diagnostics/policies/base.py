@@ -109,6 +109,12 @@ class Policy(ABC):
         return self.spec
 
 
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raise UserError unless ``value`` is a whole number of at least ``least``."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, f"{name} is {value}: give {least} or more")  # type: ignore[operator]
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError unless ``condition``."""
     if not condition:

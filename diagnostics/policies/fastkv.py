@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from diagnostics.anatomy import Anatomy
 from diagnostics.errors import UserError
-from diagnostics.policies.base import Policy, Workload, require
+from diagnostics.policies.base import Policy, Workload, require, require_whole
 from diagnostics.policies.columns import EMPTY, Piece, Pieces, as_tensor
 from diagnostics.policies.recommendation import read_recommendation, whole_number
 
@@ -63,14 +63,16 @@ class FastKVPolicy(Policy):
     later_prompts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require(self.tsp_layer is None or self.tsp_layer >= 0, f"tsp_layer is {self.tsp_layer}: give 0 or more")
+        if self.tsp_layer is not None:
+            require_whole("tsp_layer", self.tsp_layer, 0)
         require(0 < self.tsp_rate <= 1, f"tsp_rate is {self.tsp_rate}: give a share above 0, at most 1")
         require(
             0 < self.retention_rate <= self.tsp_rate,
             f"retention_rate is {self.retention_rate}: give a share above 0, at most tsp_rate ({self.tsp_rate})",
         )
-        require(self.window >= 1, f"window is {self.window}: give 1 or more")
-        require(self.kernel >= 1 and self.kernel % 2 == 1, f"kernel is {self.kernel}: give an odd number")
+        require_whole("window", self.window, 1)
+        require_whole("kernel", self.kernel, 1)
+        require(self.kernel % 2 == 1, f"kernel is {self.kernel}: give an odd number")
 
     @classmethod
     def from_recommendation(cls, path: str | Path) -> FastKVPolicy:
@@ -84,7 +86,7 @@ class FastKVPolicy(Policy):
         region = read_recommendation(path).get("stabilization_region")
         if not region:
             raise UserError(f"{str(path)!r} found no stabilization region to take the TSP layer from")
-        first = region.get("first") if isinstance(region, dict) else region
+        first = region.get("first") if isinstance(region, dict) else None
         return cls(tsp_layer=whole_number(first, "stabilization region's first layer", path))
 
     def check(self, anatomy: Anatomy) -> None:
@@ -111,12 +113,8 @@ class FastKVPolicy(Policy):
 
     def runs_on(self, call: Call) -> Pieces:
         """Columns chosen at the TSP layer; all, if the prompt is short or came in a later turn."""
-        chosen = call.notes.get("chosen", call.rows)
-        require(
-            chosen is call.rows or call.tail <= self.window,
-            f"fastkv keeps the last {self.window} tokens of a prompt: {call.tail} are asked for (assisted generation?)",
-        )
-        return chosen
+        require(call.tail == 1, f"{self.name} gives logits of the last prompt token alone (assisted generation?)")
+        return call.notes.get("chosen", call.rows)
 
     def after_attention(self, call: Call, layer: int, attention: AttentionCall) -> None:
         """Score the tokens of a layer, cut its cache down to the retained ones; at the TSP layer choose who runs on."""

@@ -51,9 +51,9 @@ def attention_mask(
     query, key = as_tensor(queries, device)[:, :, None], as_tensor(keys, device)[:, None]
     visible = (key <= query) & (key >= 0)
     if padding is not None:
-        visible &= key >= padding.to(device)[:, None, None]
+        visible = visible & (key >= padding.to(device)[:, None, None])
     if window is not None:
-        visible &= key > query - window
+        visible = visible & (key > query - window)
     # A padding row sees itself: a softmax over nothing is NaN, and NaN keys reach others even through weights of 0.
     visible = (visible | (key == query))[:, None]
     if implementation == "sdpa":

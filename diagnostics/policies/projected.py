@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from diagnostics.policies.base import Policy, Workload, require
+from diagnostics.policies.base import Policy, Workload, require_whole
 from diagnostics.policies.columns import Pieces, gaps, span, take
 from diagnostics.policies.recommendation import recommended_cutoff
 
@@ -38,10 +38,8 @@ class ProjectedPolicy(Policy):
     name: ClassVar[str] = "projected"
 
     def __post_init__(self) -> None:
-        require(self.cutoff >= 1, f"cutoff is {self.cutoff}: give 1 or more")
-        require(
-            self.boundary >= 1, f"boundary is {self.boundary}: give 1 or more, the last prompt token is decode phase"
-        )
+        require_whole("cutoff", self.cutoff, 1)
+        require_whole("boundary", self.boundary, 1)
 
     @classmethod
     def from_recommendation(cls, path: str | Path) -> ProjectedPolicy:

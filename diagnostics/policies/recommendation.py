@@ -1,6 +1,7 @@
 """Read what `recommend` wrote, for the policies that follow it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ def whole_number(value: Any, name: str, path: str | Path) -> int:
 
 def read_recommendation(path: str | Path) -> dict[str, Any]:
     """Read a recommendation file, or the one in a run folder; raise UserError where there is none."""
-    place = Path(path)
-    place = place / RECOMMENDATION if place.is_dir() else place
+    # os.path, unlike pathlib, takes a name that is too long for one that is not there.
+    place = Path(path) / RECOMMENDATION if os.path.isdir(path) else Path(path)
     try:
         data = json.loads(place.read_text(encoding="utf-8"))
     except OSError as error:

@@ -83,6 +83,7 @@ class Runtime:
         self._stack = stack
         self._stack_names = list(inspect.signature(anatomy.stack.forward).parameters)
         self._logits_to_keep: int | None = None
+        self._labels: Tensor | None = None
         self._expected: tuple[int, int] | None = None
 
     def hook(self, handle: RemovableHandle) -> None:
@@ -143,6 +144,7 @@ class Runtime:
     def _before_model(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wanted = kwargs.get("logits_to_keep", 0)
         self._logits_to_keep = wanted if isinstance(wanted, int) else 0
+        self._labels = kwargs.get("labels")
 
     def _before_stack(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         wanted, self._logits_to_keep = self._logits_to_keep, None
@@ -226,6 +228,12 @@ class Runtime:
         columns = columns.masked_fill(columns < 0, call.stop - call.start)
         spread.scatter_(1, columns[..., None].expand(-1, -1, hidden.shape[2]), hidden)
         spread = spread[:, :-1]
+        # The last element: a row that ran is finite there, and others were never written.
+        if self._labels is not None and bool((spread[:, :-1, -1].isnan() & (self._labels[:, 1:] != -100)).any()):
+            raise UserError(
+                "labels ask for logits of prompt tokens, which there are not: set them to -100, "
+                "or give the continuation against the prompt's cache"
+            )
         return (spread, *output[1:]) if isinstance(output, tuple) else spread
 
     def _after_stack(self, *_: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from diagnostics.policies.base import Policy, Workload, require
+from diagnostics.policies.base import Policy, Workload, require_whole
 from diagnostics.policies.recommendation import read_recommendation, whole_number
 
 
@@ -30,11 +30,9 @@ class SpeedPolicy(Policy):
     name: ClassVar[str] = "speed"
 
     def __post_init__(self) -> None:
-        require(self.cutoff >= 1, f"cutoff is {self.cutoff}: give 1 or more")
-        require(self.anchors >= 0, f"anchors is {self.anchors}: give 0 or more")
-        require(
-            self.boundary >= 1, f"boundary is {self.boundary}: give 1 or more, the last prompt token is decode phase"
-        )
+        require_whole("cutoff", self.cutoff, 1)
+        require_whole("anchors", self.anchors, 0)
+        require_whole("boundary", self.boundary, 1)
 
     @classmethod
     def from_recommendation(cls, path: str | Path) -> SpeedPolicy:
