@@ -162,6 +162,13 @@ def dissect(model: Any, name: str) -> Anatomy:
     )
 
 
+def unwrapped(module: Any) -> Any:
+    """Return a module of the model itself where a component of TransformerLens's bridge stands in for it."""
+    while (inner := getattr(module, "original_component", None)) is not None:
+        module = inner
+    return module
+
+
 def _expert_share(config: Any) -> float:
     """Share of its experts that a token runs through; 1 without experts."""
     counts = (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from diagnostics.anatomy import Anatomy, dissect
+from diagnostics.anatomy import Anatomy, dissect, unwrapped
 from diagnostics.capture.attention_tap import AttentionCall, attention_tap
 from diagnostics.errors import UserError
 from diagnostics.policies.base import Policy
@@ -309,7 +309,7 @@ class _BeforeLayer:
 
     def __init__(self, runtime: Runtime, index: int, layer: nn.Module) -> None:
         self.runtime, self.index = runtime, index
-        self.names = list(inspect.signature(layer.forward).parameters)
+        self.names = list(inspect.signature(unwrapped(layer).forward).parameters)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.runtime.call is None or self.runtime.projecting:
