@@ -92,8 +92,11 @@ def _register(inner: str) -> str:
     return tapped
 
 
-def _dispatch(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, Any]:
-    return _RECORDERS[module](module, *args, **options)
+def _dispatch(module: Any, *args: Any, **options: Any) -> tuple[Tensor, Any]:
+    recorder = _RECORDERS.get(module)
+    if recorder is None:  # another model that shares the configuration of the tapped one
+        recorder = _original(module, module.config._attn_implementation.removeprefix(PREFIX))
+    return recorder(module, *args, **options)
 
 
 def _original(module: nn.Module, inner: str) -> Callable[..., tuple[Tensor, Any]]:

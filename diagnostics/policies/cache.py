@@ -62,6 +62,17 @@ class PolicyLayer(CacheLayerMixin):
         return tuple(pieces)
 
     @property
+    def hidden_stop(self) -> int:
+        """Columns below this may be lost once the slots that no later query can see are dropped."""
+        skip, stop = self.first, self.forgotten
+        for piece in self.pieces:
+            if skip <= 0:
+                break
+            stop = max(stop, min(piece.stop, piece.start + skip) if piece.columns is None else piece.stop)
+            skip -= len(piece)
+        return stop
+
+    @property
     def n_slots(self) -> int:
         """Number of slots that later queries may look at, unused ones of shorter rows included."""
         return count(self.pieces) - self.first
@@ -101,7 +112,6 @@ class PolicyLayer(CacheLayerMixin):
         self.values[:, :, start:stop] = value_states
         self.pieces = join(self.pieces, incoming)
         seen = slice(self.first, stop)
-        self._slide()
         if self.only_store:
             raise KeysStored
         return self.keys[:, :, seen], self.values[:, :, seen]
@@ -114,11 +124,27 @@ class PolicyLayer(CacheLayerMixin):
         self.pieces = (piece,)
 
     def crop_to(self, stop: int) -> None:
-        """Drop columns from ``stop`` on; raise UserError where a sliding layer has forgotten what they uncover."""
+        """Drop columns from ``stop`` on; see `check_crop` first."""
+        kept: list[Piece] = []
+        slots: list[int] = []
+        at = 0
+        for piece in self.pieces:
+            cropped = piece.until(stop)
+            if cropped:
+                kept.append(cropped)
+                slots += range(at, at + len(cropped))
+            at += len(piece)
+        if slots != list(range(len(slots))):  # slots between those that stay were dropped
+            index = torch.tensor(slots, device=self.keys.device)
+            for held in (self.keys, self.values):
+                held[:, :, : len(slots)] = held[:, :, index]
+        self.pieces = join((), kept)
+        self.slide()
+
+    def check_crop(self, stop: int) -> None:
+        """Raise UserError where a sliding layer has forgotten what dropping columns from ``stop`` on uncovers."""
         if self.window is not None and self.forgotten > max(0, stop - self.window + 1):
             raise UserError(f"cannot crop to {stop} tokens: a sliding layer has forgotten what the last of them see")
-        self.pieces = tuple(cropped for piece in self.pieces if (cropped := piece.until(stop)))
-        self._slide()
 
     def select_rows(self, rows: Tensor) -> None:
         """Make these rows of the batch the batch, in this order and as often as given."""
@@ -153,7 +179,7 @@ class PolicyLayer(CacheLayerMixin):
     def _grow(self, new: int) -> None:
         """Make storage for ``new`` more slots and some room; drop the slots that a sliding layer leaves out."""
         if not self.record_past and self.first:
-            self.forgotten = self.held[0].start
+            self.forgotten = self.hidden_stop
             kept = slice(self.first, count(self.pieces))
             self.pieces, self.first = self.held, 0
         else:
@@ -161,8 +187,9 @@ class PolicyLayer(CacheLayerMixin):
         more = new + max(self.room, (kept.stop - kept.start + new) // GROWTH_SHARE)
         self.keys, self.values = (with_room(held[:, :, kept], more) for held in (self.keys, self.values))
 
-    def _slide(self) -> None:
+    def slide(self) -> None:
         """Find the first slot that the next query can see."""
+        self.first = 0
         if self.window is None or not self.pieces:
             return
         needed = self.pieces[-1].stop - self.window + 1
@@ -191,6 +218,7 @@ class PolicyCache(Cache):
         self.batch: int | None = None
         self.padding: Tensor | None = None
         self.awaits_token = False  # the next token follows logits: it is the model's own
+        self.decoded: Pieces = ()  # columns of the decode phase
         self.writing = False  # a call has begun and not ended
 
     @property
@@ -235,9 +263,16 @@ class PolicyCache(Cache):
             raise UserError(f"cannot crop into the prompt under {self.policy.name}: it chose among all of its tokens")
         if stop == self.n_columns:
             return
+        if stop == 0:
+            self.reset()
+            return
+        for layer in self.layers:
+            layer.check_crop(stop)
         for layer in self.layers:
             layer.crop_to(stop)
         self.n_columns, self.n_prompt = stop, min(self.n_prompt, stop)
+        self.decoded = tuple(cropped for piece in self.decoded if (cropped := piece.until(stop)))
+        self.awaits_token = bool(self.decoded) and self.decoded[-1].stop == stop
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make these rows the batch, as beam search asks."""
@@ -259,6 +294,7 @@ class PolicyCache(Cache):
         """Empty the cache."""
         super().reset()
         self.n_columns, self.n_prompt, self.batch, self.padding = 0, 0, None, None
+        self.decoded = ()
         self.awaits_token = self.writing = False
 
 

@@ -44,7 +44,7 @@ def attention_mask(
     plain = padding is None and all(piece.full for piece in keys)
     first, last = min(piece.start for piece in keys), max(piece.stop for piece in keys)
     plain &= window is None or last - first <= window
-    if plain and n_queries == 1:
+    if plain and n_queries == 1 and last == queries[-1].stop:
         return None
     if plain and implementation == "sdpa" and count(keys) == n_queries:
         return None  # nothing was held before: plain causal order

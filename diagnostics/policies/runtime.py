@@ -23,12 +23,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from diagnostics.anatomy import Anatomy, dissect, unwrapped
-from diagnostics.capture.attention_tap import AttentionCall, attention_tap
+from diagnostics.capture.attention_tap import PREFIX, AttentionCall, attention_tap
 from diagnostics.errors import UserError
 from diagnostics.policies.base import Policy
 from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.call import PER_POSITION, Call, take_positions
-from diagnostics.policies.columns import as_tensor, take
+from diagnostics.policies.columns import as_tensor, join, span, take
 from diagnostics.policies.masks import SERVED
 
 _ACTIVE: dict[nn.Module, Runtime] = {}
@@ -49,6 +49,10 @@ def running(policy: Policy, model: Any) -> Iterator[Runtime]:
     if inner in _ACTIVE:
         raise UserError(f"this model runs under {_ACTIVE[inner].policy} already: leave that `with` block first")
     implementation = inner.config._attn_implementation
+    if implementation.startswith(PREFIX):
+        raise UserError(
+            "the attention of a model that shares this one's configuration is tapped: leave that block first"
+        )
     if implementation not in SERVED:
         raise UserError(
             f"attention implementation {implementation!r} takes no mask per layer: "
@@ -155,6 +159,8 @@ class Runtime:
         if inputs is None:
             return None  # the model says itself what is missing
         batch, n_new = inputs.shape[:2]
+        if n_new == 0:
+            raise UserError("the input has no tokens")
         use_cache = kwargs.get("use_cache")
         if use_cache is False or (use_cache is None and not getattr(self.model.config, "use_cache", True)):
             raise UserError("a policy needs the KV cache: leave out use_cache=False")
@@ -245,6 +251,10 @@ class Runtime:
         if call is not None:
             call.cache.n_columns, call.cache.writing = call.stop, False
             call.cache.awaits_token = call.tail > 0
+            for layer in call.cache.layers:  # not before: a call's first query may be older than what it stores
+                layer.slide()
+            heads, tails = span(call.start, call.start + call.head), span(call.stop - call.tail, call.stop)
+            call.cache.decoded = join(join(call.cache.decoded, heads), tails)
 
     # --- What a call is ---
 

@@ -4,6 +4,7 @@ The file is safetensors: keys and values of every layer, columns where rows or h
 policy and a hash of the weights, so that it cannot be read into another model. No pickles.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from diagnostics.policies import parse_policy
 from diagnostics.policies.cache import PolicyCache, with_room
 from diagnostics.policies.columns import Piece
 
-FORMAT = "speed-diagnostics KV cache 1"
+FORMAT = "speed-diagnostics KV cache 2"
 HEADER = "cache"
 
 
@@ -33,6 +34,8 @@ def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Mod
     """
     if cache.n_columns == 0:
         raise UserError("this KV cache is empty: prefill first")
+    if cache.writing:
+        raise UserError("a call was interrupted while it wrote into this KV cache: prefill anew")
     tensors: dict[str, Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
@@ -58,14 +61,17 @@ def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Mod
         "batch": cache.batch,
         "awaits_token": cache.awaits_token,
         "layers": layers,
+        "decoded": [[piece.start, piece.stop] for piece in cache.decoded],
+        "forgotten": [layer.hidden_stop for layer in cache.layers],
     }
     place = Path(path)
-    part = place.with_name(f".{place.name}.part")
     try:
+        part = place.parent / f".{place.name}.part"
         save_file(tensors, part, metadata={HEADER: json.dumps(header)})
         part.replace(place)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise UserError(f"cannot write the KV cache to {str(path)!r}: {error}") from None
 
 
@@ -81,7 +87,7 @@ def load_cache(path: str | Path, model: LoadedModel | nn.Module) -> PolicyCache:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            if header.get("format") != FORMAT:
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
                 raise UserError(f"{str(path)!r} is not a KV cache of this version")
             if header["weight_hash"] != weight_hash(module):
                 raise UserError(f"the KV cache {str(path)!r} was filled by another model, or in another type")
@@ -97,6 +103,7 @@ def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> 
     cache = PolicyCache(parse_policy(header["policy"]), anatomy)
     cache.n_columns, cache.n_prompt = header["n_columns"], header["n_prompt"]
     cache.batch, cache.awaits_token = header["batch"], header["awaits_token"]
+    cache.decoded = tuple(Piece(*columns) for columns in header["decoded"])
     cache.padding = tensors.get("padding")
     for index, (layer, pieces) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         device = next(anatomy.layers[index].parameters()).device
@@ -107,7 +114,7 @@ def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> 
             Piece(start, stop, tensors[name].to(device) if name else None, full) for start, stop, full, name in pieces
         )
         if layer.window is not None and layer.pieces:
-            layer.forgotten = layer.pieces[0].start
+            layer.forgotten = header["forgotten"][index]
     return cache
 
 
