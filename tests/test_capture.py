@@ -16,7 +16,8 @@ from transformers.masking_utils import sdpa_mask
 
 from diagnostics import UserError, diagnose, load_prompts
 from diagnostics.capture import attention_tap
-from diagnostics.capture.base import AttentionRows, Layout
+from diagnostics.capture.attention_rows import RecomputedAttention
+from diagnostics.capture.base import Layout
 from diagnostics.capture.hooks import HooksCapture
 from diagnostics.probes import all_probes
 from diagnostics.probes.attention_mass import attend
@@ -169,7 +170,7 @@ def test_attention_by_tiles_equals_attention_at_once(
     distance = torch.arange(n_prompt - 1, total)[:, None] - torch.arange(total)[None]
     visible = (distance >= 0) & (distance < (window or total))
     query, key, value = draw(2 * group, n_decode, 4), draw(2, total, 4), draw(2, total, 4)
-    rows = AttentionRows(query, key, value, visible, 0.5, None, None, draw(n_decode, 2 * group, 4), lambda x: x)
+    rows = RecomputedAttention(query, key, value, visible, 0.5, None, None, draw(n_decode, 2 * group, 4), lambda x: x)
     layout = Layout(anchors, n_prompt)
     columns, from_prompt, output = attend(rows, layout, (), tile_bytes, keep_bytes)
 

@@ -7,12 +7,11 @@ Positions: ``P`` prompt tokens, ``T = P + n_decode - 1`` tokens in all. Rows 0..
 prompt); rows P-1..T-1 are the ``n_decode`` decode-phase rows. Row P-1, the last prompt token, is the first of them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -43,26 +42,37 @@ class ContextRows:
     residual_out: Tensor
 
 
-@dataclass(frozen=True)
-class AttentionRows:
-    """All it takes to recompute the attention of a few query rows exactly.
+class AttentionRows(ABC):
+    """Attention of a few query rows of one layer: the last ``n_window`` - 1 context positions, then the decode rows.
 
-    ``query`` [heads, rows, head_dim] and ``key`` [kv_heads, T, head_dim] are after rotary embedding and query-key norm;
-    ``value`` [kv_heads, T, head_dim]; ``visible`` [rows, T] is the model's own mask (causal, sliding, ...). The rows
-    are the last ``n_window`` - 1 context positions and then the decode-phase rows. ``output`` [n_decode, heads,
-    head_dim] is what the model's own attention gave for the decode rows; ``project`` applies the output projection
-    without its bias, [..., heads * head_dim] -> [..., width].
+    ``value`` [kv_heads, T, head_dim]; ``output`` [n_decode, heads, head_dim] is what the model's own attention gave for
+    the decode rows; ``project`` applies the output projection without its bias, [..., heads * head_dim] ->
+    [..., width].
     """
 
-    query: Tensor
-    key: Tensor
     value: Tensor
-    visible: Tensor
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
     output: Tensor
     project: Callable[[Tensor], Tensor]
+
+    @property
+    @abstractmethod
+    def n_rows(self) -> int:
+        """Number of query rows."""
+
+    @property
+    @abstractmethod
+    def has_sinks(self) -> bool:
+        """Whether rows sum to less than 1 because the model has learned sinks."""
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads."""
+        return self.output.shape[1]
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Number of key and value heads, a divisor of ``n_heads``."""
+        return self.value.shape[0]
 
     @property
     def n_decode(self) -> int:
@@ -72,38 +82,15 @@ class AttentionRows:
     @property
     def n_window(self) -> int:
         """Number of last prompt positions among the rows; the first decode row is one of them."""
-        return self.query.shape[1] - self.n_decode + 1
+        return self.n_rows - self.n_decode + 1
 
-    @cached_property
-    def _hidden(self) -> Tensor:
-        return ~self.visible
-
-    @cached_property
-    def _first_hidden(self) -> int:
-        """First key that some row may not see."""
-        return int(self.visible.all(0).long().cumprod(0).sum())
-
+    @abstractmethod
     def weights(self, kv_head: int, rows: slice, n_keys: int | None = None) -> Tensor:
         """Return attention weights of the query heads of one KV head, float32 [group, rows, keys].
 
         The softmax runs over the first ``n_keys`` keys (default all) and the model's sinks, whose column is left out:
-        rows sum to 1 without sinks, to less with them.
+        rows sum to 1 without sinks, to less with them. The result may be written to.
         """
-        group = self.query.shape[0] // self.key.shape[0]
-        heads = slice(kv_head * group, (kv_head + 1) * group)
-        query = (self.query[heads, rows].float() * self.scaling).flatten(0, 1)
-        scores = (query @ self.key[kv_head, :n_keys].float().T).unflatten(0, (group, -1))
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        # Nearly all keys are visible to all rows, unless a window slides: only the others are touched.
-        hidden = self._hidden[rows, self._first_hidden : n_keys]
-        scores[..., self._first_hidden :].masked_fill_(hidden, -torch.inf)
-        # A softmax in place: fresh memory for a second tile costs more than the arithmetic.
-        peak = scores.amax(-1, keepdim=True)
-        total = scores.sub_(peak).exp_().sum(-1, keepdim=True)
-        if self.sinks is not None:
-            total += (self.sinks[heads, None, None].float() - peak).exp()
-        return scores.div_(total)
 
 
 @dataclass(frozen=True)
@@ -145,7 +132,7 @@ class Observer(Protocol):
 class Capture(Protocol):
     """A backend: runs one prompt and feeds the observers."""
 
-    name: str
+    name: ClassVar[str]
 
     def run(
         self,

@@ -83,10 +83,10 @@ def attend(
     Returns per-head columns [heads], the prompt part of the head outputs and the whole of them, both float32
     [n_decode, heads, head_dim] before the output projection. ``tile_bytes`` and ``keep_bytes`` bound the weights held.
     """
-    tile_bytes = tile_bytes or TILE_BYTES.get(attention.key.device.type, TILE_BYTES["cuda"])
+    tile_bytes = tile_bytes or TILE_BYTES.get(attention.value.device.type, TILE_BYTES["cuda"])
     parts = [
         _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes, keep_bytes)
-        for kv_head in range(attention.key.shape[0])
+        for kv_head in range(attention.n_kv_heads)
     ]
     columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     from_prompt = torch.cat([part[1] for part in parts]).transpose(0, 1)
@@ -105,9 +105,9 @@ def _attend_kv_head(
     """One KV head: columns [group], prompt part and total of the outputs [group, n_decode, head_dim]."""
     value = attention.value[kv_head].float()
     n_decode, n_keys = attention.n_decode, len(value)
-    group = attention.query.shape[0] // attention.key.shape[0]
+    group = attention.n_heads // attention.n_kv_heads
     anchors, prompt, decode = slice(0, layout.n_anchors), layout.prompt, slice(layout.n_prompt - 1, n_keys)
-    first = attention.query.shape[1] - n_decode
+    first = attention.n_rows - n_decode
     block = max(1, min(n_decode, tile_bytes // (4 * group * n_keys)))
     blocks = [slice(first + i, first + min(i + block, n_decode)) for i in range(0, n_decode, block)]
 
@@ -142,7 +142,7 @@ def _attend_kv_head(
     query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}
     columns = {name: query[name].mean(-1) for name in ("mass_anchor", "mass_prompt", "mass_decode")}
     rest = 1 - columns["mass_anchor"] - columns["mass_prompt"] - columns["mass_decode"]
-    columns["mass_sink"] = rest if attention.sinks is not None else rest * 0
+    columns["mass_sink"] = rest if attention.has_sinks else rest * 0
     columns["selectivity"] = query["variation"].mean(-1)
     columns["prompt_entropy"] = _entropy(query["entropy"], query["mass_prompt"], layout.n_segment)
     columns["prompt_top5"] = _top_share(token_mass)

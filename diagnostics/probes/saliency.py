@@ -53,12 +53,12 @@ def saliency_scores(attention: AttentionRows, n_prompt: int) -> Tensor:
     Attention of the last ``window`` prompt queries, softmax over the whole prompt, summed over queries; max-pooled
     along the tokens with kernel 7; summed over heads.
     """
-    window, group = attention.n_window, attention.query.shape[0] // attention.key.shape[0]
+    window, group = attention.n_window, attention.n_heads // attention.n_kv_heads
     kept = n_prompt - window
-    total = attention.query.new_zeros(max(kept, 0), dtype=torch.float32)
+    total = attention.value.new_zeros(max(kept, 0), dtype=torch.float32)
     if kept <= 0:
         return total
-    for kv_head in range(attention.key.shape[0]):
+    for kv_head in range(attention.n_kv_heads):
         weights = attention.weights(kv_head, slice(0, window), n_prompt)
         per_head = weights[:, :, :kept].sum(1).view(1, group, kept)
         total += nn.functional.max_pool1d(per_head, POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)[0].sum(0)
