@@ -21,8 +21,8 @@ from diagnostics.memory import peak_memory
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
-from diagnostics.results import MANIFEST, write_json, write_table
-from diagnostics.savings import decode_bytes, kv_bytes, prefill_flops
+from diagnostics.results import MANIFEST, require_writable, write_json, write_table
+from diagnostics.savings import Held, decode_bytes, kv_bytes, prefill_flops
 from diagnostics.versions import hardware, versions
 
 BENCHMARK, BENCHMARK_MANIFEST = "benchmark.parquet", "benchmark.json"
@@ -53,7 +53,7 @@ class Benchmark:
         """
         keys = ["n_prompt", "spec"]
         full = self.rows[self.rows["policy"] == FullPolicy.name].set_index(["n_prompt", "repeat"])
-        rows = self.rows.join(full[list(MEASURED)], on=["n_prompt", "repeat"], rsuffix="_full")
+        rows = self.rows.join(full[list(MEASURED)].add_suffix("_full"), on=["n_prompt", "repeat"])
         for name in MEASURED:
             rows[f"{name}_ratio"] = rows[name] / rows[f"{name}_full"]
         grouped = rows.groupby(keys, sort=False)
@@ -131,6 +131,8 @@ def benchmark(
     policies = list(dict.fromkeys([FullPolicy(), *policies]))
     for policy in policies:
         policy.check(lm.anatomy)
+        if policy.anchors > min(lengths):
+            raise UserError(f"{policy}: the prompt has {min(lengths)} tokens, fewer than the anchors")
     place = None if out is None else require_benchmark_place(out)
     manifest = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -204,6 +206,10 @@ def require_benchmark_place(out: str | Path) -> Path:
         raise UserError(f"{str(out)!r} is not a folder: choose another --out")
     if place.is_dir() and any(place.iterdir()) and not (place / MANIFEST).is_file():
         raise UserError(f"folder {str(out)!r} is not empty and not a run: choose another --out")
+    try:
+        require_writable(place)
+    except OSError as error:
+        raise UserError(f"cannot write the benchmark to {str(out)!r}: {error.strerror or error}") from None
     return place
 
 
@@ -226,10 +232,13 @@ def _measure(
     work, full = policy.workload(length, n_layers), FullPolicy().workload(length, n_layers)
     flops = prefill_flops(shape, work.run, work.projected)
     # On average a step reads what half of the new tokens have added.
+    halfway, finished = new_tokens // 2, new_tokens - 1
     reads, full_reads = (
-        decode_bytes(shape, [n + new_tokens // 2 for n in held], batch) for held in (work.held, full.held)
+        decode_bytes(shape, Held.after(length, halfway, held, policy.anchors), batch) for held in (work.held, full.held)
     )
-    end, full_end = (batch * kv_bytes(shape, [n + new_tokens - 1 for n in held]) for held in (work.held, full.held))
+    end, full_end = (
+        batch * kv_bytes(shape, Held.after(length, finished, held, policy.anchors)) for held in (work.held, full.held)
+    )
     return {
         "policy": policy.name,
         "spec": policy.spec,

@@ -184,6 +184,11 @@ class _Tokens:
     stripped: int
 
 
+def encode_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Encode messages as they are through the tokenizer's chat template; raise UserError where it refuses them."""
+    return _tokenize(tokenizer, _apply_template("prompt", tokenizer, messages), special=False).ids
+
+
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> _Tokens:
     output = tokenizer(
         text,

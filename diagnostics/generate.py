@@ -4,6 +4,7 @@
 say which tokens are prompt and which are decode phase, and give the KV cache out of hand.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -176,8 +177,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max new tokens is {max_new_tokens}: give 1 or more")
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}: give 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is {temperature}: give 0 or more, and a finite number")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: give a share above 0, at most 1")
     module = _module(model)
@@ -261,7 +262,9 @@ def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.G
         return logits.argmax(-1)
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-    scores = TemperatureLogitsWarper(temperature)(None, logits.float())
+    # Below 0, so that a tiny temperature leaves the best score at 0 and lets no other overflow.
+    scores = logits.float() - logits.float().amax(-1, keepdim=True)
+    scores = TemperatureLogitsWarper(float(temperature))(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]

@@ -153,9 +153,14 @@ def require_place(path: Path, *, resume: bool) -> None:
         # A process that was killed may have left a scratch folder and nothing else.
         if path.exists() and (not path.is_dir() or any(not p.name.startswith(SCRATCH) for p in path.iterdir())):
             raise UserError(f"{str(path)!r} exists and is not a run folder; choose another --out")
-        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-        with _scratch_folder(nearest):
-            pass
+        require_writable(path)
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError unless a folder can be made at ``path``, or written to; leave nothing behind."""
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    with _scratch_folder(nearest):
+        pass
 
 
 class RunWriter:

@@ -49,31 +49,54 @@ def predict_savings(
         deep = min(n, anchors + 1)
         full, speed = ([n] * n_layers, [n] * cutoff + [deep] * (n_layers - cutoff))
         ttft = prefill_flops(shape, speed) / prefill_flops(shape, full)
+        held, held_full = (Held.after(n, 0, layers, anchors) for layers in (speed, full))
         predictions.append(
             Savings(
                 n_prompt=n,
                 ttft_ratio=ttft,
                 speedup_ttft=1 / ttft,
-                tpot_ratio=decode_bytes(shape, speed) / decode_bytes(shape, full),
-                kv_ratio=kv_bytes(shape, speed) / kv_bytes(shape, full),
-                kv_bytes=kv_bytes(shape, speed),
-                kv_bytes_full=kv_bytes(shape, full),
+                tpot_ratio=decode_bytes(shape, held) / decode_bytes(shape, held_full),
+                kv_ratio=kv_bytes(shape, held) / kv_bytes(shape, held_full),
+                kv_bytes=kv_bytes(shape, held),
+                kv_bytes_full=kv_bytes(shape, held_full),
                 within_positions=max_positions is None or n <= max_positions,
             )
         )
     return predictions
 
 
-def kv_bytes(shape: dict[str, Any], held: Sequence[int]) -> int:
-    """Bytes of keys and values of one row when layer l holds ``held[l]`` positions; sliding layers hold a window."""
+@dataclass(frozen=True)
+class Held:
+    """Positions that each layer's cache holds of one row, if no window slides: ``total`` tokens were seen.
+
+    A layer that dropped some holds the first ``anchors`` and otherwise the last ones.
+    """
+
+    total: int
+    layers: Sequence[int]
+    anchors: int = 0
+
+    @classmethod
+    def after(cls, n_prompt: int, n_new: int, prompt_held: Sequence[int], anchors: int) -> "Held":
+        """Add new tokens, which all layers hold, to what they hold of a prompt."""
+        return cls(n_prompt + n_new, [n + n_new for n in prompt_held], anchors)
+
+    def within(self, layer: int, window: int) -> int:
+        """Positions of a layer that the next token sees: itself and ``window`` - 1 others."""
+        held, reach = self.layers[layer], window - 1
+        first = min(self.anchors, held) if held < self.total else 0
+        return max(0, first - max(0, self.total - reach)) + min(held - first, reach)
+
+
+def kv_bytes(shape: dict[str, Any], held: Held) -> int:
+    """Bytes of keys and values of one row; sliding layers hold what their window shows the next token."""
     per_position = 2 * shape["n_kv_heads"] * shape["head_dim"] * shape["bytes_per_value"]
-    # The next token sees itself and window - 1 others.
     return per_position * sum(
-        min(n, window - 1) if window else n for n, window in zip(held, windows(shape), strict=True)
+        held.within(layer, window) if window else held.layers[layer] for layer, window in enumerate(windows(shape))
     )
 
 
-def decode_bytes(shape: dict[str, Any], held: Sequence[int], batch: int = 1) -> int:
+def decode_bytes(shape: dict[str, Any], held: Held, batch: int = 1) -> int:
     """Bytes that one decode step of ``batch`` rows reads: all weights once, and every row's keys and values."""
     weights = (sum(shape["layer_parameters"]) + shape["head_parameters"]) * shape["bytes_per_value"]
     return weights + batch * kv_bytes(shape, held)

@@ -1,6 +1,6 @@
 import pytest
 
-from diagnostics.savings import kv_bytes, predict_savings
+from diagnostics.savings import Held, kv_bytes, predict_savings
 from tests.runs import llama_8b_shape
 from tests.tiny import tiny_model
 
@@ -77,7 +77,7 @@ def test_deeper_cutoffs_save_less():
 def test_sliding_layers_hold_and_read_a_window(n):
     window = 4
     shape = TOY | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": window}
-    assert kv_bytes(shape, [n, n]) == 16 * (min(n, window - 1) + n)  # the next token sees 3 others
+    assert kv_bytes(shape, Held(n, [n, n])) == 16 * (min(n, window - 1) + n)  # the next token sees 3 others
     (savings,) = predict_savings(shape, 1, anchors=0, lengths=[n])
     pairs = sum(min(i, window) for i in range(1, n + 1))  # counted one query at a time
     sliding = 2 * 100 * n + 32 * pairs
@@ -97,3 +97,13 @@ def test_of_a_mixture_of_experts_only_the_chosen_ones_count():
     parts = {name: p.numel() for name, p in anatomy.layers[0].named_parameters()}
     experts = sum(count for name, count in parts.items() if "experts" in name)
     assert anatomy.shape["layer_parameters"][0] == sum(parts.values()) - experts // 2
+
+
+@pytest.mark.parametrize("n_new", [0, 1, 2, 3, 9])
+def test_anchors_slide_out_of_a_window(n_new):
+    """Columns 0 and 1 (anchors), 9 (boundary) and the new ones, of which the next token sees the last three."""
+    total, window = 10 + n_new, 4
+    held = Held.after(10, n_new, [3], anchors=2)
+    columns = [0, 1, *range(9, total)]
+    assert held.within(0, window) == sum(column > total - window for column in columns)
+    assert Held.after(2, n_new, [2], anchors=2).within(0, window) == min(2 + n_new, window - 1)

@@ -26,7 +26,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="tokens to generate, 2 or more")] = 32,
     batch_size: Annotated[int, typer.Option(help="prompts at a time")] = 1,
     chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the random prompts")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the random prompts")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -80,7 +80,7 @@ def read_lengths(text: str) -> list[int]:
         number = part.strip().upper()
         factor = 1024 if number.endswith("K") else 1
         digits = number.removesuffix("K")
-        if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
+        if not digits.isascii() or not digits.isdigit() or not 0 < int(digits[:10]) < 10**9:
             raise UserError(f"length {part.strip()!r} is not a number of tokens, such as 2048 or 4K")
         sizes.append(int(digits) * factor)
     return list(dict.fromkeys(sizes))

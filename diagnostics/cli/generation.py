@@ -36,7 +36,7 @@ def generate(
     system: Annotated[str | None, typer.Option(help="system message, with the chat template")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(help="share of the probability to draw from")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="of the drawing")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the drawing")] = 0,
     chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="full depth and the policy side by side")] = False,
     device: Device = "auto",
@@ -51,6 +51,8 @@ def generate(
     chosen = choose_policy(policy, cutoff, recommendation)
     if compare and chosen.name == "full":
         raise UserError("--compare sets a policy beside full depth: give --policy, --cutoff or --recommendation")
+    if system is not None and not system.strip():
+        raise UserError("--system is empty")
     if not text.strip():
         raise UserError("the prompt is empty")
     lm = load(arguments)
@@ -106,8 +108,8 @@ def read_prompt(argument: str) -> str:
     try:
         data = sys.stdin.buffer.read() if argument == "@-" else Path(argument[1:]).expanduser().read_bytes()
         return data.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the prompt {argument[1:]!r}: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody has no home folder
+        raise UserError(f"cannot read the prompt {argument[1:]!r}: {getattr(error, 'strerror', error)}") from None
     except (UnicodeDecodeError, ValueError):
         raise UserError(f"the prompt {argument[1:]!r} is not UTF-8 text") from None
 
@@ -130,14 +132,18 @@ def choose_policy(text: str | None, cutoff: int | None, recommendation: Path | N
         return parse_policy(text)
     if name not in ("speed", "projected"):
         raise UserError(f"--cutoff is for speed and projected, not for {text!r}")
-    return parse_policy(f"{text}:{cutoff}") if plain else replace(parse_policy(text), cutoff=cutoff)
+    settings = text.split(":")[1:]
+    named = [setting.rpartition("=")[0] for setting in settings]
+    if plain or not (named[0] == "" or "cutoff" in named):
+        return parse_policy(f"{text}:cutoff={cutoff}")
+    return replace(parse_policy(text), cutoff=cutoff)
 
 
 def encode(lm: Any, text: str, system: str | None, chat: bool | None, max_new_tokens: int) -> Any:
     """Return the prompt's token ids, int64 [1, tokens]; raise UserError if they do not fit the model's positions."""
     import torch
 
-    from diagnostics.encoding import encode_prompt
+    from diagnostics.encoding import encode_messages, encode_prompt
     from diagnostics.prompts import Prompt
 
     templated = bool(getattr(lm.tokenizer, "chat_template", None))
@@ -146,11 +152,11 @@ def encode(lm: Any, text: str, system: str | None, chat: bool | None, max_new_to
     if chat is False or not templated:
         if system is not None:
             raise UserError("--system needs a chat template")
-        prompt = Prompt(id="prompt", text="{document}", document=text)
+        tokens = encode_prompt(Prompt(id="prompt", text="{document}", document=text), lm.tokenizer).token_ids
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
-        prompt = Prompt(id="prompt", messages=(*messages, {"role": "user", "content": "{document}"}), document=text)
-    ids = torch.tensor([encode_prompt(prompt, lm.tokenizer).token_ids], device=lm.device)
+        tokens = encode_messages([*messages, {"role": "user", "content": text}], lm.tokenizer)
+    ids = torch.tensor([tokens], device=lm.device)
     positions = lm.anatomy.max_positions
     if positions is not None and ids.shape[1] + max_new_tokens > positions:
         raise UserError(

@@ -3,7 +3,9 @@
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from diagnostics.benchmark import Benchmark
 from diagnostics.terminal.units import readable_bytes
@@ -12,19 +14,30 @@ from diagnostics.terminal.units import readable_bytes
 def show_benchmark(result: Benchmark, console: Console) -> None:
     """Print, per length, what each policy took, its ratio to full depth, and the counted limit of that ratio."""
     m = result.manifest
-    console.print(f"{m['model']} on {m['hardware']}, {m['dtype']}, {m['new_tokens']} new tokens\n", style="bold")
+    title = f"{m['model']} on {m['hardware']}, {m['dtype']}, {m['new_tokens']} new tokens\n"
+    console.print(Text(title, style="bold"))
     for length, rows in result.summary().groupby("n_prompt", sort=False):
         batch, repeats = int(rows["batch_size"].iloc[0]), int(rows["repeats"].max())
         console.print(f"{int(str(length)):,} prompt tokens, batch {batch}, {repeats} repeats (mean ± std)")
-        console.print(_times(rows))
-        console.print(_memory(rows))
+        for table in (_times(rows), _memory(rows)):
+            _print_whole(table, console)
     console.print(
         "x: ratio to full depth, median over repeats. limit: that ratio counted, by operations of the prefill (TTFT), "
         "bytes read (TPOT) and bytes held (KV). peak: memory above the loaded model.",
         style="dim",
     )
     for note in m["notes"]:
-        console.print(f"Note: {note}.", style="yellow")
+        console.print(Text(f"Note: {note}.", style="yellow"))
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """Print a table without cutting figures: where the screen is too narrow, lines wrap."""
+    screen = console.width
+    console.width = max(screen, Measurement.get(console, console.options.update(width=1000), table).maximum)
+    try:
+        console.print(table)
+    finally:
+        console.width = screen
 
 
 def _times(rows: pd.DataFrame) -> Table:

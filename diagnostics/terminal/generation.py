@@ -62,32 +62,37 @@ def show_comparison(
     console.print(texts)
     same = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
     if left == right:
-        console.print(f"All {len(left)} tokens are the same.")
+        console.print(f"All {len(left)} tokens are the same." if len(left) > 1 else "The one token is the same.")
     else:
         console.print(f"The first {same} tokens are the same (of {len(left)} and {len(right)}).")
     figures = Table(title=f"{prompt_ids.shape[1]} prompt tokens", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "TTFT, s", "TPOT, ms", "KV"):
         figures.add_column(heading, justify="left" if not heading else "right")
     for name, made in ((str(results["full"].cache.policy), full), (str(policy), other)):
-        figures.add_row(name, f"{made.ttft_s:.3f}", f"{1000 * made.tpot_s:.1f}", readable_bytes(made.kv_bytes))
+        figures.add_row(name, f"{made.ttft_s:.3f}", _number(1000 * made.tpot_s, 1), readable_bytes(made.kv_bytes))
     figures.add_row(
         "ratio",
         f"{other.ttft_s / full.ttft_s:.2f}",
-        f"{other.tpot_s / full.tpot_s:.2f}",
+        _number(other.tpot_s / full.tpot_s, 2),
         f"{other.kv_bytes / full.kv_bytes:.2f}",
     )
     console.print(figures)
 
 
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
 def _marked(lm: LoadedModel, ids: list[int], same: list[tuple[int, int]], colour: str) -> Text:
     """Decode token by token, so that marks fall on tokens; what is outside the ``same`` ranges is underlined."""
     kept = {i for start, stop in same for i in range(start, stop)}
-    text, shown = Text(), ""
+    text, shown, first = Text(), "", 0
     for index in range(len(ids)):
         # A token may be part of a character: decode the whole so far and take what is new.
         so_far = lm.tokenizer.decode(ids[: index + 1], skip_special_tokens=True)
         if so_far.endswith("\ufffd") and index + 1 < len(ids):
             continue
-        text.append(so_far[len(shown) :], style=None if index in kept else f"underline {colour}")
-        shown = so_far
+        differs = any(i not in kept for i in range(first, index + 1))
+        text.append(so_far[len(shown) :], style=f"underline {colour}" if differs else None)
+        shown, first = so_far, index + 1
     return text
