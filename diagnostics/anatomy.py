@@ -6,6 +6,7 @@ structure, not by a list of names, so that a new one usually works unseen. What 
 trusted blindly: each capture checks the recomputed attention and the last logit lens against the model's own.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,10 @@ class Anatomy:
     sliding_window: int | None = None
     reshapes: bool = False
     expert_share: float = 1.0
+
+    def window(self, layer: int) -> int | None:
+        """Width of a layer's sliding window in positions, None where it sees everything."""
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
     @property
     def n_layers(self) -> int:
@@ -145,9 +150,9 @@ def dissect(model: Any, name: str) -> Anatomy:
         stack=parent,
         layers=layers,
         attentions=attentions,
-        output_projections=projections,
-        final_norm=norm,
-        unembedding=unembedding,
+        output_projections=tuple(unwrapped(projection) for projection in projections),
+        final_norm=unwrapped(norm),
+        unembedding=unwrapped(unembedding),
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
@@ -167,6 +172,11 @@ def unwrapped(module: Any) -> Any:
     while (inner := getattr(module, "original_component", None)) is not None:
         module = inner
     return module
+
+
+def parameter_names(module: Any) -> list[str]:
+    """Return the names of a module's forward parameters, as its class declares them: libraries replace the method."""
+    return list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
 
 
 def _expert_share(config: Any) -> float:

@@ -30,13 +30,13 @@ Progress = Callable[[int, int, str], None]
 
 
 def diagnose(
-    lm: LoadedModel,
+    model: Any,
     prompts: PromptSet,
     *,
     decode_tokens: int = DECODE_TOKENS,
     anchors: int = 1,
     lens_positions: int = LENS_POSITIONS,
-    backend: str = "hooks",
+    backend: str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -46,8 +46,8 @@ def diagnose(
 
     Parameters
     ----------
-    lm
-        The model, from `load_model` or `LoadedModel.wrap`.
+    model
+        The model, from `load_model` or `LoadedModel.wrap`; or a TransformerBridge or an nnsight model as it is.
     prompts
         The prompts, from `load_prompts`. One without a reference is continued greedily at full depth.
     decode_tokens
@@ -57,7 +57,7 @@ def diagnose(
     lens_positions
         Decode positions per prompt, evenly spaced, that the logit lens reads at most, 1 or more.
     backend
-        How activations are read: ``hooks``.
+        How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
     out
         Run folder to write; without it the run stays in memory.
     resume
@@ -78,6 +78,7 @@ def diagnose(
         raise UserError(f"anchors is {anchors}: give 0 or more")
     if lens_positions < 1:
         raise UserError(f"lens positions is {lens_positions}: give 1 or more")
+    lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model)
     capture = make_capture(backend, lm)
     encoded = encode_prompts(
         prompts, lm.tokenizer, limit=_prompt_limit(lm, decode_tokens), max_reference_tokens=decode_tokens

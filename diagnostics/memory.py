@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, above what was in use before it."""
+"""Peak memory of a piece of work, above what was in use before it; and memory that is free."""
 
 import ctypes
 import sys
@@ -43,6 +43,19 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         peak.bytes = max(0, resident("VmHWM") - before)
     else:
         yield peak
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device: what CUDA or Linux says is available; None elsewhere."""
+    if device.type == "cuda":
+        # Memory that the allocator holds and does not use can be had too.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
 
 
 def resident(field: str) -> int:

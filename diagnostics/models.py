@@ -12,6 +12,7 @@ from torch import nn
 from diagnostics.anatomy import Anatomy, dissect, refuse_config
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError
+from diagnostics.libraries import NNSIGHT, TRANSFORMERS, library_of, stock_model
 
 MESSAGE_LENGTH = 240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,7 +23,8 @@ class LoadedModel:
     """A transformers causal language model, its tokenizer, and where its parts are.
 
     ``model`` is the stock object: nothing is folded, centred or patched. ``revision`` is the hub commit when there
-    is one; ``weight_hash`` identifies the weights wherever they came from.
+    is one; ``weight_hash`` identifies the weights wherever they came from. ``wrapper`` is the TransformerBridge or
+    nnsight model that holds ``model``, or None; ``library`` says whose it is.
     """
 
     name: str
@@ -31,18 +33,40 @@ class LoadedModel:
     anatomy: Anatomy
     weight_hash: str
     revision: str | None = None
+    wrapper: Any = None
+    library: str = TRANSFORMERS
 
     @classmethod
-    def wrap(cls, model: nn.Module, tokenizer: Any, name: str = "model") -> "LoadedModel":
-        """Take a model that is already in memory; raise UserError where it cannot be served."""
-        model.eval()
+    def wrap(cls, model: Any, tokenizer: Any = None, name: str | None = None) -> "LoadedModel":
+        """Take a model that is already in memory: of transformers, a `TransformerBridge`, or an nnsight model.
+
+        A bridge and an nnsight model bring their tokenizer; a transformers model needs one. Raises UserError where
+        the model cannot be served.
+        """
+        library = library_of(model)
+        wrapper = None if library == TRANSFORMERS else model
+        if library == NNSIGHT and not model.dispatched:
+            model.dispatch()
+        inner = model if library == TRANSFORMERS else stock_model(model)
+        if not hasattr(inner, "config"):
+            raise UserError(
+                f"{type(model).__name__} is not a transformers model, a TransformerBridge or an nnsight model"
+            )
+        if tokenizer is None:
+            tokenizer = getattr(wrapper, "tokenizer", None)
+        if tokenizer is None:
+            raise UserError("the model comes without a tokenizer: use LoadedModel.wrap(model, tokenizer)")
+        name = name or getattr(inner.config, "_name_or_path", "") or "model"
+        inner.eval()
         return cls(
             name=name,
-            model=model,
+            model=inner,
             tokenizer=tokenizer,
-            anatomy=dissect(model, name),
-            weight_hash=weight_hash(model),
-            revision=getattr(model.config, "_commit_hash", None),
+            anatomy=dissect(inner, name),
+            weight_hash=weight_hash(inner),
+            revision=getattr(inner.config, "_commit_hash", None),
+            wrapper=wrapper,
+            library=library,
         )
 
     @property
@@ -114,7 +138,9 @@ def weight_hash(model: nn.Module) -> str:
     Independent of the file format, and quick on large models since it reads almost nothing of them.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    # A TransformerBridge puts components of its own between a model and its modules.
+    named = {name.replace("_original_component.", ""): p for name, p in model.named_parameters()}
+    for name, parameter in sorted(named.items()):
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         if parameter.device.type != "meta":  # offloaded by accelerate: name and shape must do
             flat = parameter.detach().reshape(-1)

@@ -2,15 +2,35 @@
 
 from diagnostics.capture.base import Capture
 from diagnostics.errors import UserError
+from diagnostics.libraries import NNSIGHT, TRANSFORMER_LENS, TRANSFORMERS
 from diagnostics.models import LoadedModel
 
-BACKENDS = ("hooks",)
+HOOKS = "hooks"
+BACKENDS = (HOOKS, TRANSFORMER_LENS, NNSIGHT)
 
 
-def make_capture(backend: str, lm: LoadedModel) -> Capture:
-    """Return the capture of this name for a model; raise UserError for a name that is none."""
-    if backend == "hooks":
-        from diagnostics.capture.hooks import HooksCapture
+def make_capture(backend: str | None, lm: LoadedModel) -> Capture:
+    """Return the capture of this name for a model; raise UserError where there is none, or where it cannot serve it.
 
-        return HooksCapture(lm)
-    raise UserError(f"backend {backend!r} is not one of: {', '.join(BACKENDS)}")
+    By default a bridge is read by TransformerLens, an nnsight model by nnsight, and any other by plain hooks.
+    """
+    if backend is None:
+        backend = HOOKS if lm.library == TRANSFORMERS else lm.library
+    if backend not in BACKENDS:
+        raise UserError(f"backend {backend!r} is not one of: {', '.join(BACKENDS)}")
+    if lm.library == TRANSFORMER_LENS != backend:
+        raise UserError(
+            f"a TransformerBridge computes attention itself, where the {backend} backend cannot see it: "
+            "use the transformer-lens backend, or give the stock model"
+        )
+    if backend == TRANSFORMER_LENS:
+        from diagnostics.capture.transformer_lens import TransformerLensCapture
+
+        return TransformerLensCapture(lm)
+    if backend == NNSIGHT:
+        from diagnostics.capture.nnsight import NNsightCapture
+
+        return NNsightCapture(lm)
+    from diagnostics.capture.hooks import HooksCapture
+
+    return HooksCapture(lm)

@@ -4,7 +4,6 @@ The anchors' keys and values of the full model come back by running the anchors'
 other, so their rows of the full model give them again.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from diagnostics.anatomy import unwrapped
+from diagnostics.anatomy import parameter_names
 from diagnostics.capture.attention_rows import visible_keys
 from diagnostics.capture.passes import Pass
 
@@ -22,7 +21,7 @@ PER_POSITION = {"position_embeddings", "position_ids"}
 
 def named_arguments(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Give the positional arguments of a layer's call their names, those of the model's own module."""
-    return dict(zip(inspect.signature(unwrapped(layer).forward).parameters, args, strict=False)) | kwargs
+    return dict(zip(parameter_names(layer), args, strict=False)) | kwargs
 
 
 def residual_out(output: Any) -> Tensor:

@@ -12,7 +12,6 @@ logits, as when a continuation is scored, every token is decode phase.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from diagnostics.anatomy import Anatomy, dissect, unwrapped
+from diagnostics.anatomy import Anatomy, dissect, parameter_names
 from diagnostics.capture.attention_tap import PREFIX, AttentionCall, attention_tap
 from diagnostics.errors import UserError
+from diagnostics.libraries import stock_model
 from diagnostics.policies.base import Policy
 from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.call import PER_POSITION, Call, take_positions
@@ -41,7 +41,7 @@ class ShallowCallDone(Exception):
 @contextmanager
 def running(policy: Policy, model: Any) -> Iterator[Runtime]:
     """Run ``model`` under ``policy`` inside the block, and leave it as it was."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = stock_model(model)
     name = getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__
     if not hasattr(inner, "config") or not hasattr(inner.config, "get_text_config"):
         raise UserError(f"a policy runs transformers models, not {type(model).__name__}")
@@ -69,7 +69,7 @@ def running(policy: Policy, model: Any) -> Iterator[Runtime]:
 
 def active(model: Any) -> Runtime | None:
     """Return the runtime of a model that is inside a policy's block, else None."""
-    return _ACTIVE.get(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return _ACTIVE.get(stock_model(model))
 
 
 class Runtime:
@@ -85,7 +85,7 @@ class Runtime:
         self.projecting = 0
         self.call: Call | None = None
         self._stack = stack
-        self._stack_names = list(inspect.signature(anatomy.stack.forward).parameters)
+        self._stack_names = parameter_names(anatomy.stack)
         self._logits_to_keep: int | None = None
         self._labels: Tensor | None = None
         self._expected: tuple[int, int] | None = None
@@ -104,7 +104,7 @@ class Runtime:
 
     def attach(self, model: nn.Module) -> None:
         """Add all hooks; ``model`` is what the user calls: the model itself, or a wrapper of it."""
-        for module in {model, self.model}:
+        for module in {m for m in (model, self.model) if isinstance(m, nn.Module)}:
             self.hook(module.register_forward_pre_hook(self._before_model, with_kwargs=True))
         self.hook(self.anatomy.stack.register_forward_pre_hook(self._before_stack, with_kwargs=True))
         self.hook(self.anatomy.stack.register_forward_hook(self._after_stack))
@@ -319,7 +319,7 @@ class _BeforeLayer:
 
     def __init__(self, runtime: Runtime, index: int, layer: nn.Module) -> None:
         self.runtime, self.index = runtime, index
-        self.names = list(inspect.signature(unwrapped(layer).forward).parameters)
+        self.names = parameter_names(layer)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.runtime.call is None or self.runtime.projecting:

@@ -1,0 +1,35 @@
+"""Objects of other libraries that hold a transformers model: PEFT wrappers, TransformerLens bridges, nnsight models.
+
+Recognised by where their classes come from, so that no library is imported for being asked about.
+"""
+
+import copy
+from typing import Any
+
+TRANSFORMERS, TRANSFORMER_LENS, NNSIGHT = "transformers", "transformer-lens", "nnsight"
+
+
+def library_of(model: Any) -> str:
+    """Return which library an object belongs to: ``transformer-lens``, ``nnsight`` or else ``transformers``."""
+    packages = {base.__module__.split(".")[0] for base in type(model).__mro__}
+    if "transformer_lens" in packages and hasattr(model, "original_model"):
+        return TRANSFORMER_LENS
+    if "nnsight" in packages and hasattr(model, "_module"):
+        return NNSIGHT
+    return TRANSFORMERS
+
+
+def stock_model(model: Any) -> Any:
+    """Return the transformers model inside an object, or the object itself where it is one."""
+    library = library_of(model)
+    if library == TRANSFORMER_LENS:
+        model = model.original_model
+    elif library == NNSIGHT:
+        model = model._module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def twin(model: Any) -> Any:
+    """Copy a model's modules and share its weights: libraries that change modules in place get their own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
