@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from diagnostics.anatomy import Anatomy, dissect, parameter_names
+from diagnostics.anatomy import Anatomy, dissect, parameter_names, unwrapped
 from diagnostics.capture.attention_tap import PREFIX, AttentionCall, attention_tap
 from diagnostics.errors import UserError
 from diagnostics.libraries import stock_model
@@ -59,6 +59,11 @@ def running(policy: Policy, model: Any) -> Iterator[Runtime]:
             'use model.set_attn_implementation("sdpa")'
         )
     policy.check(anatomy)
+    if policy.taps_attention and any(unwrapped(attention) is not attention for attention in anatomy.attentions):
+        raise UserError(
+            f"{policy.name} has to see the attention, but a TransformerBridge computes attention itself: "
+            "run it on the stock model"
+        )
     with ExitStack() as stack:
         runtime = Runtime(policy, inner, anatomy, implementation, stack)
         runtime.attach(model)
