@@ -37,6 +37,7 @@ def diagnose(
     anchors: int = 1,
     lens_positions: int = LENS_POSITIONS,
     backend: str | None = None,
+    remote: bool | str = False,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -58,6 +59,8 @@ def diagnose(
         Decode positions per prompt, evenly spaced, that the logit lens reads at most, 1 or more.
     backend
         How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
+    remote
+        Run an nnsight model on NDIF; ``"local"`` rehearses that here. Its weights are then never loaded.
     out
         Run folder to write; without it the run stays in memory.
     resume
@@ -78,8 +81,8 @@ def diagnose(
         raise UserError(f"anchors is {anchors}: give 0 or more")
     if lens_positions < 1:
         raise UserError(f"lens positions is {lens_positions}: give 1 or more")
-    lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model)
-    capture = make_capture(backend, lm)
+    lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
+    capture = make_capture(backend, lm, remote)
     encoded = encode_prompts(
         prompts, lm.tokenizer, limit=_prompt_limit(lm, decode_tokens), max_reference_tokens=decode_tokens
     )

@@ -37,15 +37,15 @@ class LoadedModel:
     library: str = TRANSFORMERS
 
     @classmethod
-    def wrap(cls, model: Any, tokenizer: Any = None, name: str | None = None) -> "LoadedModel":
+    def wrap(cls, model: Any, tokenizer: Any = None, name: str | None = None, *, weights: bool = True) -> "LoadedModel":
         """Take a model that is already in memory: of transformers, a `TransformerBridge`, or an nnsight model.
 
-        A bridge and an nnsight model bring their tokenizer; a transformers model needs one. Raises UserError where
-        the model cannot be served.
+        A bridge and an nnsight model bring their tokenizer; a transformers model needs one. Without ``weights`` an
+        nnsight model whose weights are not here stays so. Raises UserError where the model cannot be served.
         """
         library = library_of(model)
         wrapper = None if library == TRANSFORMERS else model
-        if library == NNSIGHT and not model.dispatched:
+        if library == NNSIGHT and weights and not model.dispatched:
             model.dispatch()
         inner = model if library == TRANSFORMERS else stock_model(model)
         if not hasattr(inner, "config"):

@@ -40,12 +40,29 @@ class Readout:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
-        head, norm = anatomy.unembedding, anatomy.final_norm
-        exact = all(p.dtype == torch.float32 for p in norm.parameters())
-        self.norm = norm if exact else copy.deepcopy(norm).float()
-        # A quantised, adapted or offloaded head: only the module itself knows its weights.
-        self.plain = type(head) is nn.Linear and head.weight.is_floating_point() and not head.weight.is_meta
-        self.dtype = next(anatomy.layers[-1].parameters()).dtype
+        self._norm: nn.Module | None = None
+
+    # Not before they are needed: the weights may be elsewhere until then. (No cached_property: this class travels.)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm in float32."""
+        if self._norm is None:
+            norm = self.anatomy.final_norm
+            exact = all(p.dtype == torch.float32 for p in norm.parameters())
+            self._norm = norm if exact else copy.deepcopy(norm).float()
+        return self._norm
+
+    @property
+    def plain(self) -> bool:
+        """Whether the head is a matrix; of a quantised, adapted or offloaded one only the module knows the weights."""
+        head = self.anatomy.unembedding
+        return type(head) is nn.Linear and head.weight.is_floating_point() and not head.weight.is_meta
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the model's last layer."""
+        return next(self.anatomy.layers[-1].parameters()).dtype
 
     def logits(self, residuals: Tensor) -> Tensor:
         """Map residuals [..., width] (before the final norm) to logits [..., vocab], float32."""

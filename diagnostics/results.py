@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from diagnostics.errors import UserError
@@ -85,6 +86,25 @@ class Run:
     def cutoffs(self) -> pd.DataFrame:
         """One row per prompt and cutoff 1..L: kl, top1_agreement, nll, nll_full."""
         return self.tables["cutoffs"]
+
+    def array(self, column: str) -> np.ndarray:
+        """Return one measure as an array, prompts in the order of ``prompts``, of its finest table.
+
+        float64 [prompt, layer, head] where it is measured per head, [prompt, layer] where per layer, and [prompt, L]
+        where per cutoff: entry k - 1 for cutoff k. Means over heads are in ``layers``. Raises UserError for a column
+        that no table has.
+        """
+        index = {"heads": ["layer", "head"], "layers": ["layer"], "cutoffs": ["cutoff"]}
+        for name, axes in index.items():
+            table = self.tables[name]
+            if column in table and column not in (*axes, "prompt_id"):
+                wide = table.pivot(index="prompt_id", columns=axes, values=column).sort_index(axis=1)
+                rows = wide.loc[self.prompts["prompt_id"]].to_numpy(float)
+                return rows.reshape(-1, *(table[axis].nunique() for axis in axes))
+        measures = sorted(
+            {str(c) for name in index for c in self.tables[name]} - {"prompt_id", "layer", "head", "cutoff"}
+        )
+        raise UserError(f"no column {column!r}; there are: {', '.join(measures)}")
 
     @property
     def n_layers(self) -> int:

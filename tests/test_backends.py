@@ -17,6 +17,7 @@ from diagnostics import (
     diagnose,
     generate,
     load_prompts,
+    load_run,
 )
 from diagnostics.capture import make_capture, transformer_lens
 from diagnostics.capture.hooks import HooksCapture
@@ -24,7 +25,7 @@ from diagnostics.capture.nnsight import NNsightCapture, traced_over
 from diagnostics.capture.transformer_lens import TransformerLensCapture, bridge_over
 from diagnostics.models import load_model, weight_hash
 from tests.observe import observe
-from tests.runs import save_tiny, write_prompts
+from tests.runs import run_command, save_tiny, write_prompts
 from tests.test_embedded_model import real_prompt
 from tests.test_policy_undo import fingerprint
 from tests.tiny import FAMILIES, random_ids, tiny_model
@@ -137,6 +138,75 @@ def test_fastkv_needs_the_attention_interface(objects):
     _, theirs = objects
     with pytest.raises(UserError, match="computes attention itself"), FastKVPolicy(2)(theirs["transformer-lens"]):
         pass
+
+
+# --- The command ---
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_the_command_takes_a_backend(folder, tmp_path, monkeypatch, capfd, backend):
+    write_prompts(tmp_path / "prompts.jsonl", n_prompts=1, n_tokens=30)
+    arguments = ("diagnose", folder, "--prompts", tmp_path / "prompts.jsonl", "--device", "cpu", "--decode-tokens", "5")
+    runs = {}
+    for name in ("hooks", backend):
+        status, *_ = run_command(monkeypatch, capfd, *arguments, "--backend", name, "--out", tmp_path / name)
+        assert status == 0
+        runs[name] = load_run(tmp_path / name)
+    assert runs[backend].manifest["identity"]["backend"] == backend
+    for column in ("selectivity", "lens_kl", "kl", "mass_prompt"):
+        np.testing.assert_allclose(runs[backend].array(column), runs["hooks"].array(column), atol=TOLERANCE)
+    status, out, err = run_command(monkeypatch, capfd, *arguments, "--backend", backend, "--out", tmp_path / "hooks")
+    assert (status, out) == (2, "")
+    assert "exists" in err
+
+
+# --- Elsewhere ---
+
+
+@pytest.fixture
+def elsewhere(folder):
+    """An nnsight model whose weights are not here."""
+    from nnsight import TransformersModel
+
+    return TransformersModel(str(folder), task="text-generation", tokenizer=load_model(folder, device="cpu").tokenizer)
+
+
+def test_a_rehearsed_remote_run_is_the_same(objects, prompts):
+    """nnsight ships the trace without this package, takes it up where the package cannot be imported, and runs it."""
+    lm, theirs = objects
+    expected = diagnose(lm, prompts, decode_tokens=6)
+    run = diagnose(theirs["nnsight"], prompts, decode_tokens=6, remote="local")
+    for name, table in expected.tables.items():
+        numbers = table.select_dtypes("number")
+        np.testing.assert_allclose(run.tables[name][numbers.columns], numbers, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_remote_run_needs_a_key(elsewhere, prompts, monkeypatch):
+    from nnsight import CONFIG
+
+    monkeypatch.setattr(CONFIG.API, "APIKEY", None)
+    with pytest.raises(UserError, match="needs a key of NDIF"):
+        diagnose(elsewhere, prompts, remote=True)
+    assert not elsewhere.dispatched
+
+
+def test_a_service_that_does_not_answer_is_one_line(elsewhere, prompts, monkeypatch, tmp_path):
+    from nnsight import CONFIG
+
+    monkeypatch.setattr(CONFIG.API, "APIKEY", "key")
+    monkeypatch.setattr(CONFIG.API, "HOST", "http://127.0.0.1:9")
+    monkeypatch.setattr(type(elsewhere), "_remoteable_model_key", lambda self: "model")
+    with pytest.raises(UserError, match="nnsight's remote run failed: .*refused") as caught:
+        diagnose(elsewhere, prompts, remote=True, out=tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not elsewhere.dispatched
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_nnsight_models_run_elsewhere(objects, prompts):
+    for model in (objects[0], objects[1]["transformer-lens"]):
+        with pytest.raises(UserError, match="remote runs need an nnsight model"):
+            diagnose(model, prompts, remote=True)
 
 
 # --- What cannot be served ---

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -439,3 +440,22 @@ def test_where_a_run_cannot_go(tmp_path, run_folder):
         with pytest.raises(UserError, match=said):
             RunWriter.open(place, make_run([[0.0]]).manifest, resume=False)
         assert contents(tmp_path) == before
+
+
+def test_arrays_have_an_axis_for_prompts_layers_and_heads():
+    run = make_run(np.random.default_rng(0).random((4, 6)))
+    order = run.prompts["prompt_id"].tolist()
+    assert order != sorted(order)
+    shuffled = {name: table.sample(frac=1, random_state=1) for name, table in run.tables.items() if name != "prompts"}
+    run = results.Run(run.manifest, {"prompts": run.prompts} | shuffled)
+    assert run.array("kl").shape == (4, 6)
+    assert run.array("drift_prompt").shape == (4, 6)
+    heads = run.array("mass_prompt")
+    assert heads.shape == (4, 6, run.manifest["n_heads"])
+    for i, prompt in enumerate(order):
+        rows = run.cutoffs[run.cutoffs["prompt_id"] == prompt].sort_values("cutoff")
+        np.testing.assert_array_equal(run.array("kl")[i], rows["kl"])
+        layer = run.heads.query("prompt_id == @prompt and layer == 2").sort_values("head")
+        np.testing.assert_array_equal(heads[i, 2], layer["mass_prompt"])
+    with pytest.raises(UserError, match="no column 'mass'; there are: drift_decode"):
+        run.array("mass")

@@ -1,8 +1,7 @@
 """Attention of a few query rows: recomputed from queries and keys, or as a backend's own pattern gives it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,9 @@ class RecomputedAttention(AttentionRows):
     output: Tensor
     project: Callable[[Tensor], Tensor]
 
+    _hidden: Tensor = field(init=False, repr=False)
+    _first_hidden: int = field(init=False, repr=False)
+
     @property
     def n_rows(self) -> int:
         """Number of query rows."""
@@ -39,14 +41,11 @@ class RecomputedAttention(AttentionRows):
         """Whether the model has learned sinks."""
         return self.sinks is not None
 
-    @cached_property
-    def _hidden(self) -> Tensor:
-        return ~self.visible
-
-    @cached_property
-    def _first_hidden(self) -> int:
-        """First key that some row may not see."""
-        return int(self.visible.all(0).long().cumprod(0).sum())
+    def __post_init__(self) -> None:
+        # (No cached_property: this class travels.)
+        object.__setattr__(self, "_hidden", ~self.visible)
+        # First key that some row may not see.
+        object.__setattr__(self, "_first_hidden", int(self.visible.all(0).long().cumprod(0).sum()))
 
     def weights(self, kv_head: int, rows: slice, n_keys: int | None = None) -> Tensor:
         """Return attention weights of the query heads of one KV head; see `AttentionRows.weights`."""

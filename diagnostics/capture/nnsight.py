@@ -5,7 +5,8 @@ never generated ``.source`` labels. Keys and values come from the KV cache; the 
 turned as the model turns them (`diagnostics.capture.queries`). The model's own attention implementation does the work.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ from diagnostics.libraries import NNSIGHT, twin
 from diagnostics.models import LoadedModel
 
 
+@dataclass(frozen=True)
+class Sites:
+    """nnsight's envoys of what is read of one layer."""
+
+    layer: Any
+    queries: Any
+    heads: Any
+
+
 class NNsightCapture(PassCapture):
     """Capture inside nnsight traces, on this machine."""
 
@@ -32,75 +42,24 @@ class NNsightCapture(PassCapture):
         super().__init__(lm if lm.library == NNSIGHT else LoadedModel.wrap(self.traced, lm.tokenizer, lm.name))
         anatomy = self.lm.anatomy
         paths = {module: path for path, module in self.lm.model.named_modules()}
-        self.layers = [self._envoy(paths[layer]) for layer in anatomy.layers]
-        self.queries = [self._envoy(paths[query_projection(attention)]) for attention in anatomy.attentions]
-        self.outputs = [self._envoy(paths[projection]) for projection in anatomy.output_projections]
-        self.anchors = AnchorRows(0)
-        # Last context queries of each layer and what they may see, from a pass that ended before the decode rows.
-        self.windows: dict[int, tuple[Tensor, Tensor]] = {}
+        places = zip(
+            anatomy.layers,
+            (query_projection(attention) for attention in anatomy.attentions),
+            anatomy.output_projections,
+            strict=True,
+        )
+        self.sites = [Sites(*(self._envoy(paths[module]) for module in place)) for place in places]
+        self.shown = Layers(0)
 
     def forward(self, watch: Watch, ids: Tensor, first_row: int, cache: Cache | None, n_logits: int) -> Tensor | None:
         """Run a pass in one trace; see `PassCapture.forward`."""
-        over = watch.over(first_row, ids.shape[1])
         if first_row == 0:
-            self.anchors, self.windows = AnchorRows(watch.n_anchors), {}
-        with self.traced.trace(ids, past_key_values=cache, use_cache=True, logits_to_keep=n_logits or 1):
-            for layer in range(watch.anatomy.n_layers):
-                # In the order in which the model computes them: nnsight serves no other.
-                arguments = named_arguments(watch.anatomy.layers[layer], *self.layers[layer].inputs)
-                queries = self.queries[layer].output
-                heads = self.outputs[layer].input
-                after = residual_out(self.layers[layer].output)
-                self._show(watch, over, layer, arguments, queries, heads, after, cache)
-            logits = self.traced.output.logits.save()
+            self.shown = Layers(watch.n_anchors)
+        over, sites, shown, traced = watch.over(first_row, ids.shape[1]), self.sites, self.shown, self.traced
+        with traced.trace(ids, past_key_values=cache, use_cache=True, logits_to_keep=n_logits or 1):
+            shown.show(watch, over, sites, cache)
+            logits = traced.output.logits.save()
         return logits[0] if n_logits else None
-
-    def _show(
-        self,
-        watch: Watch,
-        over: Pass,
-        layer: int,
-        arguments: dict[str, Any],
-        queries: Tensor,
-        heads: Tensor,
-        after: Tensor,
-        cache: Any,
-    ) -> None:
-        """Show a layer that has run: raw queries [1, rows, ...], head outputs and residual [1, rows, width]."""
-        anatomy, held = watch.anatomy, cache.layers[layer]
-        attention, window = anatomy.attentions[layer], anatomy.window(layer)
-
-        def rows_of(rows: slice) -> tuple[Tensor, Tensor]:
-            query = turned_queries(attention, anatomy, queries, arguments, rows)
-            mask, n_keys = arguments.get("attention_mask"), held.keys.shape[2]
-            visible = visible_keys(mask, over.first_row, over.n_rows, n_keys, window, rows)
-            return query, visible.to(query.device)
-
-        if over.n_context:
-            self.windows[layer] = rows_of(over.window)
-        rows = None
-        if over.has_decode:
-            query, visible = rows_of(over.decode)
-            if layer in self.windows:
-                early, early_visible = self.windows.pop(layer)
-                query = torch.cat([early, query], dim=1)
-                # Context rows cannot see the keys of a later pass.
-                early_visible = nn.functional.pad(early_visible, (0, visible.shape[1] - early_visible.shape[1]))
-                visible = torch.cat([early_visible, visible])
-            rows = RecomputedAttention(
-                query=query,
-                key=held.keys[0],
-                value=held.values[0],
-                visible=visible,
-                scaling=getattr(attention, "scaling", None) or query.shape[-1] ** -0.5,
-                softcap=getattr(attention, "attn_logit_softcapping", None),
-                sinks=getattr(attention, "sinks", None),
-                output=heads[0, over.decode].unflatten(-1, (anatomy.n_heads, -1)),
-                project=without_bias(anatomy.output_projections[layer]),
-            )
-        call: Callable[..., Any] = self.layers[layer]
-        branch = self.anchors.branch(call, layer, over, arguments, window)
-        watch.layer(layer, over, arguments["hidden_states"][0], after[0], rows, branch)
 
     def _envoy(self, path: str) -> Any:
         """Find nnsight's envoy of a module by its path in the model."""
@@ -108,6 +67,62 @@ class NNsightCapture(PassCapture):
         for name in path.split("."):
             envoy = envoy[int(name)] if name.isdigit() else getattr(envoy, name)
         return envoy
+
+
+class Layers:
+    """Shows the layers of one prompt, in its passes, from inside a trace: here, or where the model is served."""
+
+    def __init__(self, n_anchors: int) -> None:
+        self.anchors = AnchorRows(n_anchors)
+        # Last context queries of each layer and what they may see, from a pass that ended before the decode rows.
+        self.windows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def show(self, watch: Watch, over: Pass, sites: Sequence[Sites], cache: Any) -> None:
+        """Read all layers of a pass, in the order in which the model computes them: nnsight serves no other."""
+        for layer, site in enumerate(sites):
+            arguments = named_arguments(watch.anatomy.layers[layer], *site.layer.inputs)
+            queries = site.queries.output
+            heads = site.heads.input
+            after = residual_out(site.layer.output)
+            attention = self._attention(watch, over, layer, arguments, queries, heads, cache.layers[layer])
+            branch = self.anchors.branch(site.layer, layer, over, arguments, watch.anatomy.window(layer))
+            watch.layer(layer, over, arguments["hidden_states"][0], after[0], attention, branch)
+
+    def _attention(
+        self, watch: Watch, over: Pass, layer: int, arguments: dict[str, Any], queries: Tensor, heads: Tensor, held: Any
+    ) -> RecomputedAttention | None:
+        """Attention of the decode rows, from raw queries [1, rows, ...], head outputs [1, rows, width] and cache."""
+        anatomy = watch.anatomy
+        attention, window, n_keys = anatomy.attentions[layer], anatomy.window(layer), held.keys.shape[2]
+
+        def rows_of(rows: slice) -> tuple[Tensor, Tensor]:
+            query = turned_queries(attention, anatomy, queries, arguments, rows)
+            visible = visible_keys(arguments.get("attention_mask"), over.first_row, over.n_rows, n_keys, window, rows)
+            return query, visible.to(query.device)
+
+        if over.n_context:
+            self.windows[layer] = rows_of(over.window)
+        if not over.has_decode:
+            return None
+        query, visible = rows_of(over.decode)
+        if layer in self.windows:
+            early, early_visible = self.windows.pop(layer)
+            query = torch.cat([early, query], dim=1)
+            # Context rows cannot see the keys of a later pass.
+            early_visible = nn.functional.pad(early_visible, (0, visible.shape[1] - early_visible.shape[1]))
+            visible = torch.cat([early_visible, visible])
+        return RecomputedAttention(
+            query=query,
+            key=held.keys[0],
+            value=held.values[0],
+            visible=visible,
+            scaling=getattr(attention, "scaling", None) or query.shape[-1] ** -0.5,
+            softcap=getattr(attention, "attn_logit_softcapping", None),
+            sinks=getattr(attention, "sinks", None),
+            output=heads[0, over.decode].unflatten(-1, (anatomy.n_heads, -1)),
+            project=without_bias(anatomy.output_projections[layer]),
+        )
 
 
 def traced_over(lm: LoadedModel) -> Any:
