@@ -1,10 +1,11 @@
 """What a diagnosis costs beside a bare forward pass of the same tokens.
 
-Interleaves the bare forward (stock attention, no cache, logits of the decode positions only), the probes, and the
-probes with the all-cutoff sweep; prints and writes medians of the ratios inside each repeat. Peak memory is
-measured in a process of its own per variant and length.
+Interleaves the bare forward (stock attention, no cache, logits of the decode positions only) and, through each backend,
+the probes, and the probes with the all-cutoff sweep; prints and writes medians of the ratios inside each repeat. Peak
+memory is measured in a process of its own per variant and length.
 
     python analyses/bench_capture.py [--lengths 512 1024 2048 4096 8192] [--repeats 3] [--out FILE.json]
+    python analyses/bench_capture.py --backends hooks transformer-lens nnsight --lengths 512 1024 2048 4096
 """
 
 import argparse
@@ -17,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from diagnostics.capture.base import Layout
-from diagnostics.capture.hooks import HooksCapture
+from diagnostics.capture import BACKENDS, HOOKS, make_capture
+from diagnostics.capture.base import Capture, Layout
 from diagnostics.cutoff_sweep import CutoffSweep
 from diagnostics.memory import peak_memory
 from diagnostics.models import LoadedModel, load_model
@@ -28,7 +29,8 @@ from diagnostics.readout import Readout
 from diagnostics.versions import hardware, versions
 
 N_DECODE = 64
-VARIANTS = ("bare", "probes", "probes+sweep")
+BARE = "bare"
+OBSERVED = ("probes", "probes+sweep")
 
 
 def token_ids(lm: LoadedModel, length: int) -> list[int]:
@@ -38,27 +40,28 @@ def token_ids(lm: LoadedModel, length: int) -> list[int]:
     return lm.tokenizer(text[: length * 8])["input_ids"][:length]
 
 
-def run(lm: LoadedModel, variant: str, ids: list[int]) -> None:
-    if variant == "bare":
+def run(lm: LoadedModel, variant: str, ids: list[int], captures: dict[str, Capture]) -> None:
+    if variant == BARE:
         with torch.inference_mode():
             inputs = torch.tensor([ids], device=lm.device)
             lm.model(inputs, use_cache=False, logits_to_keep=N_DECODE)
         return
+    backend, observed = variant.split()
     n_prompt = len(ids) - N_DECODE + 1
     context = PromptContext(Layout(1, n_prompt), lm.anatomy.n_layers, Readout(lm.anatomy), lm.name)
     observers = [probe(context) for probe in all_probes().values()]
-    if variant == "probes+sweep":
+    if observed == "probes+sweep":
         observers.append(CutoffSweep(context))
     # The last reference token is predicted, never an input: any id serves.
     reference = [*ids[n_prompt:], ids[0]]
-    HooksCapture(lm).run(ids[:n_prompt], reference, observers, n_decode=N_DECODE, n_anchors=1)
+    captures[backend].run(ids[:n_prompt], reference, observers, n_decode=N_DECODE, n_anchors=1)
 
 
-def seconds(lm: LoadedModel, variant: str, ids: list[int]) -> float:
+def seconds(lm: LoadedModel, variant: str, ids: list[int], captures: dict[str, Capture]) -> float:
     if lm.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run(lm, variant, ids)
+    run(lm, variant, ids, captures)
     if lm.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -73,35 +76,39 @@ def peak_gib(variant: str, length: int) -> float:
 def measure_memory(variant: str, length: int) -> None:
     lm = load_model()
     ids = token_ids(lm, length)
-    run(lm, "bare", ids[:128])  # libraries allocate on first use; that is not the variant's
+    captures = {} if variant == BARE else {variant.split()[0]: make_capture(variant.split()[0], lm)}
+    run(lm, BARE, ids[:128], captures)  # libraries allocate on first use; that is not the variant's
     with peak_memory(lm.device) as peak:
-        run(lm, variant, ids)
+        run(lm, variant, ids, captures)
     print((peak.bytes or 0) / 2**30)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--backends", nargs="+", default=[HOOKS], choices=BACKENDS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--measure-memory", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_memory:
         return measure_memory(options.measure_memory, options.lengths[0])
 
     lm = load_model()
+    captures = {backend: make_capture(backend, lm) for backend in options.backends}
+    variants = [BARE, *(f"{backend} {observed}" for backend in captures for observed in OBSERVED)]
     rows = []
     for length in options.lengths:
         ids = token_ids(lm, length)
-        for variant in VARIANTS:
-            run(lm, variant, ids)
-        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for variant in variants:
+            run(lm, variant, ids, captures)
+        times: dict[str, list[float]] = {variant: [] for variant in variants}
         for _ in range(options.repeats):
-            for variant in VARIANTS:
-                times[variant].append(seconds(lm, variant, ids))
-        for variant in VARIANTS:
-            ratios = [t / bare for t, bare in zip(times[variant], times["bare"], strict=True)]
+            for variant in variants:
+                times[variant].append(seconds(lm, variant, ids, captures))
+        for variant in variants:
+            ratios = [t / bare for t, bare in zip(times[variant], times[BARE], strict=True)]
             row = {
                 "tokens": length,
                 "variant": variant,
