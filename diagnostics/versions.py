@@ -1,18 +1,21 @@
 """What a result was made with: package versions and hardware, kept in every manifest."""
 
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 PACKAGES = ("speed-diagnostics", "torch", "transformers", "numpy", "scipy", "pandas", "pyarrow")
+# Recorded where they took part.
+OPTIONAL = {"transformer_lens": "transformer-lens", "nnsight": "nnsight", "peft": "peft"}
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(name for module, name in OPTIONAL.items() if module in sys.modules)):
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that is not installed
@@ -21,7 +24,9 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    """Name of the graphics card, or of the processor."""
+    """Name of the graphics card, or of the processor; ``remote`` for a model whose weights are elsewhere."""
+    if device.type == "meta":
+        return "remote"
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
