@@ -5,6 +5,7 @@ pages. Colours are those of Okabe and Ito (2008), which people with any colour v
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,21 +139,34 @@ def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figu
 def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
     """Draw TTFT, TPOT and KV bytes of every policy as ratios to full depth against prompt length; limits are dotted."""
     table = benchmark.summary()
-    panels = (("ttft_s_ratio", "ttft_limit", "TTFT"), ("tpot_s_ratio", "tpot_limit", "TPOT"))
-    panels = (*panels, ("kv_bytes_ratio", "kv_limit", "KV bytes"))
+    panels = [("ttft_s_ratio", "ttft_limit", "TTFT"), ("tpot_s_ratio", "tpot_limit", "TPOT")]
+    panels.append(("kv_bytes_ratio", "kv_limit", "KV bytes"))
     figure = make_subplots(rows=1, cols=3, subplot_titles=[name for *_, name in panels], horizontal_spacing=0.06)
     for number, (spec, rows) in enumerate(table[table["policy"] != "full"].groupby("spec", sort=False)):
         colour = PALETTE[number % len(PALETTE)]
         for at, (measured, limit, name) in enumerate(panels, start=1):
-            group = {"legendgroup": str(spec), "showlegend": at == 1}
+            group: dict[str, Any] = {"legendgroup": str(spec), "showlegend": at == 1}
             _line(
-                figure, rows["n_prompt"], rows[measured], str(spec), colour, "{}, " + name + " %{{y:.3f}}", col=at, **group
+                figure,
+                rows["n_prompt"],
+                rows[measured],
+                str(spec),
+                colour,
+                "{}, " + name + " %{{y:.3f}}",
+                col=at,
+                **group,
             )
             dotted = {"color": colour, "dash": "dot", "width": 1}
             figure.add_trace(
                 go.Scatter(
-                    x=rows["n_prompt"], y=rows[limit], mode="lines+markers", name=f"{spec}: limit", line=dotted,
-                    marker={"symbol": "line-ew-open", "size": 9}, legendgroup=str(spec), showlegend=False,
+                    x=rows["n_prompt"],
+                    y=rows[limit],
+                    mode="lines+markers",
+                    name=f"{spec}: limit",
+                    line=dotted,
+                    marker={"symbol": "line-ew-open", "size": 9},
+                    legendgroup=str(spec),
+                    showlegend=False,
                     hovertemplate="limit %{y:.3f}<extra></extra>",
                 ),
                 row=1,
@@ -200,12 +214,18 @@ def _curve(
 
 
 def _line(
-    figure: go.Figure, x: object, y: object, name: str, colour: str, hover: str, row: int = 1, col: int = 1, **more: object
+    figure: go.Figure,
+    x: Any,
+    y: Any,
+    name: str,
+    colour: str,
+    hover: str,
+    row: int = 1,
+    col: int = 1,
+    **more: Any,
 ) -> None:
     hover = hover.format(name) + "<extra></extra>"
-    trace = go.Scatter(
-        x=x, y=y, mode="lines+markers", name=name, line={"color": colour}, hovertemplate=hover, **more
-    )
+    trace = go.Scatter(x=x, y=y, mode="lines+markers", name=name, line={"color": colour}, hovertemplate=hover, **more)
     figure.add_trace(trace, **({} if figure._grid_ref is None else {"row": row, "col": col}))
 
 
@@ -248,14 +268,16 @@ def _faint(colour: str) -> str:
 
 
 def _finished(figure: go.Figure, title: str, height: int) -> go.Figure:
-    return figure.update_layout(
-        title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 17}},
-        height=height,
-        margin={"l": 70, "r": 20, "t": 90, "b": 60},
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
-        hovermode="closest",
-    ).update_xaxes(showgrid=True, gridcolor="rgba(128, 128, 128, 0.18)", zeroline=False).update_yaxes(
-        showgrid=True, gridcolor="rgba(128, 128, 128, 0.18)", zeroline=False
+    return (
+        figure.update_layout(
+            title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 17}},
+            height=height,
+            margin={"l": 70, "r": 20, "t": 90, "b": 60},
+            paper_bgcolor="rgba(0, 0, 0, 0)",
+            plot_bgcolor="rgba(0, 0, 0, 0)",
+            legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+            hovermode="closest",
+        )
+        .update_xaxes(showgrid=True, gridcolor="rgba(128, 128, 128, 0.18)", zeroline=False)
+        .update_yaxes(showgrid=True, gridcolor="rgba(128, 128, 128, 0.18)", zeroline=False)
     )
