@@ -127,7 +127,9 @@ def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figu
     ):
         values = run.array(column)
         values = values.mean(axis=-1) if values.ndim == 3 else values
-        share = np.nancumsum(values, axis=1) / np.nansum(values, axis=1, keepdims=True)
+        values = np.where(np.isfinite(values), values, 0)
+        total = values.sum(axis=1, keepdims=True)
+        share = np.cumsum(values, axis=1) / np.where(total > 0, total, np.nan)
         _curve(figure, np.arange(1, run.n_layers + 1), share, name, colour)
     if recommendation is not None:
         figure.add_vline(recommendation.cutoff, line={"color": GREY, "width": 2}, annotation_text="cutoff")
@@ -198,15 +200,16 @@ def _curve(
 ) -> None:
     """Mean over prompts of [prompts, x], between its quartiles."""
     place = {} if row is None else {"row": row, "col": 1}
+    counted = np.isfinite(values)
     if len(values) > 1:
-        with np.errstate(all="ignore"):
-            low, high = np.nanquantile(np.nan_to_num(values), [0.25, 0.75], axis=0)
+        filled = np.where(counted, values, np.nan)
+        filled[:, ~counted.any(axis=0)] = 0  # drawn nowhere: their mean is missing
+        low, high = np.nanquantile(filled, [0.25, 0.75], axis=0)
         band = {"x": x, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
         figure.add_trace(go.Scatter(y=low, legendgroup=name, **band), **place)
         figure.add_trace(
             go.Scatter(y=high, fill="tonexty", fillcolor=_faint(colour), legendgroup=name, **band), **place
         )
-    counted = np.isfinite(values)
     mean = np.where(counted, values, 0).sum(axis=0) / np.where(counted.any(axis=0), counted.sum(axis=0), np.nan)
     hover = f"{name}<br>%{{x}}: %{{y:.3f}}<extra></extra>"
     line = go.Scatter(x=x, y=mean, mode="lines", name=name, legendgroup=name, line={"color": colour})

@@ -111,7 +111,12 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
 
 def uptake(run: Run) -> np.ndarray:
     """Return selectivity * contribution / update per prompt and layer: [prompts, L]; NaN without a prompt segment."""
-    return _per_prompt(run, "selectivity") * _per_prompt(run, "prompt_contribution") / _per_prompt(run, "update_decode")
+    with np.errstate(invalid="ignore"):  # a residual of 0, as of a padding token's embedding, makes both infinite
+        return (
+            _per_prompt(run, "selectivity")
+            * _per_prompt(run, "prompt_contribution")
+            / _per_prompt(run, "update_decode")
+        )
 
 
 def selection_intervals(curve: np.ndarray, rules: RegionRules) -> list[tuple[int, int]]:

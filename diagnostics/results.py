@@ -249,9 +249,13 @@ class RunWriter:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     with _scratch_folder(path.parent) as scratch:
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        (scratch / path.name).write_text(text + "\n", encoding="utf-8")
+        (scratch / path.name).write_text(text, encoding="utf-8")
         os.replace(scratch / path.name, path)
 
 

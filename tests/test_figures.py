@@ -183,3 +183,16 @@ def test_runs_compared_on_relative_depth():
         assert drawn.name == run.name
         np.testing.assert_allclose(drawn.x, np.arange(1, run.n_layers + 1) / run.n_layers)
         np.testing.assert_allclose(np.array(drawn.y, float)[:-1], run.array("kl").mean(axis=0)[:-1])
+
+
+def test_what_is_missing_or_infinite_leaves_a_gap():
+    """A zero embedding makes the first layer's contribution infinite; the last layer has no saliency overlap."""
+    curve = np.full((4, 8), 0.2)
+    curve[1, 0], curve[:, 7] = np.inf, np.nan
+    run = make_run(falling(4, 8), layers={"prompt_contribution": curve, "selectivity": curve})
+    run.manifest["shape"] = llama_8b_shape() | {"layer_parameters": [1] * 8, "layer_types": ["full_attention"] * 8}
+    for figure in (figures.layer_curves(run), figures.retention(run)):
+        assert_whole(figure)
+    drawn = np.array(trace(figures.layer_curves(run), "taken from the prompt: contribution").y, float)
+    np.testing.assert_allclose(drawn[:7], 0.2)
+    assert np.isnan(drawn[7])

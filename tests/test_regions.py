@@ -233,3 +233,13 @@ def test_a_run_without_any_value_has_no_regions():
 def test_thresholds_that_make_no_sense_are_refused(rule, value):
     with pytest.raises(UserError, match=rule):
         RegionRules(**{rule: value})
+
+
+def test_an_infinite_update_is_no_uptake():
+    """A decode token whose embedding is 0 makes contribution and update of the first layer infinite."""
+    curve = np.full((3, 8), 0.2)
+    curve[1, 0] = np.inf
+    run = make_run(np.ones((3, 8)), layers={"prompt_contribution": curve, "update_decode": curve})
+    assert np.isnan(uptake(run)[:, 0]).sum() == 1
+    assert np.isfinite(uptake(run)[:, 1:]).all()
+    assert find_regions(run).selection is None

@@ -11,6 +11,7 @@ from diagnostics.cli.benchmark import bench
 from diagnostics.cli.common import INTERRUPTED, fail
 from diagnostics.cli.diagnosis import diagnose, recommend
 from diagnostics.cli.generation import generate
+from diagnostics.cli.report import report
 from diagnostics.errors import UserError
 
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (recommend, diagnose, generate, bench):
+for command in (recommend, diagnose, generate, bench, report):
     app.command()(command)
 
 
