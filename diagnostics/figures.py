@@ -1,7 +1,8 @@
 """Run tables -> plotly figures: pure functions, for the dashboard, notebooks and reports alike.
 
 Every figure has a transparent background and takes its text colours from plotly's template, so it serves light and dark
-pages. Colours are those of Okabe and Ito (2008), which people with any colour vision can tell apart.
+pages. Colours are those of Okabe and Ito (2008), which people with any colour vision can tell apart, without their
+yellow, which does not show on white.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from diagnostics.regions import Region
 from diagnostics.results import Run
 from diagnostics.savings import predict_savings
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY = (
-    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#8A8A8A"),
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY = (
+    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#8A8A8A"),
 )
-PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY)
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY)
 SELECTION, STABILIZATION = "rgba(230, 159, 0, 0.16)", "rgba(0, 158, 115, 0.14)"
 
 # Panels of the layer curves: title of the axis, and its curves (column, name).
@@ -50,7 +51,9 @@ def layer_curves(run: Run, recommendation: Recommendation | None = None) -> go.F
     figure.update_xaxes(title_text="layer", dtick=_tick(run.n_layers), row=len(CURVES), col=1)
     if recommendation is not None:
         _mark_regions(figure, recommendation)
-    return _finished(figure, f"What each layer does with the prompt: {_about(run)}", height=880)
+    figure = _finished(figure, f"What each layer does with the prompt: {_about(run)}", height=980)
+    # Below: so many names would run into the title.
+    return figure.update_layout(legend={"y": -0.07, "yanchor": "top"}, margin={"t": 50, "b": 160})
 
 
 def head_map(run: Run, column: str = "selectivity") -> go.Figure:
@@ -79,10 +82,11 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192) 
     evidence = pd.DataFrame(recommendation.evidence)
     cutoffs = evidence["cutoff"].to_numpy()
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
-    # The loss of full depth is 0, which a logarithmic axis does not have.
-    shown = evidence["kl"].where(evidence["kl"] > 1e-6)
+    # The loss of full depth is 0, up to rounding, which a logarithmic axis does not have.
+    has_place = (evidence["kl"] > 1e-6) & (evidence["cutoff"] < run.n_layers)
+    shown = evidence["kl"].where(has_place)
     if "kl_bound" in evidence and evidence["kl_bound"].notna().any():
-        bound = evidence["kl_bound"].astype(float).where(evidence["kl"] > 1e-6)
+        bound = evidence["kl_bound"].astype(float).where(has_place)
         band = {"x": cutoffs, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
         figure.add_trace(go.Scatter(y=shown, **band), row=1, col=1)
         figure.add_trace(go.Scatter(y=bound, fill="tonexty", fillcolor=_faint(BLUE), **band), row=1, col=1)
@@ -110,7 +114,8 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192) 
         (("ttft_ratio", "TTFT"), ("tpot_ratio", "TPOT"), ("kv_ratio", "KV")), (ORANGE, GREEN, PURPLE), strict=True
     ):
         _line(figure, ratios["cutoff"], ratios[column], f"{name}, predicted", colour, "{}: %{{y:.3f}} of full", row=2)
-    figure.update_yaxes(title_text="loss, nats per token", type="log", row=1, col=1)
+    figure.data[-1].line.dash = "dot"  # TTFT is often the same, and below it
+    figure.update_yaxes(title_text="loss, nats per token", type="log", exponentformat="power", dtick=1, row=1, col=1)
     figure.update_yaxes(title_text=f"of full depth, {n_prompt:,} tokens", range=[0, 1.05], row=2, col=1)
     figure.update_xaxes(title_text="cutoff: layers that prompt tokens run through", row=2, col=1)
     figure.update_xaxes(dtick=_tick(len(cutoffs)))
@@ -191,7 +196,7 @@ def compare_runs(runs: Sequence[Run]) -> go.Figure:
         shown = np.where(kl > 1e-6, kl, np.nan)
         _line(figure, depth, shown, run.name, PALETTE[number % len(PALETTE)], "{}: KL %{{y:.4f}} at %{{x:.0%}}")
     figure.update_xaxes(title_text="cutoff / layers", tickformat=".0%")
-    figure.update_yaxes(title_text="KL from full depth, nats per token", type="log")
+    figure.update_yaxes(title_text="KL from full depth, nats per token", type="log", exponentformat="power", dtick=1)
     return _finished(figure, "Loss at relative depth", height=460)
 
 
@@ -280,6 +285,7 @@ def _finished(figure: go.Figure, title: str, height: int) -> go.Figure:
             plot_bgcolor="rgba(0, 0, 0, 0)",
             legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
             hovermode="closest",
+            modebar={"bgcolor": "rgba(0, 0, 0, 0)"},
         )
         .update_xaxes(showgrid=True, gridcolor="rgba(128, 128, 128, 0.18)", zeroline=False)
         .update_yaxes(showgrid=True, gridcolor="rgba(128, 128, 128, 0.18)", zeroline=False)

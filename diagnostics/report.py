@@ -84,7 +84,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Run": str(run.path or "in memory"),
         "Made": str(m.get("created", "")),
         "Hardware": str(m.get("hardware", "")),
-        "Prompts": f"{len(run.prompts)} of {m.get('prompt_set', '')}",
+        "Prompt set": f"{len(run.prompts)} of {m.get('prompt_set', '')}",
         "Versions": ", ".join(f"{name} {version}" for name, version in m.get("versions", {}).items()),
     }
     facts |= {name.replace("_", " ").capitalize(): str(value) for name, value in identity.items()}
