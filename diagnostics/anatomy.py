@@ -20,6 +20,8 @@ OUTPUT_PROJECTION_NAMES = ("o_proj", "c_proj", "dense", "out_proj", "wo")
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 # Families whose stack reshapes what its layers return to the shape of its input.
 RESHAPING = {"gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen"}
+# What layers get per position besides their input; anything else unknown fails by its shape.
+PER_POSITION = {"position_embeddings", "position_ids"}
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 

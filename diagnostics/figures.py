@@ -44,8 +44,7 @@ def layer_curves(run: Run, recommendation: Recommendation | None = None) -> go.F
     layers = np.arange(run.n_layers)
     for row, (unit, curves) in enumerate(CURVES.items(), start=1):
         for number, (column, name) in enumerate(curves):
-            values, colour = run.array(column), PALETTE[2 * (row - 1) + number]
-            values = values.mean(axis=-1) if values.ndim == 3 else values
+            values, colour = _per_layer(run, column), PALETTE[2 * (row - 1) + number]
             _curve(figure, layers, values, f"{unit.split(',')[0]}: {name}", colour, row=row)
         figure.update_yaxes(title_text=unit, rangemode="tozero", row=row, col=1)
     figure.update_xaxes(title_text="layer", dtick=_tick(run.n_layers), row=len(CURVES), col=1)
@@ -130,8 +129,7 @@ def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figu
     for (column, name), colour in zip(
         (("mass_prompt", "attention mass"), ("prompt_contribution", "contribution")), (BLUE, GREEN), strict=True
     ):
-        values = run.array(column)
-        values = values.mean(axis=-1) if values.ndim == 3 else values
+        values = _per_layer(run, column)
         values = np.where(np.isfinite(values), values, 0)
         total = values.sum(axis=1, keepdims=True)
         share = np.cumsum(values, axis=1) / np.where(total > 0, total, np.nan)
@@ -198,6 +196,12 @@ def compare_runs(runs: Sequence[Run]) -> go.Figure:
     figure.update_xaxes(title_text="cutoff / layers", tickformat=".0%")
     figure.update_yaxes(title_text="KL from full depth, nats per token", type="log", exponentformat="power", dtick=1)
     return _finished(figure, "Loss at relative depth", height=460)
+
+
+def _per_layer(run: Run, column: str) -> np.ndarray:
+    """Return one measure [prompt, layer], the mean over heads where it has heads."""
+    values = run.array(column)
+    return values.mean(axis=-1) if values.ndim == 3 else values
 
 
 def _curve(

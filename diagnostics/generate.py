@@ -120,7 +120,6 @@ def prefill(
                 runtime.finish()
         if past == 0:
             cache.n_prompt = tokens
-        cache.awaits_token = not more
         return (None if more or logits is None else logits[:, -1]), cache
 
 

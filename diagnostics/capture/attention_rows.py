@@ -108,6 +108,19 @@ def visible_keys(mask: object, first_row: int, n_rows: int, n_keys: int, window:
     return visible
 
 
+Rows = tuple[Tensor, Tensor]  # queries [heads, rows, head_dim], and the keys that each may see, bool [rows, keys]
+
+
+def after_window(early: Rows | None, rows: Rows) -> Rows:
+    """Put the saliency window's rows, of a pass that ended before, in front of the decode rows."""
+    if early is None:
+        return rows
+    (early_query, early_visible), (query, visible) = early, rows
+    # Context rows cannot see the keys of a later pass.
+    early_visible = nn.functional.pad(early_visible, (0, visible.shape[1] - early_visible.shape[1]))
+    return torch.cat([early_query, query], dim=1), torch.cat([early_visible, visible])
+
+
 def without_bias(projection: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return the linear part of a projection; by difference, so that quantised and adapted modules work too."""
 

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from diagnostics.anatomy import parameter_names
+from diagnostics.anatomy import PER_POSITION, parameter_names
 from diagnostics.capture.attention_rows import visible_keys
 from diagnostics.capture.passes import Pass
-
-# What layers get per position besides their input; anything else unknown fails by its shape.
-PER_POSITION = {"position_embeddings", "position_ids"}
 
 
 def named_arguments(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

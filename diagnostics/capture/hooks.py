@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from diagnostics.capture.attention_rows import RecomputedAttention, visible_keys, without_bias
+from diagnostics.anatomy import PER_POSITION
+from diagnostics.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys, without_bias
 from diagnostics.capture.attention_tap import AttentionCall, attention_tap, eager_attention
-from diagnostics.capture.branch import PER_POSITION, residual_out, rows_of
+from diagnostics.capture.branch import residual_out, rows_of
 from diagnostics.capture.passes import Pass, PassCapture, Watch
 from diagnostics.models import LoadedModel
 
@@ -27,7 +28,7 @@ class HooksCapture(PassCapture):
     def __init__(self, lm: LoadedModel) -> None:
         super().__init__(lm)
         # Last context queries of each layer and what they may see, from a pass that ended before the decode rows.
-        self.windows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.windows: dict[int, Rows] = {}
 
     def forward(self, watch: Watch, ids: Tensor, first_row: int, cache: Cache | None, n_logits: int) -> Tensor | None:
         """Run a pass with hooks on every layer; see `PassCapture.forward`."""
@@ -46,7 +47,7 @@ class HooksCapture(PassCapture):
 class _Taps:
     """The hooks of one forward pass."""
 
-    def __init__(self, watch: Watch, over: Pass, windows: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, watch: Watch, over: Pass, windows: dict[int, Rows]) -> None:
         self.watch, self.over, self.windows = watch, over, windows
         self.anatomy = watch.anatomy
         self.index = {module: layer for layer, module in enumerate(self.anatomy.attentions)}
@@ -86,13 +87,8 @@ class _Taps:
 
     def _attention_rows(self, layer: int, call: AttentionCall, output: Tensor) -> RecomputedAttention:
         rows = self.over.decode
-        query, visible = call.query[0, :, rows], self._visible(call, rows)
-        if layer in self.windows:
-            early_query, early_visible = self.windows.pop(layer)
-            query = torch.cat([early_query, query], dim=1)
-            # Context rows cannot see the keys of a later pass.
-            early_visible = nn.functional.pad(early_visible, (0, visible.shape[1] - early_visible.shape[1]))
-            visible = torch.cat([early_visible, visible])
+        decode = call.query[0, :, rows], self._visible(call, rows)
+        query, visible = after_window(self.windows.pop(layer, None), decode)
         return RecomputedAttention(
             query=query,
             key=call.key[0],

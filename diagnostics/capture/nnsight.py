@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
-from diagnostics.capture.attention_rows import RecomputedAttention, visible_keys, without_bias
+from diagnostics.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys, without_bias
 from diagnostics.capture.branch import AnchorRows, named_arguments, residual_out
 from diagnostics.capture.passes import Pass, PassCapture, Watch
 from diagnostics.capture.queries import query_projection, turned_queries
@@ -75,7 +75,7 @@ class Layers:
     def __init__(self, n_anchors: int) -> None:
         self.anchors = AnchorRows(n_anchors)
         # Last context queries of each layer and what they may see, from a pass that ended before the decode rows.
-        self.windows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.windows: dict[int, Rows] = {}
 
     @torch.no_grad()
     def show(self, watch: Watch, over: Pass, sites: Sequence[Sites], cache: Any) -> None:
@@ -96,7 +96,7 @@ class Layers:
         anatomy = watch.anatomy
         attention, window, n_keys = anatomy.attentions[layer], anatomy.window(layer), held.keys.shape[2]
 
-        def rows_of(rows: slice) -> tuple[Tensor, Tensor]:
+        def rows_of(rows: slice) -> Rows:
             query = turned_queries(attention, anatomy, queries, arguments, rows)
             visible = visible_keys(arguments.get("attention_mask"), over.first_row, over.n_rows, n_keys, window, rows)
             return query, visible.to(query.device)
@@ -105,13 +105,7 @@ class Layers:
             self.windows[layer] = rows_of(over.window)
         if not over.has_decode:
             return None
-        query, visible = rows_of(over.decode)
-        if layer in self.windows:
-            early, early_visible = self.windows.pop(layer)
-            query = torch.cat([early, query], dim=1)
-            # Context rows cannot see the keys of a later pass.
-            early_visible = nn.functional.pad(early_visible, (0, visible.shape[1] - early_visible.shape[1]))
-            visible = torch.cat([early_visible, visible])
+        query, visible = after_window(self.windows.pop(layer, None), rows_of(over.decode))
         return RecomputedAttention(
             query=query,
             key=held.keys[0],

@@ -217,9 +217,13 @@ class PolicyCache(Cache):
         self.n_prompt = 0  # columns of the first prompt
         self.batch: int | None = None
         self.padding: Tensor | None = None
-        self.awaits_token = False  # the next token follows logits: it is the model's own
         self.decoded: Pieces = ()  # columns of the decode phase
         self.writing = False  # a call has begun and not ended
+
+    @property
+    def awaits_token(self) -> bool:
+        """Whether the next token follows logits: it is then the model's own, and decode phase."""
+        return bool(self.decoded) and self.decoded[-1].stop == self.n_columns
 
     @property
     def kv_bytes(self) -> int:
@@ -272,7 +276,6 @@ class PolicyCache(Cache):
             layer.crop_to(stop)
         self.n_columns, self.n_prompt = stop, min(self.n_prompt, stop)
         self.decoded = tuple(cropped for piece in self.decoded if (cropped := piece.until(stop)))
-        self.awaits_token = bool(self.decoded) and self.decoded[-1].stop == stop
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make these rows the batch, as beam search asks."""
@@ -295,7 +298,7 @@ class PolicyCache(Cache):
         super().reset()
         self.n_columns, self.n_prompt, self.batch, self.padding = 0, 0, None, None
         self.decoded = ()
-        self.awaits_token = self.writing = False
+        self.writing = False
 
 
 def with_room(values: Tensor, slots: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diagnostics.anatomy import PER_POSITION
 from diagnostics.errors import UserError
 from diagnostics.policies.cache import KeysStored, PolicyCache
 from diagnostics.policies.columns import EMPTY, Piece, Pieces, join, span, take
@@ -14,9 +15,6 @@ from diagnostics.policies.masks import attention_mask
 
 if TYPE_CHECKING:
     from diagnostics.policies.runtime import Runtime
-
-# What layers get per position besides their input; anything else unknown fails by its shape.
-PER_POSITION = ("position_embeddings", "position_ids")
 
 
 class Call:

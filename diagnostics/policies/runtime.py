@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from diagnostics.anatomy import Anatomy, dissect, parameter_names, unwrapped
+from diagnostics.anatomy import PER_POSITION, Anatomy, dissect, parameter_names, unwrapped
 from diagnostics.capture.attention_tap import PREFIX, AttentionCall, attention_tap
 from diagnostics.errors import UserError
 from diagnostics.libraries import stock_model
 from diagnostics.policies.base import Policy
 from diagnostics.policies.cache import PolicyCache
-from diagnostics.policies.call import PER_POSITION, Call, take_positions
+from diagnostics.policies.call import Call, take_positions
 from diagnostics.policies.columns import as_tensor, join, span, take
 from diagnostics.policies.masks import SERVED
 
@@ -255,7 +255,6 @@ class Runtime:
         call, self.call = self.call, None
         if call is not None:
             call.cache.n_columns, call.cache.writing = call.stop, False
-            call.cache.awaits_token = call.tail > 0
             for layer in call.cache.layers:  # not before: a call's first query may be older than what it stores
                 layer.slide()
             heads, tails = span(call.start, call.start + call.head), span(call.stop - call.tail, call.stop)

@@ -59,7 +59,6 @@ def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Mod
         "n_columns": cache.n_columns,
         "n_prompt": cache.n_prompt,
         "batch": cache.batch,
-        "awaits_token": cache.awaits_token,
         "layers": layers,
         "decoded": [[piece.start, piece.stop] for piece in cache.decoded],
         "forgotten": [layer.hidden_stop for layer in cache.layers],
@@ -102,7 +101,7 @@ def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> 
     anatomy = dissect(model, type(model).__name__)
     cache = PolicyCache(parse_policy(header["policy"]), anatomy)
     cache.n_columns, cache.n_prompt = header["n_columns"], header["n_prompt"]
-    cache.batch, cache.awaits_token = header["batch"], header["awaits_token"]
+    cache.batch = header["batch"]
     cache.decoded = tuple(Piece(*columns) for columns in header["decoded"])
     cache.padding = tensors.get("padding")
     for index, (layer, pieces) in enumerate(zip(cache.layers, header["layers"], strict=True)):
