@@ -13,18 +13,19 @@ import torch
 from diagnostics.capture import make_capture
 from diagnostics.capture.base import Capture, Layout
 from diagnostics.cutoff_sweep import CutoffSweep
-from diagnostics.encoding import EncodedPrompt, encode_prompts
+from diagnostics.encoding import EncodedPrompt, encode_prompts, token_texts
 from diagnostics.errors import UserError
 from diagnostics.models import LoadedModel
 from diagnostics.probes import all_probes
 from diagnostics.probes.base import LENS_POSITIONS, Measured, PromptContext
 from diagnostics.prompts import PromptSet
 from diagnostics.readout import Readout
-from diagnostics.results import SCHEMA_VERSION, Run, RunWriter, Tables
+from diagnostics.results import SCHEMA_VERSION, Run, RunWriter, Tables, merge
 from diagnostics.segments import Segments
 from diagnostics.versions import hardware, versions
 
 DECODE_TOKENS = 48
+DETAIL_PROMPTS = 7
 
 Progress = Callable[[int, int, str], None]
 
@@ -36,6 +37,7 @@ def diagnose(
     decode_tokens: int = DECODE_TOKENS,
     anchors: int = 1,
     lens_positions: int = LENS_POSITIONS,
+    detail_prompts: int = DETAIL_PROMPTS,
     backend: str | None = None,
     remote: bool | str = False,
     out: str | Path | None = None,
@@ -57,6 +59,9 @@ def diagnose(
         Leading tokens that SPEED keeps in all layers, 0 or more.
     lens_positions
         Decode positions per prompt, evenly spaced, that the logit lens reads at most, 1 or more.
+    detail_prompts
+        Prompts, from the first on, of which also the tokens are kept, with the attention that each gets in each layer
+        and the logit lens token by token: 4 bytes per token and layer. 0 for none.
     backend
         How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
     remote
@@ -81,14 +86,20 @@ def diagnose(
         raise UserError(f"anchors is {anchors}: give 0 or more")
     if lens_positions < 1:
         raise UserError(f"lens positions is {lens_positions}: give 1 or more")
+    if detail_prompts < 0:
+        raise UserError(f"detail prompts is {detail_prompts}: give 0 or more")
     lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
     capture = make_capture(backend, lm, remote)
     encoded = encode_prompts(
         prompts, lm.tokenizer, limit=_prompt_limit(lm, decode_tokens), max_reference_tokens=decode_tokens
     )
-    manifest = _manifest(lm, prompts, encoded, capture, decode_tokens, anchors, lens_positions) | {
-        "arguments": arguments or {}
+    numbers = {
+        "anchors": anchors,
+        "decode_tokens": decode_tokens,
+        "lens_positions": lens_positions,
+        "detail_prompts": detail_prompts,
     }
+    manifest = _manifest(lm, prompts, encoded, capture, numbers) | {"arguments": arguments or {}}
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -98,7 +109,9 @@ def diagnose(
             continue
         if progress:
             progress(index, len(encoded), prompt.prompt_id)
-        tables = _diagnose_prompt(lm, prompt, capture, readout, decode_tokens, anchors, lens_positions)
+        tables = _diagnose_prompt(
+            lm, prompt, capture, readout, decode_tokens, anchors, lens_positions, detail=index < detail_prompts
+        )
         if writer:
             writer.write(index, tables)
         else:
@@ -108,8 +121,7 @@ def diagnose(
     timings = {"timings": {"seconds_last_session": round(time.perf_counter() - started, 3)}}
     if writer:
         return writer.finish(**timings)
-    merged = {name: pd.concat([t[name] for t in finished], ignore_index=True) for name in finished[0]}
-    return Run(manifest | timings | {"status": "complete"}, merged)
+    return Run(manifest | timings | {"status": "complete"}, merge(finished))
 
 
 def observers() -> dict[str, Any]:
@@ -125,6 +137,7 @@ def _diagnose_prompt(
     decode_tokens: int,
     anchors: int,
     lens_positions: int,
+    detail: bool,
 ) -> Tables:
     n_prompt = prompt.n_prompt
     segments = Segments.of(torch.ones(1, n_prompt), n_prompt, anchors)
@@ -138,6 +151,7 @@ def _diagnose_prompt(
         model_name=lm.name,
         evidence=tuple((a, b) for a, b in evidence if a < b),
         lens_positions=lens_positions,
+        detail=detail,
     )
     watching = [observer(context) for observer in observers().values()]
     outcome = capture.run(
@@ -154,7 +168,12 @@ def _diagnose_prompt(
         "reference_text": lm.tokenizer.decode(outcome.reference_ids),
         "notes": "; ".join(prompt.notes),
     }
-    return _tables(row, [observer.measured() for observer in watching])
+    measured = [observer.measured() for observer in watching]
+    tables = _tables(row, measured)
+    if detail:
+        reference = outcome.reference_ids.tolist()
+        tables |= _detail_tables(lm.tokenizer, prompt, reference, context, measured)
+    return tables
 
 
 def _tables(row: dict[str, Any], measured: Sequence[Measured]) -> Tables:
@@ -184,6 +203,47 @@ def _tables(row: dict[str, Any], measured: Sequence[Measured]) -> Tables:
     }
 
 
+def _detail_tables(
+    tokenizer: Any,
+    prompt: EncodedPrompt,
+    reference_ids: list[int],
+    context: PromptContext,
+    measured: Sequence[Measured],
+) -> Tables:
+    """One row per token of prompt and reference, and one per first decode position and layer."""
+    token_ids, inside = [*prompt.token_ids, *reference_ids], context.layout.prompt
+    segment = np.full(len(token_ids), "decode", dtype=object)
+    segment[: inside.start], segment[inside] = "anchor", "prompt"
+    evidence = np.zeros(len(token_ids), dtype=bool)
+    for start, stop in context.evidence:
+        evidence[start:stop] = True
+    tokens = pd.DataFrame(
+        {
+            "prompt_id": prompt.prompt_id,
+            "position": np.arange(len(token_ids)),
+            "token_id": token_ids,
+            "text": token_texts(tokenizer, token_ids),
+            "segment": segment,
+            "evidence": evidence,
+        }
+    )
+    for columns in measured:
+        for name, values in columns.tokens.items():
+            tokens[name] = [None] * inside.start + list(values) + [None] * (len(token_ids) - inside.start - len(values))
+    lens = {name: column for columns in measured for name, column in columns.lens.items()}
+    n_positions, n_layers = next(iter(lens.values())).shape
+    shown = pd.DataFrame(
+        {
+            "prompt_id": prompt.prompt_id,
+            "position": context.layout.n_prompt - 1 + np.repeat(np.arange(n_positions), n_layers),
+            "layer": np.tile(np.arange(n_layers), n_positions),
+        }
+        | {name: column.reshape(-1) for name, column in lens.items()}
+    )
+    shown["lens_text"] = [tokenizer.decode([token]) for token in shown["lens_token"]]
+    return {"tokens": tokens, "lens": shown}
+
+
 def _prompt_limit(lm: LoadedModel, decode_tokens: int) -> int | None:
     """Prompt tokens that leave room for the decode tokens within the model's positions."""
     positions = lm.anatomy.max_positions
@@ -200,14 +260,12 @@ def _manifest(
     prompts: PromptSet,
     encoded: Sequence[EncodedPrompt],
     capture: Capture,
-    decode_tokens: int,
-    anchors: int,
-    lens_positions: int,
+    numbers: dict[str, int],
 ) -> dict[str, Any]:
     """Say what this run is. ``identity`` is what a resumed run must share for its numbers to be the same."""
     without_bos = [prompt.prompt_id for prompt in encoded if not prompt.has_bos]
     notes = []
-    if anchors and without_bos:
+    if numbers["anchors"] and without_bos:
         notes.append(
             f"{len(without_bos)} of {len(encoded)} prompts do not begin with a BoS token: "
             "their first anchor is the first real token"
@@ -237,10 +295,8 @@ def _manifest(
             "dtype": str(lm.dtype).removeprefix("torch."),
             "device": lm.device.type,
             "backend": capture.name,
-            "anchors": anchors,
-            "decode_tokens": decode_tokens,
-            "lens_positions": lens_positions,
             "context_length": prompts.context_length,
             "prompts": prompts.fingerprint,
-        },
+        }
+        | numbers,
     }

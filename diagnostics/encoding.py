@@ -189,6 +189,31 @@ def encode_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerB
     return _tokenize(tokenizer, _apply_template("prompt", tokenizer, messages), special=False).ids
 
 
+def token_texts(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False
+) -> list[str]:
+    """Return the text that each token adds: joined they are the decoded text.
+
+    A character made of several tokens comes with the last of them, and the others add "".
+    """
+    texts: list[str] = []
+    begun = shown = 0  # decoded is ids[begun:], of which the text of ids[begun:shown] has been given out
+    for end in range(1, len(ids) + 1):
+        given, now = (
+            tokenizer.decode(
+                ids[begun:stop], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+            for stop in (shown, end)
+        )
+        if now.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(given) :])
+        # The tokens given out last stay in view: spaces depend on what is before.
+        begun, shown = shown, end
+    return texts
+
+
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> _Tokens:
     output = tokenizer(
         text,

@@ -71,6 +71,20 @@ class Readout:
             *residuals.shape[:-1], -1
         )
 
+    def top(self, residuals: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the most likely token of residuals [..., width], and its probability: int64 and float32 [...]."""
+        hidden = self.norm(residuals.float()).flatten(0, -2)
+        best = hidden.new_full((len(hidden),), -torch.inf)
+        token = torch.zeros_like(best, dtype=torch.long)
+        total = torch.zeros_like(best)  # running sum of exp(score - best)
+        for columns, tile in self._tiles(hidden):
+            here, at = tile.max(-1)
+            higher = torch.maximum(best, here.to(best.device))
+            total = total * (best - higher).exp() + (tile.to(best.device) - higher[:, None]).exp_().sum(-1)
+            token = torch.where(higher > best, at.to(best.device) + columns.start, token)
+            best = higher
+        return token.view(residuals.shape[:-1]), (1 / total).view(residuals.shape[:-1])
+
     def require_identity(self, ours: Tensor, logits: Tensor, name: str) -> None:
         """Refuse the model unless the lens after the last layer reproduces its logits.
 

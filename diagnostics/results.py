@@ -5,6 +5,8 @@
               layers.parquet            one row per prompt and layer
               heads.parquet             one row per prompt, layer and head
               cutoffs.parquet           one row per prompt and cutoff 1..L
+              tokens.parquet            one row per token of the prompts that are kept in detail
+              lens.parquet              one row per first decode position and layer of these prompts
               recommendation.json       written by `recommend`
               parts/000007/*.parquet    one folder per finished prompt, until the run is complete
 
@@ -16,9 +18,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from diagnostics.errors import UserError
 
 SCHEMA_VERSION = 1
 TABLES = ("prompts", "layers", "heads", "cutoffs")
+# Of the first prompts only, or of none.
+DETAIL_TABLES = ("tokens", "lens")
 # What readers of a run rely on; a run may have more.
 COLUMNS = {
     "prompts": "prompt_id category n_prompt n_decode",
@@ -38,6 +42,8 @@ COLUMNS = {
     "saliency_overlap",
     "heads": "prompt_id layer head mass_anchor mass_prompt mass_decode selectivity",
     "cutoffs": "prompt_id cutoff kl top1_agreement nll nll_full",
+    "tokens": "prompt_id position token_id text segment evidence attention",
+    "lens": "prompt_id position layer lens_token lens_text lens_probability",
 }
 MANIFEST_FIELDS = {
     "model": str,
@@ -87,6 +93,26 @@ class Run:
         """One row per prompt and cutoff 1..L: kl, top1_agreement, nll, nll_full."""
         return self.tables["cutoffs"]
 
+    @property
+    def tokens(self) -> pd.DataFrame:
+        """One row per token of the prompts kept in detail: position, text, segment, evidence, attention [L] or None."""
+        return self._detail("tokens")
+
+    @property
+    def lens(self) -> pd.DataFrame:
+        """One row per first decode position and layer of the prompts kept in detail: lens_text, lens_probability."""
+        return self._detail("lens")
+
+    def select(self, prompt_ids: Sequence[str]) -> "Run":
+        """Return the run of some of the prompts, in the order of ``prompts``; raise UserError if none is left."""
+        tables = {name: t[t["prompt_id"].isin(prompt_ids)].reset_index(drop=True) for name, t in self.tables.items()}
+        if tables["prompts"].empty:
+            raise UserError(f"run {self.name!r} has none of these prompts")
+        return replace(self, tables=tables)
+
+    def _detail(self, name: str) -> pd.DataFrame:
+        return self.tables.get(name, pd.DataFrame(columns=COLUMNS[name].split()))
+
     def array(self, column: str) -> np.ndarray:
         """Return one measure as an array, prompts in the order of ``prompts``, of its finest table.
 
@@ -127,12 +153,12 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     manifest = read_manifest(path)
     if manifest["status"] == "complete":
-        tables = {name: _read_table(path / f"{name}.parquet") for name in TABLES}
+        tables = _read_tables(path)
     else:
         parts = sorted(p for p in (path / PARTS).glob("[0-9]*") if p.is_dir())
         if not parts:
             raise UserError(f"run {str(path)!r} has no finished prompt yet; continue it with --resume")
-        tables = _merge(parts)
+        tables = merge([_read_tables(part) for part in parts])
     run = Run(manifest, tables, path)
     _require_whole(run)
     return run
@@ -234,7 +260,8 @@ class RunWriter:
         """Merge the prompts into the run's tables, in the order of the set, and mark the run complete."""
         if not self.complete:
             with _reporting(self.path):
-                for name, table in _merge(sorted((self.path / PARTS).glob("[0-9]*"))).items():
+                parts = [_read_tables(part) for part in sorted((self.path / PARTS).glob("[0-9]*"))]
+                for name, table in merge(parts).items():
                     write_table(self.path / f"{name}.parquet", table)
                 self.manifest = self.manifest | additions | {"status": "complete"}
                 write_json(self.path / MANIFEST, self.manifest)
@@ -297,17 +324,22 @@ def _require_whole(run: Run) -> None:
         missing = [column for column in COLUMNS[name].split() if column not in table]
         if missing:
             raise UserError(f"run {str(run.path)!r} is damaged: table {name} has no column {missing[0]}")
-        if len(table) != expected * rows[name]:
+        if name in rows and len(table) != expected * rows[name]:
             raise UserError(
                 f"run {str(run.path)!r} is damaged: table {name} has {len(table)} rows instead of "
                 f"{expected * rows[name]}"
             )
 
 
-def _merge(parts: list[Path]) -> Tables:
-    return {
-        name: pd.concat([_read_table(part / f"{name}.parquet") for part in parts], ignore_index=True) for name in TABLES
-    }
+def merge(parts: Sequence[Tables]) -> Tables:
+    """Join the tables of prompts, in their order; a table that no prompt has is not there."""
+    names = [name for name in (*TABLES, *DETAIL_TABLES) if any(name in part for part in parts)]
+    return {name: pd.concat([part[name] for part in parts if name in part], ignore_index=True) for name in names}
+
+
+def _read_tables(folder: Path) -> Tables:
+    there = [name for name in DETAIL_TABLES if (folder / f"{name}.parquet").exists()]
+    return {name: _read_table(folder / f"{name}.parquet") for name in (*TABLES, *there)}
 
 
 def _read_table(path: Path) -> pd.DataFrame:

@@ -29,7 +29,11 @@ COLUMNS = {
 }
 MANIFEST_NAMES = "model revision n_layers n_heads seed versions arguments timings schema_version created status columns"
 IDENTITY_NAMES = "weight_hash dtype device backend anchors decode_tokens prompts"
-FILES = {"manifest.json", *(f"{name}.parquet" for name in COLUMNS)}
+DETAIL = {
+    "tokens": "prompt_id position token_id text segment evidence attention",
+    "lens": "prompt_id position layer lens_token lens_text lens_probability",
+}
+FILES = {"manifest.json", *(f"{name}.parquet" for name in COLUMNS | DETAIL)}
 
 N_PROMPTS = 6
 
@@ -69,7 +73,8 @@ def run_folder(finished, tmp_path):
 
 
 def assert_same_tables(one, other):
-    for name in TABLES:
+    assert set(one.tables) == set(other.tables)
+    for name in one.tables:
         pd.testing.assert_frame_equal(one.tables[name], other.tables[name], check_exact=True)
 
 
@@ -109,7 +114,7 @@ def test_a_finished_run_has_exactly_its_files_and_columns(finished):
     assert {path.name for path in finished.iterdir()} == FILES
     run = load_run(finished)
     assert run.complete
-    for name, columns in COLUMNS.items():
+    for name, columns in (COLUMNS | DETAIL).items():
         assert set(columns.split()) <= set(run.tables[name].columns)
     rows = {"prompts": N_PROMPTS, "layers": N_PROMPTS * N_LAYERS, "heads": N_PROMPTS * N_LAYERS * 4}
     assert {name: len(run.tables[name]) for name in TABLES} == rows | {"cutoffs": N_PROMPTS * N_LAYERS}

@@ -13,6 +13,7 @@ from diagnostics.cli.options import (
     Backend,
     ContextLength,
     DecodeTokens,
+    DetailPrompts,
     Device,
     Dtype,
     LensPositions,
@@ -31,8 +32,8 @@ from diagnostics.errors import UserError
 
 # Options of `recommend` that an existing run has no use for.
 MEASURING = (
-    *("prompts", "max_prompts", "context_length", "decode_tokens", "anchors", "lens_positions", "backend", "device"),
-    *("dtype", "revision", "trust_remote_code", "out", "resume"),
+    *("prompts", "max_prompts", "context_length", "decode_tokens", "anchors", "lens_positions"),
+    *("detail_prompts", "backend", "device", "dtype", "revision", "trust_remote_code", "out", "resume"),
 )
 
 
@@ -44,6 +45,7 @@ def diagnose(
     decode_tokens: DecodeTokens = 48,
     anchors: Anchors = 1,
     lens_positions: LensPositions = 4,
+    detail_prompts: DetailPrompts = 7,
     seed: Seed = 0,
     backend: Backend = "hooks",
     device: Device = "auto",
@@ -90,6 +92,7 @@ def recommend(
     ] = None,
     anchors: Anchors = 1,
     lens_positions: LensPositions = 4,
+    detail_prompts: DetailPrompts = 7,
     seed: Seed = 0,
     backend: Backend = "hooks",
     device: Device = "auto",
@@ -167,6 +170,7 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
                 decode_tokens=a["decode_tokens"],
                 anchors=a["anchors"],
                 lens_positions=a["lens_positions"],
+                detail_prompts=a["detail_prompts"],
                 backend=a["backend"],
                 out=out,
                 resume=a["resume"],

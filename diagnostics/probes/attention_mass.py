@@ -45,21 +45,26 @@ class AttentionMass(Probe):
         "decode queries, >= 0",
         "evidence_mass": "attention weight on the evidence spans, 0..1; NaN where the prompt has none",
         "evidence_mass_max": "evidence mass of the head with most of it, 0..1",
+        "attention": "attention weight on one prompt token, mean over decode queries and heads, one number per layer, "
+        "0..1; in tokens, for prompts kept in detail",
     }
 
     def __init__(self, context: PromptContext) -> None:
         super().__init__(context)
         self.heads: list[Columns] = []
         self.contribution: list[float] = []
+        self.received: list[np.ndarray] = []
 
     def on_decode(self, rows: DecodeRows) -> None:
         """Measure the decode rows of one layer."""
         attention = rows.attention
-        heads, from_prompt, total = attend(attention, self.context.layout, self.context.evidence)
+        heads, from_prompt, total, received = attend(attention, self.context.layout, self.context.evidence)
         _require_identity(total, attention.output, rows.layer, self.context.model_name)
         written = attention.project(from_prompt.flatten(1)).norm(dim=-1)
         self.contribution.append(float((written / rows.residual_in.float().norm(dim=-1)).mean()))
         self.heads.append({name: column.cpu().numpy() for name, column in heads.items()})
+        if self.context.detail:
+            self.received.append(received.cpu().numpy())
 
     def measured(self) -> Measured:
         """Return per-head columns, and their means (selectivity and evidence: also maxima) over heads per layer."""
@@ -68,7 +73,8 @@ class AttentionMass(Probe):
         layers["selectivity_max"] = heads["selectivity"].max(axis=1)
         layers["evidence_mass_max"] = heads["evidence_mass"].max(axis=1)
         layers["prompt_contribution"] = np.array(self.contribution)
-        return Measured(layers=layers, heads=heads)
+        tokens = {"attention": np.stack(self.received, axis=1)} if self.received else {}
+        return Measured(layers=layers, heads=heads, tokens=tokens)
 
 
 def attend(
@@ -77,11 +83,12 @@ def attend(
     evidence: tuple[tuple[int, int], ...] = (),
     tile_bytes: int | None = None,
     keep_bytes: int = KEEP_BYTES,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """Recompute the decode rows' attention by segments.
 
     Returns per-head columns [heads], the prompt part of the head outputs and the whole of them, both float32
-    [n_decode, heads, head_dim] before the output projection. ``tile_bytes`` and ``keep_bytes`` bound the weights held.
+    [n_decode, heads, head_dim] before the output projection, and the weight on each token of the prompt segment, mean
+    over queries and heads, float32 [tokens]. ``tile_bytes`` and ``keep_bytes`` bound the weights held.
     """
     tile_bytes = tile_bytes or TILE_BYTES.get(attention.value.device.type, TILE_BYTES["cuda"])
     parts = [
@@ -91,7 +98,8 @@ def attend(
     columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     from_prompt = torch.cat([part[1] for part in parts]).transpose(0, 1)
     total = torch.cat([part[2] for part in parts]).transpose(0, 1)
-    return columns, from_prompt, total
+    received = torch.stack([part[3] for part in parts]).mean(0)
+    return columns, from_prompt, total, received
 
 
 def _attend_kv_head(
@@ -101,8 +109,8 @@ def _attend_kv_head(
     evidence: tuple[tuple[int, int], ...],
     tile_bytes: int,
     keep_bytes: int,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """One KV head: columns [group], prompt part and total of the outputs [group, n_decode, head_dim]."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """One KV head: columns [group], prompt part and total of the outputs [group, n_decode, head_dim], token weights."""
     value = attention.value[kv_head].float()
     n_decode, n_keys = attention.n_decode, len(value)
     group = attention.n_heads // attention.n_kv_heads
@@ -147,7 +155,7 @@ def _attend_kv_head(
     columns["prompt_entropy"] = _entropy(query["entropy"], query["mass_prompt"], layout.n_segment)
     columns["prompt_top5"] = _top_share(token_mass)
     columns["evidence_mass"] = query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
-    return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1)
+    return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1), token_mass.mean(0)
 
 
 def _entropy(unnormalised: Tensor, mass: Tensor, n_tokens: int) -> Tensor:

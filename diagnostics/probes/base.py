@@ -25,7 +25,8 @@ class PromptContext:
     """What every observer may know of the model and the prompt before the first layer runs.
 
     ``evidence`` are half-open token spans inside the prompt segment; ``lens_positions`` bounds the decode positions,
-    evenly spaced, that the logit lens reads; ``model_name`` is for messages.
+    evenly spaced, that the logit lens reads; ``model_name`` is for messages. With ``detail`` probes also keep what a
+    close look at this one prompt needs, token by token.
     """
 
     layout: Layout
@@ -34,16 +35,23 @@ class PromptContext:
     model_name: str
     evidence: tuple[tuple[int, int], ...] = ()
     lens_positions: int = LENS_POSITIONS
+    detail: bool = False
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Columns of one prompt: per layer [L], per layer and head [L, heads], per cutoff 1..L [L], and single numbers."""
+    """Columns of one prompt: per layer [L], per layer and head [L, heads], per cutoff 1..L [L], and single numbers.
+
+    Of prompts to be looked at closely also ``tokens``, per token of the prompt segment and layer [tokens, L], and
+    ``lens``, per decode position from the first on and layer [positions, L].
+    """
 
     layers: Columns = field(default_factory=dict)
     heads: Columns = field(default_factory=dict)
     cutoffs: Columns = field(default_factory=dict)
     prompt: dict[str, float] = field(default_factory=dict)
+    tokens: Columns = field(default_factory=dict)
+    lens: Columns = field(default_factory=dict)
 
 
 class Probe:

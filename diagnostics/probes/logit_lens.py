@@ -15,6 +15,9 @@ from torch import Tensor
 from diagnostics.capture.base import ContextRows, DecodeRows, Outcome
 from diagnostics.probes.base import Measured, Probe, PromptContext
 
+# Decode positions, from the first on, whose top token in every layer is kept of a prompt to be looked at closely.
+DETAIL_POSITIONS = 24
+
 
 class LogitLens(Probe):
     """Distance of every layer's prediction from the last layer's."""
@@ -28,13 +31,18 @@ class LogitLens(Probe):
         "lens_kl_translated": "lens_kl with the mean over prompt positions of h_L - h_l+1 added first, nats",
         "lens_top1_translated": "lens_top1 of the translated lens, 0..1",
         "lens_settled": "share of lens positions whose top token is final from this layer on, 0..1",
+        "lens_token": "most likely token after layer l at the first decode positions; in lens, for prompts kept in "
+        "detail",
+        "lens_probability": "its probability, 0..1",
     }
 
     def __init__(self, context: PromptContext) -> None:
         super().__init__(context)
         self.rows: list[Tensor] = []
+        self.first_rows: list[Tensor] = []
         self.means: list[Tensor] = []
         self.columns: dict[str, np.ndarray] = {}
+        self.shown: dict[str, np.ndarray] = {}
         self.n_positions = 0
 
     def on_context(self, rows: ContextRows) -> None:
@@ -47,6 +55,8 @@ class LogitLens(Probe):
         """Keep the residuals at the lens positions."""
         picked = spaced(len(rows.residual_out), self.context.lens_positions).to(rows.residual_out.device)
         self.rows.append(rows.residual_out[picked].float())
+        if self.context.detail:
+            self.first_rows.append(rows.residual_out[:DETAIL_POSITIONS].to(torch.float32, copy=True))
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Read all layers, after checking that the last one gives the model's own logits."""
@@ -73,10 +83,14 @@ class LogitLens(Probe):
             translated = readout.compare(final, layers + (means[-1] - means))
             self.columns["lens_kl_translated"] = _mean(translated.kl)
             self.columns["lens_top1_translated"] = _mean(translated.rank == 0)
+        if self.first_rows:
+            first = torch.stack([rows.to(device) for rows in self.first_rows], dim=1)
+            token, probability = readout.top(first)
+            self.shown = {"lens_token": token.cpu().numpy(), "lens_probability": probability.cpu().numpy()}
 
     def measured(self) -> Measured:
         """Return one column per line of ``describes``, and the number of positions they are means over."""
-        return Measured(layers=self.columns, prompt={"n_lens_positions": self.n_positions})
+        return Measured(layers=self.columns, prompt={"n_lens_positions": self.n_positions}, lens=self.shown)
 
 
 def spaced(n: int, most: int) -> Tensor:

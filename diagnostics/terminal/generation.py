@@ -2,7 +2,6 @@
 
 import json
 import math
-from difflib import SequenceMatcher
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from diagnostics.differences import differing, marked_text, same_start
 from diagnostics.generate import Generation
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
@@ -54,13 +54,10 @@ def show_comparison(
     texts = Table(box=SIMPLE_HEAD, expand=True)
     texts.add_column("full", ratio=1)
     texts.add_column(str(policy), ratio=1)
-    blocks = SequenceMatcher(a=left, b=right, autojunk=False).get_matching_blocks()
-    texts.add_row(
-        _marked(lm, left, [(b.a, b.a + b.size) for b in blocks], "red"),
-        _marked(lm, right, [(b.b, b.b + b.size) for b in blocks], "green"),
-    )
+    marks = differing(left, right)
+    texts.add_row(_marked(lm, left, marks[0], "red"), _marked(lm, right, marks[1], "green"))
     console.print(texts)
-    same = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    same = same_start(left, right)
     if left == right:
         console.print(f"All {len(left)} tokens are the same." if len(left) > 1 else "The one token is the same.")
     else:
@@ -83,16 +80,9 @@ def _number(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _marked(lm: LoadedModel, ids: list[int], same: list[tuple[int, int]], colour: str) -> Text:
-    """Decode token by token, so that marks fall on tokens; what is outside the ``same`` ranges is underlined."""
-    kept = {i for start, stop in same for i in range(start, stop)}
-    text, shown, first = Text(), "", 0
-    for index in range(len(ids)):
-        # A token may be part of a character: decode the whole so far and take what is new.
-        so_far = lm.tokenizer.decode(ids[: index + 1], skip_special_tokens=True)
-        if so_far.endswith("\ufffd") and index + 1 < len(ids):
-            continue
-        differs = any(i not in kept for i in range(first, index + 1))
-        text.append(so_far[len(shown) :], style=f"underline {colour}" if differs else None)
-        shown, first = so_far, index + 1
+def _marked(lm: LoadedModel, ids: list[int], differs: list[bool], colour: str) -> Text:
+    """Underline what differs."""
+    text = Text()
+    for piece, differ in marked_text(lm.tokenizer, ids, differs):
+        text.append(piece, style=f"underline {colour}" if differ else None)
     return text

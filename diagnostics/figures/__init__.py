@@ -1,0 +1,21 @@
+"""Run tables -> plotly figures: pure functions, for the dashboard, notebooks and reports alike.
+
+Every figure has a transparent background and takes its text colours from plotly's template, so it serves light and dark
+pages.
+"""
+
+from diagnostics.figures.benchmarks import benchmark_ratios
+from diagnostics.figures.cutoffs import compare_runs, cutoff_loss, retention
+from diagnostics.figures.layers import head_map, layer_curves, logit_lens
+from diagnostics.figures.style import PALETTE
+
+__all__ = [
+    "PALETTE",
+    "benchmark_ratios",
+    "compare_runs",
+    "cutoff_loss",
+    "head_map",
+    "layer_curves",
+    "logit_lens",
+    "retention",
+]

@@ -1,0 +1,53 @@
+"""What policies cost beside full depth and beside what counting allows."""
+
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from diagnostics.benchmark import Benchmark
+from diagnostics.figures.style import GREY, PALETTE, add_line, finished
+
+
+def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
+    """Draw TTFT, TPOT and KV bytes of every policy as ratios to full depth against prompt length; limits are dotted."""
+    table = benchmark.summary()
+    panels = [("ttft_s_ratio", "ttft_limit", "TTFT"), ("tpot_s_ratio", "tpot_limit", "TPOT")]
+    panels.append(("kv_bytes_ratio", "kv_limit", "KV bytes"))
+    figure = make_subplots(rows=1, cols=3, subplot_titles=[name for *_, name in panels], horizontal_spacing=0.06)
+    for number, (spec, rows) in enumerate(table[table["policy"] != "full"].groupby("spec", sort=False)):
+        colour = PALETTE[number % len(PALETTE)]
+        for at, (measured, limit, name) in enumerate(panels, start=1):
+            group: dict[str, Any] = {"legendgroup": str(spec), "showlegend": at == 1}
+            add_line(
+                figure,
+                rows["n_prompt"],
+                rows[measured],
+                str(spec),
+                colour,
+                "{}, " + name + " %{{y:.3f}}",
+                col=at,
+                **group,
+            )
+            dotted = {"color": colour, "dash": "dot", "width": 1}
+            figure.add_trace(
+                go.Scatter(
+                    x=rows["n_prompt"],
+                    y=rows[limit],
+                    mode="lines+markers",
+                    name=f"{spec}: limit",
+                    line=dotted,
+                    marker={"symbol": "line-ew-open", "size": 9},
+                    legendgroup=str(spec),
+                    showlegend=False,
+                    hovertemplate="limit %{y:.3f}<extra></extra>",
+                ),
+                row=1,
+                col=at,
+            )
+    figure.add_hline(1, line={"color": GREY, "width": 1})
+    figure.update_xaxes(title_text="prompt tokens", type="log", tickvals=sorted(table["n_prompt"].unique()))
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title_text="of full depth", row=1, col=1)
+    m = benchmark.manifest
+    return finished(figure, f"Measured beside the limit (dotted): {m['model']}, {m['hardware']}", height=440)

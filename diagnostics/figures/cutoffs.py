@@ -1,0 +1,131 @@
+"""What a cutoff costs and saves: loss, savings, retention, and several runs beside each other."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from diagnostics.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PALETTE,
+    PURPLE,
+    VERMILION,
+    about,
+    add_curve,
+    add_line,
+    faint,
+    finished,
+    per_layer,
+    tick,
+)
+from diagnostics.probes.base import finite_mean
+from diagnostics.recommend import Recommendation
+from diagnostics.results import Run
+from diagnostics.savings import predict_savings
+
+
+def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, cutoff: int | None = None) -> go.Figure:
+    """Draw the measured loss against the cutoff above the savings predicted for prompts of ``n_prompt`` tokens.
+
+    The band reaches up to the confidence bound that decides; the tolerance is dashed. Loss is on a logarithmic axis.
+    The grey line is the recommended cutoff; another one to look at, ``cutoff``, is dotted.
+    """
+    evidence = pd.DataFrame(recommendation.evidence)
+    cutoffs = evidence["cutoff"].to_numpy()
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
+    # The loss of full depth is 0, up to rounding, which a logarithmic axis does not have.
+    has_place = (evidence["kl"] > 1e-6) & (evidence["cutoff"] < run.n_layers)
+    shown = evidence["kl"].where(has_place)
+    if "kl_bound" in evidence and evidence["kl_bound"].notna().any():
+        bound = evidence["kl_bound"].astype(float).where(has_place)
+        band = {"x": cutoffs, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        figure.add_trace(go.Scatter(y=shown, **band), row=1, col=1)
+        figure.add_trace(go.Scatter(y=bound, fill="tonexty", fillcolor=faint(BLUE), **band), row=1, col=1)
+    figure.add_trace(
+        go.Scatter(
+            x=cutoffs,
+            y=shown,
+            customdata=evidence[["top1_agreement", "nll_increase"]],
+            mode="lines+markers",
+            name="KL from full depth",
+            line={"color": BLUE},
+            hovertemplate="cutoff %{x}: KL %{y:.4f} nats/token<br>same top token %{customdata[0]:.1%}"
+            "<br>NLL %{customdata[1]:+.4f}<extra></extra>",
+        ),
+        row=1,
+        col=1,
+    )
+    limit = recommendation.data["criterion"].get("max_kl")
+    if limit is not None:
+        figure.add_hline(
+            limit, line={"dash": "dash", "color": VERMILION}, annotation_text=f"tolerance {limit:g}", row=1, col=1
+        )
+    ratios = _predicted(run, n_prompt)
+    for (column, name), colour in zip(
+        (("ttft_ratio", "TTFT"), ("tpot_ratio", "TPOT"), ("kv_ratio", "KV")), (ORANGE, GREEN, PURPLE), strict=True
+    ):
+        add_line(
+            figure, ratios["cutoff"], ratios[column], f"{name}, predicted", colour, "{}: %{{y:.3f}} of full", row=2
+        )
+    figure.data[-1].line.dash = "dot"  # TTFT is often the same, and below it
+    figure.update_yaxes(title_text="loss, nats per token", type="log", exponentformat="power", dtick=1, row=1, col=1)
+    figure.update_yaxes(title_text=f"of full depth, {n_prompt:,} tokens", range=[0, 1.05], row=2, col=1)
+    figure.update_xaxes(title_text="cutoff: layers that prompt tokens run through", row=2, col=1)
+    figure.update_xaxes(dtick=tick(len(cutoffs)))
+    for row in (1, 2):
+        figure.add_vline(recommendation.cutoff, line={"color": GREY, "width": 2}, row=row, col=1)
+        if cutoff is not None and cutoff != recommendation.cutoff:
+            figure.add_vline(cutoff, line={"color": BLUE, "width": 2, "dash": "dot"}, row=row, col=1)
+    return finished(figure, f"Recommended cutoff: {recommendation.cutoff} of {run.n_layers}: {about(run)}", height=640)
+
+
+def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figure:
+    """Draw which share of the prompt's attention mass and contribution lies below each cutoff, summed over layers."""
+    figure = go.Figure()
+    for (column, name), colour in zip(
+        (("mass_prompt", "attention mass"), ("prompt_contribution", "contribution")), (BLUE, GREEN), strict=True
+    ):
+        values = per_layer(run, column)
+        values = np.where(np.isfinite(values), values, 0)
+        total = values.sum(axis=1, keepdims=True)
+        share = np.cumsum(values, axis=1) / np.where(total > 0, total, np.nan)
+        add_curve(figure, np.arange(1, run.n_layers + 1), share, name, colour)
+    if recommendation is not None:
+        figure.add_vline(recommendation.cutoff, line={"color": GREY, "width": 2}, annotation_text="cutoff")
+    figure.update_xaxes(title_text="cutoff", dtick=tick(run.n_layers))
+    figure.update_yaxes(title_text="share below the cutoff", range=[0, 1.02])
+    return finished(figure, f"What a cutoff keeps of the prompt: {about(run)}", height=420)
+
+
+def compare_runs(runs: Sequence[Run], column: str = "kl") -> go.Figure:
+    """Draw a measure of several runs against relative depth: of a loss, cutoff / layers; else (layer + 1) / layers."""
+    figure = go.Figure()
+    is_loss = column in runs[0].cutoffs
+    for number, run in enumerate(runs):
+        mean = finite_mean(per_layer(run, column), axis=0)
+        if column == "kl":
+            mean = np.where(mean > 1e-6, mean, np.nan)
+        depth = np.arange(1, run.n_layers + 1) / run.n_layers
+        hover = f"{{}}: {column} %{{{{y:.4f}}}} at %{{{{x:.0%}}}}"
+        add_line(figure, depth, mean, run.name, PALETTE[number % len(PALETTE)], hover)
+    figure.update_xaxes(title_text="cutoff / layers" if is_loss else "depth: (layer + 1) / layers", tickformat=".0%")
+    if column == "kl":
+        unit = "KL from full depth, nats per token"
+        figure.update_yaxes(title_text=unit, type="log", exponentformat="power", dtick=1)
+    else:
+        figure.update_yaxes(title_text=column, rangemode="tozero")
+    return finished(figure, f"{'Loss' if column == 'kl' else column} at relative depth", height=460)
+
+
+def _predicted(run: Run, n_prompt: int) -> pd.DataFrame:
+    shape, anchors = run.manifest["shape"], int(run.manifest["identity"]["anchors"])
+    rows = []
+    for cutoff in range(1, run.n_layers + 1):
+        (savings,) = predict_savings(shape, cutoff, anchors=anchors, lengths=[n_prompt])
+        rows.append({"cutoff": cutoff} | savings.to_dict())
+    return pd.DataFrame(rows)

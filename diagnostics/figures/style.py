@@ -1,0 +1,94 @@
+"""What all figures share: colours, curves with their spread, axes, layout.
+
+Colours are those of Okabe and Ito (2008), which people with any colour vision can tell apart, without their yellow,
+which does not show on white.
+"""
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from diagnostics.results import Run
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY = (
+    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#8A8A8A"),
+)
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY)
+
+
+def per_layer(run: Run, column: str) -> np.ndarray:
+    """Return one measure [prompt, layer], the mean over heads where it has heads."""
+    values = run.array(column)
+    return values.mean(axis=-1) if values.ndim == 3 else values
+
+
+def add_curve(
+    figure: go.Figure, x: np.ndarray, values: np.ndarray, name: str, colour: str, row: int | None = None
+) -> None:
+    """Mean over prompts of [prompts, x], between its quartiles."""
+    place = {} if row is None else {"row": row, "col": 1}
+    counted = np.isfinite(values)
+    if len(values) > 1:
+        filled = np.where(counted, values, np.nan)
+        filled[:, ~counted.any(axis=0)] = 0  # drawn nowhere: their mean is missing
+        low, high = np.nanquantile(filled, [0.25, 0.75], axis=0)
+        band = {"x": x, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        figure.add_trace(go.Scatter(y=low, legendgroup=name, **band), **place)
+        figure.add_trace(go.Scatter(y=high, fill="tonexty", fillcolor=faint(colour), legendgroup=name, **band), **place)
+    mean = np.where(counted, values, 0).sum(axis=0) / np.where(counted.any(axis=0), counted.sum(axis=0), np.nan)
+    hover = f"{name}<br>%{{x}}: %{{y:.3f}}<extra></extra>"
+    line = go.Scatter(x=x, y=mean, mode="lines", name=name, legendgroup=name, line={"color": colour})
+    figure.add_trace(line.update(hovertemplate=hover), **place)
+
+
+def add_line(
+    figure: go.Figure,
+    x: Any,
+    y: Any,
+    name: str,
+    colour: str,
+    hover: str,
+    row: int = 1,
+    col: int = 1,
+    **more: Any,
+) -> None:
+    """Add one curve with markers; ``hover`` has a place for its name."""
+    hover = hover.format(name) + "<extra></extra>"
+    trace = go.Scatter(x=x, y=y, mode="lines+markers", name=name, line={"color": colour}, hovertemplate=hover, **more)
+    figure.add_trace(trace, **({} if figure._grid_ref is None else {"row": row, "col": col}))
+
+
+def about(run: Run) -> str:
+    """Say whose figure it is, for the title."""
+    n = len(run.prompts)
+    return f"{run.manifest['model']}, {n} prompt{'s' if n > 1 else ''}"
+
+
+def tick(n: int) -> int:
+    """Step of an axis of ``n`` whole numbers, so that labels do not crowd."""
+    return next(step for step in (1, 2, 4, 5, 10, 20, 50, 100, n) if n / step <= 20)
+
+
+def faint(colour: str) -> str:
+    """Return a colour of the palette for a band."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, 0.15)"
+
+
+def finished(figure: go.Figure, title: str, height: int) -> go.Figure:
+    """Give a figure its title, height in pixels, and the layout that all share."""
+    return (
+        figure.update_layout(
+            title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 17}},
+            height=height,
+            margin={"l": 70, "r": 20, "t": 90, "b": 60},
+            paper_bgcolor="rgba(0, 0, 0, 0)",
+            plot_bgcolor="rgba(0, 0, 0, 0)",
+            legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+            hovermode="closest",
+            modebar={"bgcolor": "rgba(0, 0, 0, 0)"},
+        )
+        .update_xaxes(showgrid=True, gridcolor="rgba(128, 128, 128, 0.18)", zeroline=False)
+        .update_yaxes(showgrid=True, gridcolor="rgba(128, 128, 128, 0.18)", zeroline=False)
+    )
