@@ -1,19 +1,46 @@
-"""Layer diagnostics of decoder-only language models, and the SPEED cutoff that follows from them."""
+"""Layer diagnostics of decoder-only language models, and the SPEED cutoff that follows from them.
 
-from diagnostics.diagnose import diagnose
-from diagnostics.errors import UserError
-from diagnostics.generate import Generation, decode, generate, prefill
-from diagnostics.models import LoadedModel, load_model
-from diagnostics.policies import Policy, PolicyCache, parse_policy
-from diagnostics.policies.fastkv import FastKVPolicy
-from diagnostics.policies.full import FullPolicy
-from diagnostics.policies.projected import ProjectedPolicy
-from diagnostics.policies.speed import SpeedPolicy
-from diagnostics.policies.store import load_cache, save_cache
-from diagnostics.prompts import Prompt, PromptSet, load_prompts
-from diagnostics.recommend import Recommendation, recommend
-from diagnostics.regions import RegionRules, find_regions
-from diagnostics.results import Run, load_run
+The public names come from their modules when they are first used: reading a run does not load torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diagnostics.diagnose import diagnose
+    from diagnostics.errors import UserError
+    from diagnostics.generate import Generation, decode, generate, prefill
+    from diagnostics.models import LoadedModel, load_model
+    from diagnostics.policies import Policy, PolicyCache, parse_policy
+    from diagnostics.policies.fastkv import FastKVPolicy
+    from diagnostics.policies.full import FullPolicy
+    from diagnostics.policies.projected import ProjectedPolicy
+    from diagnostics.policies.speed import SpeedPolicy
+    from diagnostics.policies.store import load_cache, save_cache
+    from diagnostics.prompts import Prompt, PromptSet, load_prompts
+    from diagnostics.recommend import Recommendation, recommend
+    from diagnostics.regions import RegionRules, find_regions
+    from diagnostics.results import Run, load_run
+
+_HOMES = {
+    "diagnose": ("diagnose",),
+    "errors": ("UserError",),
+    "generate": ("Generation", "decode", "generate", "prefill"),
+    "models": ("LoadedModel", "load_model"),
+    "policies": ("Policy", "PolicyCache", "parse_policy"),
+    "policies.fastkv": ("FastKVPolicy",),
+    "policies.full": ("FullPolicy",),
+    "policies.projected": ("ProjectedPolicy",),
+    "policies.speed": ("SpeedPolicy",),
+    "policies.store": ("load_cache", "save_cache"),
+    "prompts": ("Prompt", "PromptSet", "load_prompts"),
+    "recommend": ("Recommendation", "recommend"),
+    "regions": ("RegionRules", "find_regions"),
+    "results": ("Run", "load_run"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "FastKVPolicy",
@@ -43,3 +70,25 @@ __all__ = [
     "recommend",
     "save_cache",
 ]
+
+
+class _Package(ModuleType):
+    """The package itself, with its names found on demand."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing `diagnostics.diagnose` would put the module where the function of that name belongs.
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from diagnostics.errors import UserError
 from diagnostics.prompts import Message, Prompt, PromptSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from diagnostics.models import LoadedModel
 
 Span = tuple[int, int]
 
@@ -187,6 +192,33 @@ class _Tokens:
 def encode_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Encode messages as they are through the tokenizer's chat template; raise UserError where it refuses them."""
     return _tokenize(tokenizer, _apply_template("prompt", tokenizer, messages), special=False).ids
+
+
+def encode_input(
+    lm: LoadedModel, text: str, *, system: str | None = None, chat: bool | None = None, max_new_tokens: int = 0
+) -> Tensor:
+    """Return the token ids of a text to generate from, int64 [1, tokens], on the model's device.
+
+    ``chat`` says whether to make it a user message of the chat template; by default where there is one. Raises
+    UserError for a chat template that is missing, and where the tokens and the new ones exceed the model's positions.
+    """
+    templated = bool(getattr(lm.tokenizer, "chat_template", None))
+    if chat and not templated:
+        raise UserError(f"model {lm.name!r} has no chat template: use --text")
+    if chat is False or not templated:
+        if system is not None:
+            raise UserError("--system needs a chat template")
+        tokens = encode_prompt(Prompt(id="prompt", text="{document}", document=text), lm.tokenizer).token_ids
+    else:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        tokens = encode_messages([*messages, {"role": "user", "content": text}], lm.tokenizer)
+    positions = lm.anatomy.max_positions
+    if positions is not None and len(tokens) + max_new_tokens > positions:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens; with {max_new_tokens} new ones they exceed the {positions} "
+            f"positions of {lm.name!r}"
+        )
+    return torch.tensor([tokens], device=lm.device)
 
 
 def token_texts(

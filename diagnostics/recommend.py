@@ -164,8 +164,8 @@ def recommend(
         "stabilization_region": regions.stabilization.to_dict() if regions.stabilization else None,
         "region_rules": vars(regions.rules),
         "agreement": _agreement(cutoff, regions, n_layers),
-        "retention": _retention(run, cutoff),
-        "by_category": _by_category(run, cutoff),
+        "retention": retention_at(run, cutoff),
+        "by_category": loss_by_category(run, cutoff),
         "evidence": [_evidence(k, means, bounds, admissible) for k in range(1, n_layers + 1)],
         "predicted": [savings.to_dict() for savings in predicted],
         "notes": notes,
@@ -225,8 +225,8 @@ def _agreement(cutoff: int, regions: Regions, n_layers: int) -> dict[str, Any]:
     }
 
 
-def _retention(run: Run, cutoff: int) -> dict[str, float | None]:
-    """Share of the prompt mass and of the prompt contribution that lies in layers below the cutoff."""
+def retention_at(run: Run, cutoff: int) -> dict[str, float | None]:
+    """Return the share of the prompt mass and of the prompt contribution that lies in layers below the cutoff, 0..1."""
     means = run.layers.groupby("layer")[["mass_prompt", "prompt_contribution"]].mean()
     kept, total = means.iloc[:cutoff].sum(), means.sum()
     return {
@@ -235,8 +235,8 @@ def _retention(run: Run, cutoff: int) -> dict[str, float | None]:
     }
 
 
-def _by_category(run: Run, cutoff: int) -> dict[str, float]:
-    """Mean KL at the cutoff for each category of prompts."""
+def loss_by_category(run: Run, cutoff: int) -> dict[str, float]:
+    """Return the mean KL at the cutoff for each category of prompts, nats per token."""
     rows = run.cutoffs[run.cutoffs["cutoff"] == cutoff].merge(run.prompts[["prompt_id", "category"]])
     return {str(category): float(kl) for category, kl in rows.groupby("category")["kl"].mean().items()}
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from diagnostics.bounds import MIN_PROMPTS
 from diagnostics.errors import UserError
-from diagnostics.probes.base import finite_mean
+from diagnostics.finite import finite_mean
 from diagnostics.results import Run
 
 N_RESAMPLES = 1000

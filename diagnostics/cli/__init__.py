@@ -9,6 +9,7 @@ import typer
 
 from diagnostics.cli.benchmark import bench
 from diagnostics.cli.common import INTERRUPTED, fail
+from diagnostics.cli.dashboard import dashboard
 from diagnostics.cli.diagnosis import diagnose, recommend
 from diagnostics.cli.generation import generate
 from diagnostics.cli.report import report
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (recommend, diagnose, generate, bench, report):
+for command in (recommend, diagnose, generate, bench, report, dashboard):
     app.command()(command)
 
 

@@ -16,10 +16,10 @@ RUNS = Path("runs")
 INTERRUPTED = 130  # exit status, as shells have it for SIGINT
 
 
-def new_folder(model: str, suffix: str = "") -> Path:
+def new_folder(model: str, suffix: str = "", parent: Path = RUNS) -> Path:
     """Name a folder for what a command leaves behind, by the model and the time."""
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name or "model").strip("-")
-    return RUNS / f"{slug}{suffix}_{datetime.now():%Y-%m-%dT%H-%M-%S}"
+    return parent / f"{slug}{suffix}_{datetime.now():%Y-%m-%dT%H-%M-%S}"
 
 
 def load(arguments: dict[str, Any]) -> Any:
@@ -39,7 +39,7 @@ def plain(arguments: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def progress(title: str) -> Iterator[Any]:
     """Yield a `diagnostics.diagnose.Progress` callback that draws a bar on stderr, if that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(title, total=None)

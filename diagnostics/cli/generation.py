@@ -58,11 +58,12 @@ def generate(
     lm = load(arguments)
     import torch
 
+    from diagnostics.encoding import encode_input
     from diagnostics.generate import generate as run_generation
     from diagnostics.policies.full import FullPolicy
 
     chosen.check(lm.anatomy)
-    ids = encode(lm, text, system, chat, max_new_tokens)
+    ids = encode_input(lm, text, system=system, chat=chat, max_new_tokens=max_new_tokens)
     streams = not json and not compare
 
     def run(one: Any, tokens: int = max_new_tokens, prompt_ids: Any = ids) -> Any:
@@ -137,30 +138,3 @@ def choose_policy(text: str | None, cutoff: int | None, recommendation: Path | N
     if plain or not (named[0] == "" or "cutoff" in named):
         return parse_policy(f"{text}:cutoff={cutoff}")
     return replace(parse_policy(text), cutoff=cutoff)
-
-
-def encode(lm: Any, text: str, system: str | None, chat: bool | None, max_new_tokens: int) -> Any:
-    """Return the prompt's token ids, int64 [1, tokens]; raise UserError if they do not fit the model's positions."""
-    import torch
-
-    from diagnostics.encoding import encode_messages, encode_prompt
-    from diagnostics.prompts import Prompt
-
-    templated = bool(getattr(lm.tokenizer, "chat_template", None))
-    if chat and not templated:
-        raise UserError(f"model {lm.name!r} has no chat template: use --text")
-    if chat is False or not templated:
-        if system is not None:
-            raise UserError("--system needs a chat template")
-        tokens = encode_prompt(Prompt(id="prompt", text="{document}", document=text), lm.tokenizer).token_ids
-    else:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        tokens = encode_messages([*messages, {"role": "user", "content": text}], lm.tokenizer)
-    ids = torch.tensor([tokens], device=lm.device)
-    positions = lm.anatomy.max_positions
-    if positions is not None and ids.shape[1] + max_new_tokens > positions:
-        raise UserError(
-            f"the prompt has {ids.shape[1]} tokens; with {max_new_tokens} new ones they exceed the {positions} "
-            f"positions of {lm.name!r}"
-        )
-    return ids

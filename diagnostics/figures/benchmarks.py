@@ -1,12 +1,16 @@
 """What policies cost beside full depth and beside what counting allows."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from diagnostics.benchmark import Benchmark
 from diagnostics.figures.style import GREY, PALETTE, add_line, finished
+
+if TYPE_CHECKING:
+    from diagnostics.benchmark import Benchmark
 
 
 def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
@@ -50,4 +54,6 @@ def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="of full depth", row=1, col=1)
     m = benchmark.manifest
-    return finished(figure, f"Measured beside the limit (dotted): {m['model']}, {m['hardware']}", height=440)
+    figure = finished(figure, f"Measured beside the limit (dotted): {m['model']}, {m['hardware']}", height=460)
+    # Below: above are the panels' titles.
+    return figure.update_layout(legend={"y": -0.22, "yanchor": "top"}, margin={"t": 70, "b": 90})

@@ -23,7 +23,7 @@ from diagnostics.figures.style import (
     per_layer,
     tick,
 )
-from diagnostics.probes.base import finite_mean
+from diagnostics.finite import finite_mean
 from diagnostics.recommend import Recommendation
 from diagnostics.results import Run
 from diagnostics.savings import predict_savings
@@ -109,7 +109,7 @@ def compare_runs(runs: Sequence[Run], column: str = "kl") -> go.Figure:
     for number, run in enumerate(runs):
         mean = finite_mean(per_layer(run, column), axis=0)
         if column == "kl":
-            mean = np.where(mean > 1e-6, mean, np.nan)
+            mean = np.where((mean > 1e-6) & (np.arange(1, run.n_layers + 1) < run.n_layers), mean, np.nan)
         depth = np.arange(1, run.n_layers + 1) / run.n_layers
         hover = f"{{}}: {column} %{{{{y:.4f}}}} at %{{{{x:.0%}}}}"
         add_line(figure, depth, mean, run.name, PALETTE[number % len(PALETTE)], hover)

@@ -92,6 +92,7 @@ def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.
             text=text,
             customdata=shown,
             texttemplate="%{text}",
+            textfont={"size": 11},
             zmin=0,
             zmax=1,
             colorscale="Blues",

@@ -18,9 +18,10 @@ PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY)
 
 
 def per_layer(run: Run, column: str) -> np.ndarray:
-    """Return one measure [prompt, layer], the mean over heads where it has heads."""
-    values = run.array(column)
-    return values.mean(axis=-1) if values.ndim == 3 else values
+    """Return one measure [prompt, layer], or [prompt, L] of a cutoff's; of measures per head the mean over heads."""
+    table, axis = (run.layers, "layer") if column in run.layers else (run.cutoffs, "cutoff")
+    wide = table.pivot(index="prompt_id", columns=axis, values=column).sort_index(axis=1)
+    return wide.loc[run.prompts["prompt_id"]].to_numpy(float)
 
 
 def add_curve(

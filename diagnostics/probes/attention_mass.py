@@ -16,7 +16,8 @@ from torch import Tensor
 
 from diagnostics.capture.base import AttentionRows, DecodeRows, Layout
 from diagnostics.errors import UserError
-from diagnostics.probes.base import Columns, Measured, Probe, PromptContext, finite_mean
+from diagnostics.finite import finite_mean
+from diagnostics.probes.base import Columns, Measured, Probe, PromptContext
 
 # Weights computed at once: what stays in a processor's cache, or what keeps a GPU busy.
 TILE_BYTES = {"cpu": 1 << 20, "mps": 64 << 20, "cuda": 256 << 20}

@@ -78,10 +78,3 @@ class Probe:
     def measured(self) -> Measured:
         """Return the columns, after `on_outcome`."""
         raise NotImplementedError
-
-
-def finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean along one axis of what is not NaN; NaN where nothing is."""
-    counted = np.isfinite(values)
-    total = np.where(counted, values, 0).sum(axis=axis)
-    return np.divide(total, counted.sum(axis=axis), out=np.full(total.shape, np.nan), where=counted.any(axis=axis))

@@ -1,0 +1,95 @@
+"""What lies in a folder of runs: runs, benchmarks, and folders that are neither, each with its state."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diagnostics.errors import UserError
+from diagnostics.results import MANIFEST, PARTS, RECOMMENDATION, read_manifest
+
+BENCHMARK = "benchmark.parquet"
+
+# Name, size and time of every file that a folder's content depends on.
+Signature = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder: its manifest if it is a run, and else what is wrong with it; whether it holds a benchmark."""
+
+    path: Path
+    name: str
+    manifest: dict[str, Any] | None
+    problem: str | None
+    has_benchmark: bool
+    signature: Signature
+
+    @property
+    def status(self) -> str:
+        """``complete``, ``3 of 28 prompts``, ``benchmark`` or ``not a run``."""
+        if self.manifest is None:
+            return "benchmark" if self.has_benchmark else "not a run"
+        if self.manifest["status"] == "complete":
+            return "complete"
+        return f"{self.finished_prompts} of {self.manifest['n_prompts']} prompts"
+
+    @property
+    def finished_prompts(self) -> int:
+        """Prompts whose rows are written."""
+        if self.manifest is None or self.manifest["status"] == "complete":
+            return 0 if self.manifest is None else int(self.manifest["n_prompts"])
+        return sum(name.startswith(f"{PARTS}/") for name, *_ in self.signature)
+
+    @property
+    def readable(self) -> bool:
+        """Whether there is something of a run to look at."""
+        return self.manifest is not None and self.finished_prompts > 0
+
+    @property
+    def goals(self) -> dict[str, Any]:
+        """Goals of the recommendation saved with the run; empty where there is none to read."""
+        try:
+            criterion = json.loads((self.path / RECOMMENDATION).read_text(encoding="utf-8"))["criterion"]
+            return {k: float(v) for k, v in criterion.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+
+def find_runs(folder: Path) -> list[Entry]:
+    """List the folders in ``folder``, newest first, or ``folder`` itself if it is a run; nothing if it is missing."""
+    if (folder / MANIFEST).exists() or (folder / BENCHMARK).exists():
+        return [_entry(folder)]
+    try:
+        inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    except OSError:
+        return []
+    entries = [_entry(path) for path in inside]
+    return sorted(
+        entries, key=lambda entry: (max((f[2] for f in entry.signature), default=0), entry.name), reverse=True
+    )
+
+
+def _entry(path: Path) -> Entry:
+    manifest: dict[str, Any] | None = None
+    problem = None
+    has_benchmark = (path / BENCHMARK).exists()
+    try:
+        manifest = read_manifest(path)
+    except UserError as error:
+        problem = None if has_benchmark and not (path / MANIFEST).exists() else str(error)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+    return Entry(path, path.name, manifest, problem, has_benchmark, tuple(_signature(path)))
+
+
+def _signature(path: Path) -> Iterator[tuple[str, int, int]]:
+    try:
+        files = [f for f in path.iterdir() if f.is_file()]
+        parts = [f for f in (path / PARTS).iterdir() if f.name.isdigit()] if (path / PARTS).is_dir() else []
+        for file in sorted([*files, *parts]):
+            status = file.stat()
+            yield str(file.relative_to(path)), status.st_size, status.st_mtime_ns
+    except OSError:  # written to, or gone, at this moment
+        return

@@ -1,0 +1,59 @@
+"""The chosen run in a few figures: its cutoff, what it costs, what it saves, and whether the regions agree."""
+
+import streamlit as st
+
+from dashboard.catalog import Entry
+from dashboard.state import md, open_run, saved_recommendation
+from diagnostics.regions import Region
+
+
+def headline(entry: Entry) -> None:
+    """Show the headline evidence of a run."""
+    run, recommendation = open_run(entry), saved_recommendation(entry)
+    data = recommendation.data
+    at = data["evidence"][recommendation.cutoff - 1]
+    savings = next((s for s in data["predicted"] if s["n_prompt"] == 8192), data["predicted"][0])
+    st.subheader(f"{md(run.manifest['model'])}: cutoff {recommendation.cutoff} of {run.n_layers} layers")
+    goals = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in data["criterion"].items())
+    st.caption(f"{len(run.prompts)} prompts of {md(run.manifest.get('prompt_set', ''))}; goal: {md(goals)}")
+    bound = "" if at["kl_bound"] is None else f", bound {at['kl_bound']:.3f}"
+    figures = {
+        "Cutoff": (f"{recommendation.cutoff} / {run.n_layers}", f"{data['depth_fraction']:.0%} of the depth"),
+        "KL from full depth": (f"{at['kl']:.3f}", f"nats per token{bound}"),
+        "Same top token": (f"{at['top1_agreement']:.1%}", "of decode positions"),
+        "TTFT": (f"{savings['ttft_ratio']:.2f}", f"of full, predicted at {savings['n_prompt']:,} tokens"),
+        "KV cache": (f"{savings['kv_ratio']:.2f}", f"of full, at {savings['n_prompt']:,} tokens"),
+    }
+    metrics(figures)
+    left, right = st.columns(2)
+    left.markdown(f"**Selection region** {_region(recommendation.selection_region)}")
+    right.markdown(f"**Stabilization region** {_region(recommendation.stabilization_region)}")
+    st.markdown(_agreement(data["agreement"]))
+    for note in data["notes"]:
+        st.caption(f":material/info: {md(note)}")
+
+
+def metrics(figures: dict[str, tuple[str, str]]) -> None:
+    """Show figures in a row: what, the value, and what it is of."""
+    for column, (name, (value, unit)) in zip(st.columns(len(figures)), figures.items(), strict=True):
+        column.metric(name, value, border=True)
+        column.caption(md(unit))
+
+
+def _region(region: Region | None) -> str:
+    if region is None:
+        return "none found"
+    ends = ""
+    if region.first_range and region.last_range:
+        (a, b), (c, d) = region.first_range, region.last_range
+        ends = f" (90% of resamples: first {a} to {b}, last {c} to {d})"
+    return f"layers {region.first} to {region.last}{ends}"
+
+
+def _agreement(agreement: dict[str, object]) -> str:
+    said = {"above the selection": "cutoff_by_selection", "at the start of stabilization": "cutoff_by_stabilization"}
+    places = [f"{where} {agreement[key]}" for where, key in said.items() if agreement[key] is not None]
+    if not places:
+        return "The regions put the cutoff nowhere; the measured loss decides."
+    verdict = "agree with" if agreement["agree"] else "**differ from**"
+    return f"The regions put the cutoff {', '.join(places)}: they {verdict} the measured loss, which decides."

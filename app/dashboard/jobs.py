@@ -1,0 +1,185 @@
+"""Diagnoses in processes of their own: they outlive a page, and what is known of them is in files beside the runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from diagnostics.errors import UserError
+from diagnostics.results import MANIFEST, PARTS, RECOMMENDATION, read_manifest, write_json
+
+JOBS = ".jobs"
+# Seconds that a diagnosis has to end by itself when it is cancelled; its finished prompts are kept either way.
+PATIENCE = 3.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One diagnosis: its name and run folder, the command's arguments, and the process that works on it."""
+
+    name: str
+    runs: str
+    arguments: list[str]
+    pid: int
+    process_started: float
+    started: str
+    cancelled: bool = False
+
+    @property
+    def out(self) -> Path:
+        """The run folder."""
+        return Path(self.runs) / self.name
+
+    @property
+    def log(self) -> Path:
+        """What the command says."""
+        return _place(Path(self.runs), self.name, "log")
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is still at work."""
+        return _process(self) is not None
+
+    @property
+    def state(self) -> str:
+        """``running``, ``complete``, ``cancelled`` or ``failed``."""
+        if self.running:
+            return "running"
+        if _status(self.out) == "complete" and (self.out / RECOMMENDATION).exists():
+            return "complete"
+        return "cancelled" if self.cancelled else "failed"
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Prompts finished, and in all; None before the first has finished."""
+        try:
+            manifest = read_manifest(self.out)
+            total = int(manifest["n_prompts"])
+            if manifest["status"] == "complete":
+                return total, total
+            return sum(part.name.isdigit() for part in (self.out / PARTS).iterdir()), total
+        except (UserError, OSError):
+            return None
+
+    @property
+    def message(self) -> str:
+        """The last line that the command said."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        errors = [line for line in lines if line.startswith("error: ")]
+        return (errors or lines or [""])[-1].removeprefix("error: ")
+
+
+def start_job(runs: Path, name: str, arguments: Sequence[str]) -> Job:
+    """Start ``recommend`` with the arguments; its run folder is ``runs/name``, continued if it exists already.
+
+    Raises UserError if another job is running, or nothing can be written to ``runs``.
+    """
+    if any(job.running for job in list_jobs(runs)):
+        raise UserError("a diagnosis is running: two at a time would only slow each other down")
+    out = runs / name
+    command = [sys.executable, "-m", "diagnostics.cli", "recommend", *arguments, "--out", str(out.absolute())]
+    if (out / MANIFEST).exists():
+        command.append("--resume")
+    try:
+        (runs / JOBS).mkdir(parents=True, exist_ok=True)
+        with _place(runs, name, "log").open("wb") as log:
+            # A session of its own: Ctrl-C in the dashboard's terminal is not for it.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        started = psutil.Process(process.pid).create_time()
+        job = Job(
+            name, str(runs), list(arguments), process.pid, started, datetime.now(UTC).isoformat(timespec="seconds")
+        )
+        _save(job)
+    except OSError as error:
+        raise UserError(f"cannot start a diagnosis in {str(runs)!r}: {error.strerror or error}") from None
+    return job
+
+
+def list_jobs(runs: Path) -> list[Job]:
+    """Return the jobs of a folder of runs, newest first."""
+    jobs = []
+    for path in (runs / JOBS).glob("*.json"):
+        try:
+            jobs.append(replace(Job(**json.loads(path.read_text(encoding="utf-8"))), runs=str(runs)))
+        except (OSError, ValueError, TypeError):  # being written, or not ours
+            continue
+    return sorted(jobs, key=lambda job: job.started, reverse=True)
+
+
+def cancel_job(job: Job) -> None:
+    """End a job; what it has finished is kept."""
+    _save(replace(job, cancelled=True))
+    process = _process(job)
+    if process is None:
+        return
+    try:
+        process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        process.wait(PATIENCE)
+    except psutil.TimeoutExpired:
+        process.kill()
+        process.wait(PATIENCE)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def resume_job(job: Job) -> Job:
+    """Start a job again where it stopped."""
+    return start_job(Path(job.runs), job.name, job.arguments)
+
+
+def forget_job(job: Job) -> None:
+    """Take a job off the list; its run folder stays."""
+    for kind in ("json", "log", "jsonl"):
+        _place(Path(job.runs), job.name, kind).unlink(missing_ok=True)
+
+
+def save_prompts(runs: Path, name: str, data: bytes) -> Path:
+    """Keep the prompts that a job reads beside it."""
+    try:
+        (runs / JOBS).mkdir(parents=True, exist_ok=True)
+        place = _place(runs, name, "jsonl")
+        place.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"cannot write to {str(runs)!r}: {error.strerror or error}") from None
+    return place.absolute()
+
+
+def _process(job: Job) -> psutil.Process | None:
+    """The job's process if it lives; another one may have got its number."""
+    try:
+        process = psutil.Process(job.pid)
+        if abs(process.create_time() - job.process_started) > 1:
+            return None
+        if process.status() == psutil.STATUS_ZOMBIE:
+            process.wait(0)  # a child of ours that has ended
+            return None
+        return process
+    except psutil.Error:
+        return None
+
+
+def _status(out: Path) -> str | None:
+    try:
+        return str(read_manifest(out)["status"])
+    except (UserError, OSError):
+        return None
+
+
+def _save(job: Job) -> None:
+    write_json(_place(Path(job.runs), job.name, "json"), asdict(job))
+
+
+def _place(runs: Path, name: str, kind: str) -> Path:
+    return runs / JOBS / f"{name}.{kind}"

@@ -1,0 +1,101 @@
+"""A run folder from elsewhere, as a zip file: checked before anything is written, and unpacked all or nothing."""
+
+import io
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from diagnostics.errors import UserError
+from diagnostics.results import MANIFEST, SCRATCH, load_run
+
+MAX_MEGABYTES = 200
+MAX_FILES = 4096
+# What a run folder, whole or interrupted, is made of; nothing else is unpacked.
+ALLOWED = re.compile(r"[a-z]+\.(json|parquet)|parts/[0-9]{6}/[a-z]+\.parquet")
+
+
+def import_zip(data: bytes, filename: str, runs: Path) -> str:
+    """Unpack a zipped run folder into ``runs`` and return its name there.
+
+    The run's files lie at the top of the archive or in one folder. Raises UserError, with nothing written, for what
+    is no zip file, has other files, links or paths that lead out, is too large, or is no run.
+    """
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        members = _members(archive)
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise UserError(f"{filename!r} is not a zip file that can be read ({error})") from None
+    name = _free_name(runs, _stem(filename, archive))
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=runs))
+    except OSError as error:
+        raise UserError(f"cannot write to {str(runs)!r}: {error.strerror or error}") from None
+    try:
+        folder = scratch / name
+        left = MAX_MEGABYTES << 20
+        for info, place in members:
+            target = folder / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            left -= _unpack(archive, info, target, left)
+        _require_run(folder, filename)
+        folder.rename(runs / name)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{filename!r} cannot be unpacked: {error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return name
+
+
+def _members(archive: zipfile.ZipFile) -> list[tuple[zipfile.ZipInfo, str]]:
+    """Return the files with their places in the run folder; raise UserError for anything that has no place there."""
+    files = [info for info in archive.infolist() if not info.is_dir() and "__MACOSX" not in info.filename]
+    if len(files) > MAX_FILES:
+        raise UserError(f"the archive has {len(files)} files, more than {MAX_FILES}: it is no run folder")
+    if sum(info.file_size for info in files) > MAX_MEGABYTES << 20:
+        raise UserError(f"the archive unpacks to more than {MAX_MEGABYTES} MB: copy the run into the folder by hand")
+    manifests = [info.filename for info in files if PurePosixPath(info.filename).name == MANIFEST]
+    if len(manifests) != 1:
+        raise UserError(f"the archive has {len(manifests) or 'no'} {MANIFEST}: zip one run folder")
+    top = manifests[0].removesuffix(MANIFEST)
+    places = []
+    for info in files:
+        place = info.filename.removeprefix(top)
+        linked = stat.S_ISLNK(info.external_attr >> 16)
+        if linked or not info.filename.startswith(top) or not ALLOWED.fullmatch(place):
+            raise UserError(f"the archive has {info.filename!r}, which is no part of a run: zip the run folder alone")
+        places.append((info, place))
+    return places
+
+
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most: int) -> int:
+    """Write one file and return its size; a header may lie about it."""
+    size = 0
+    with archive.open(info) as source, target.open("xb") as sink:
+        while block := source.read(1 << 20):
+            size += len(block)
+            if size > most:
+                raise UserError(f"the archive unpacks to more than {MAX_MEGABYTES} MB")
+            sink.write(block)
+    return size
+
+
+def _require_run(folder: Path, filename: str) -> None:
+    try:
+        load_run(folder)
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), filename)) from None
+
+
+def _stem(filename: str, archive: zipfile.ZipFile) -> str:
+    """Name the run by its folder in the archive, or by the file."""
+    top = next(PurePosixPath(n).parent.name for n in archive.namelist() if PurePosixPath(n).name == MANIFEST)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", top or Path(filename).stem).strip(".-") or "run"
+
+
+def _free_name(runs: Path, name: str) -> str:
+    candidates = (name if n == 1 else f"{name}-{n}" for n in range(1, 10**6))
+    return next(candidate for candidate in candidates if not (runs / candidate).exists())

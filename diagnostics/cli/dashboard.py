@@ -1,0 +1,73 @@
+"""``dashboard``: the Streamlit app over a folder of runs, for this machine alone."""
+
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diagnostics.cli.common import RUNS
+from diagnostics.errors import UserError
+
+HOST = "127.0.0.1"
+FIRST_PORT, LAST_PORT = 8501, 8600
+SETTINGS = {
+    "server.address": HOST,
+    "browser.gatherUsageStats": "false",
+    "server.fileWatcherType": "none",
+    "server.maxUploadSize": "200",
+    "client.toolbarMode": "minimal",
+    "client.showErrorDetails": "full",
+    "theme.light.primaryColor": "#0072B2",
+    "theme.dark.primaryColor": "#56B4E9",
+}
+
+
+def dashboard(
+    runs: Annotated[Path, typer.Argument(help="folder of runs, or one run")] = RUNS,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="port  [the first free one from 8501]")] = None,
+    browser: Annotated[bool, typer.Option(help="open a browser")] = True,
+) -> None:
+    """Show runs in a browser, try policies, and start diagnoses. Only this machine can reach it; Ctrl-C ends it."""
+    if os.path.exists(runs) and not os.path.isdir(runs):
+        raise UserError(f"{str(runs)!r} is not a folder of runs")
+    missing = [name for name in ("streamlit", "plotly", "psutil") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"the dashboard needs {missing[0]}: pip install 'speed-diagnostics[app]'")
+    command = [sys.executable, "-m", "streamlit", "run", str(_program()), f"--server.port={_free_port(port)}"]
+    command += [f"--{name}={value}" for name, value in SETTINGS.items()]
+    command.append(f"--server.headless={'false' if browser else 'true'}")
+    environment = os.environ | {"SPEED_DIAGNOSTICS_RUNS": str(runs.expanduser().absolute())}
+    if os.name == "posix":  # in the place of this process: what ends it, ends the server
+        os.execve(command[0], command, environment)
+    sys.exit(subprocess.call(command, env=environment))
+
+
+def _program() -> Path:
+    """Find the app: beside this package in a checkout, and installed under a name of its own otherwise."""
+    checkout = Path(__file__).parents[2] / "app" / "main.py"
+    if checkout.is_file() and (checkout.parent / "dashboard").is_dir():
+        return checkout
+    installed = find_spec("speed_diagnostics_app")
+    places = list(installed.submodule_search_locations or []) if installed else []
+    if not places:
+        raise UserError("this installation has no dashboard: install speed-diagnostics anew")
+    return Path(places[0]) / "main.py"
+
+
+def _free_port(asked: int | None) -> int:
+    for port in [asked] if asked else range(FIRST_PORT, LAST_PORT):
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind((HOST, port))
+                return port
+            except OSError as error:
+                reason = error.strerror
+    if asked:
+        raise UserError(f"port {asked} cannot be used ({reason}): choose another --port")
+    raise UserError(f"no port from {FIRST_PORT} to {LAST_PORT} is free: choose a --port")
