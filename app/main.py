@@ -5,8 +5,8 @@ from importlib import import_module
 from pathlib import Path
 
 import streamlit as st
-from dashboard.state import entries, md, runs_folder
 
+from dashboard.state import entries, md, runs_folder
 from diagnostics.errors import UserError
 
 st.set_page_config(page_title="SPEED diagnostics", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")

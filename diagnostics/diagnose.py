@@ -20,7 +20,8 @@ from diagnostics.probes import all_probes
 from diagnostics.probes.base import LENS_POSITIONS, Measured, PromptContext
 from diagnostics.prompts import PromptSet
 from diagnostics.readout import Readout
-from diagnostics.results import SCHEMA_VERSION, Run, RunWriter, Tables, merge
+from diagnostics.results import Run, RunWriter, merge
+from diagnostics.schema import SCHEMA_VERSION, Tables
 from diagnostics.segments import Segments
 from diagnostics.versions import hardware, versions
 

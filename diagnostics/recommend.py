@@ -129,7 +129,7 @@ def recommend(
     notes = list(run.manifest["notes"])
     if not run.complete:
         notes.append(f"the run is not complete: {len(run.prompts)} of {run.manifest['n_prompts']} prompts")
-    if len(run.prompts) < MIN_PROMPTS:
+    if len(run.prompts) < MIN_PROMPTS and criterion.limits():
         notes.append(
             f"too few prompts for a confidence bound ({len(run.prompts)} of at least {MIN_PROMPTS}): "
             "the mean alone decides"

@@ -29,37 +29,12 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.errors import UserError
+from diagnostics.schema import COLUMNS, DETAIL_TABLES, TABLES, Tables, manifest_problem, tables_problem
 
-SCHEMA_VERSION = 1
-TABLES = ("prompts", "layers", "heads", "cutoffs")
-# Of the first prompts only, or of none.
-DETAIL_TABLES = ("tokens", "lens")
-# What readers of a run rely on; a run may have more.
-COLUMNS = {
-    "prompts": "prompt_id category n_prompt n_decode",
-    "layers": "prompt_id layer mass_anchor mass_prompt mass_decode prompt_contribution selectivity prompt_entropy "
-    "drift_prompt drift_decode drift_prompt_centred update_decode lens_kl lens_top1 lens_rank lens_kl_translated "
-    "saliency_overlap",
-    "heads": "prompt_id layer head mass_anchor mass_prompt mass_decode selectivity",
-    "cutoffs": "prompt_id cutoff kl top1_agreement nll nll_full",
-    "tokens": "prompt_id position token_id text segment evidence attention",
-    "lens": "prompt_id position layer lens_token lens_text lens_probability",
-}
-MANIFEST_FIELDS = {
-    "model": str,
-    "n_layers": int,
-    "n_heads": int,
-    "n_prompts": int,
-    "shape": dict,
-    "notes": list,
-    "identity": dict,
-}
 MANIFEST = "manifest.json"
 RECOMMENDATION = "recommendation.json"
 PARTS = "parts"
 SCRATCH = ".writing-"
-
-Tables = dict[str, pd.DataFrame]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +135,8 @@ def load_run(path: str | Path) -> Run:
             raise UserError(f"run {str(path)!r} has no finished prompt yet; continue it with --resume")
         tables = merge([_read_tables(part) for part in parts])
     run = Run(manifest, tables, path)
-    _require_whole(run)
+    if problem := tables_problem(run.manifest, tables):
+        raise UserError(f"run {str(path)!r} is damaged: {problem}")
     return run
 
 
@@ -174,18 +150,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"folder {str(path)!r} is not a run: it has no {MANIFEST}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} ({error})") from None
-    if not isinstance(manifest, dict) or "schema_version" not in manifest:
-        raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} (it has no schema_version)")
-    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
-        raise UserError(
-            f"run {str(path)!r} was written by another version (schema {version}, this is {SCHEMA_VERSION}); "
-            "run it again"
-        )
-    wrong = [name for name, kind in MANIFEST_FIELDS.items() if not isinstance(manifest.get(name), kind)]
-    if manifest.get("status") not in ("running", "complete"):
-        wrong.append("status")
-    if wrong:
-        raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} (field {wrong[0]} is missing or wrong)")
+    if problem := manifest_problem(manifest):
+        raise UserError(f"run {str(path)!r} {problem}")
     return manifest
 
 
@@ -313,22 +279,6 @@ def _scratch_folder(parent: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _require_whole(run: Run) -> None:
-    """Refuse tables that lack a column, or a row of a prompt."""
-    n_prompts, n_layers = len(run.prompts), run.n_layers
-    expected = run.manifest["n_prompts"] if run.complete else n_prompts
-    rows = {"prompts": 1, "layers": n_layers, "heads": n_layers * run.manifest["n_heads"], "cutoffs": n_layers}
-    for name, table in run.tables.items():
-        missing = [column for column in COLUMNS[name].split() if column not in table]
-        if missing:
-            raise UserError(f"run {str(run.path)!r} is damaged: table {name} has no column {missing[0]}")
-        if name in rows and len(table) != expected * rows[name]:
-            raise UserError(
-                f"run {str(run.path)!r} is damaged: table {name} has {len(table)} rows instead of "
-                f"{expected * rows[name]}"
-            )
 
 
 def merge(parts: Sequence[Tables]) -> Tables:

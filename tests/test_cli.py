@@ -19,7 +19,8 @@ from tests.runs import DECODE_TOKENS, contents, run_command, save_tiny, write_pr
 from tests.tiny import VOCAB
 
 DIAGNOSE = import_module("diagnostics.diagnose")  # the name in the package is the function's
-FILES = {"manifest.json", "prompts.parquet", "layers.parquet", "heads.parquet", "cutoffs.parquet"}
+TABLES = ("prompts", "layers", "heads", "cutoffs", "tokens", "lens")
+FILES = {"manifest.json", *(f"{name}.parquet" for name in TABLES)}
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2}
 
 

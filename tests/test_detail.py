@@ -1,5 +1,6 @@
 """What a run keeps of its first prompts token by token: texts, attention, logit lens; and runs of some prompts."""
 
+import html
 import json
 from dataclasses import replace
 
@@ -185,7 +186,8 @@ def test_the_lens_figure_shows_tokens_and_marks_what_the_end_says(run):
     for layer in range(N_LAYERS):
         for column in range(4):
             cell = lens.iloc[layer, column + 1]
-            assert shown[layer][column].removeprefix("<b>").removesuffix("</b>") == cell.replace(" ", "\u00b7")
+            visible = html.unescape(shown[layer][column].removeprefix("<b>").removesuffix("</b>"))
+            assert visible == cell.replace(" ", "\u00b7")
     following = tokens_of(run, "p0")["text"][run.prompts["n_prompt"][0] + 1 :].iloc[:4]
     assert [label.replace("\u00b7", " ") for label in figure.layout.xaxis.ticktext] == list(following)
     with pytest.raises(UserError, match="keeps no tokens of prompt 'p3'"):

@@ -353,6 +353,10 @@ def edit_manifest(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def cut_attention(table):
+    return table.assign(attention=[None if a is None else a[:-1] for a in table["attention"]])
+
+
 DAMAGES = {
     "manifest cut": (lambda f: (f / "manifest.json").write_text('{"schema_version": 1, '), "damaged manifest.json"),
     "manifest empty": (lambda f: (f / "manifest.json").write_text(""), "damaged manifest.json"),
@@ -366,13 +370,37 @@ DAMAGES = {
     "status": (lambda f: edit_manifest(f, status="lost"), "field status"),
     "no identity": (lambda f: edit_manifest(f, identity=None), "field identity"),
     "layers not a number": (lambda f: edit_manifest(f, n_layers="five"), "field n_layers"),
-    "wrong depth": (lambda f: edit_manifest(f, n_layers=N_LAYERS + 1), "table layers has 30 rows instead of 36"),
+    "wrong depth": (lambda f: edit_manifest(f, n_layers=N_LAYERS + 1), "field shape.layer_parameters"),
+    "anchors not a number": (
+        lambda f: edit_manifest(f, identity={"weight_hash": "0", "anchors": "1"}),
+        "identity.anchors",
+    ),
+    "no shape": (lambda f: edit_manifest(f, shape={}), "field shape.n_heads"),
+    "positions not a number": (lambda f: edit_manifest(f, max_positions="many"), "field max_positions"),
     "table cut": (lambda f: os.truncate(f / "layers.parquet", 1000), "layers.parquet cannot be read"),
     "table empty": (lambda f: os.truncate(f / "cutoffs.parquet", 0), "cutoffs.parquet cannot be read"),
     "table gone": (lambda f: (f / "heads.parquet").unlink(), "heads.parquet is missing"),
     "table not parquet": (lambda f: (f / "prompts.parquet").write_text("id,n\n"), "prompts.parquet cannot be read"),
     "column gone": (lambda f: damage(f, "cutoffs", lambda t: t.drop(columns="kl")), "cutoffs has no column kl"),
     "row gone": (lambda f: damage(f, "cutoffs", lambda t: t[:-1]), "cutoffs has 29 rows instead of 30"),
+    "row twice": (
+        lambda f: damage(f, "layers", lambda t: t.assign(layer=0)),
+        "layers has rows of other prompts, or rows",
+    ),
+    "prompt twice": (lambda f: damage(f, "prompts", lambda t: t.assign(prompt_id="p0")), "prompts has rows of other"),
+    "another prompt": (
+        lambda f: damage(f, "lens", lambda t: t.assign(prompt_id="p9")),
+        "lens has rows of other prompts",
+    ),
+    "cutoff 0": (
+        lambda f: damage(f, "cutoffs", lambda t: t.assign(cutoff=t["cutoff"] - 1)),
+        "cutoff of table cutoffs is",
+    ),
+    "words for numbers": (
+        lambda f: damage(f, "layers", lambda t: t.assign(lens_kl="low")),
+        "lens_kl of table layers is not",
+    ),
+    "attention cut": (lambda f: damage(f, "tokens", cut_attention), "attention of table tokens has not one number per"),
     "prompt gone": (lambda f: damage(f, "prompts", lambda t: t[:-1]), "prompts has 5 rows instead of 6"),
 }
 

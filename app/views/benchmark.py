@@ -1,9 +1,9 @@
 """Benchmark: TTFT, TPOT and KV of policies against prompt length, beside the limit that counting gives."""
 
 import streamlit as st
+
 from dashboard.catalog import Entry
 from dashboard.state import entries, md, runs_folder, show
-
 from diagnostics import figures
 from diagnostics.benchmark import Benchmark, load_benchmark
 from diagnostics.errors import UserError

@@ -2,8 +2,8 @@
 
 import pandas as pd
 import streamlit as st
-from dashboard.state import current_entry, empty_state, entries, open_run, recommendation, show
 
+from dashboard.state import current_entry, empty_state, entries, open_run, recommendation, show
 from diagnostics import figures
 
 MEASURES = {

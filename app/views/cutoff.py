@@ -2,10 +2,10 @@
 
 import pandas as pd
 import streamlit as st
+
 from dashboard.catalog import Entry
 from dashboard.headline import metrics
 from dashboard.state import current_run, md, recommendation, saved_recommendation, show
-
 from diagnostics import figures
 from diagnostics.errors import UserError
 from diagnostics.recommend import Recommendation, loss_by_category, retention_at

@@ -1,9 +1,9 @@
 """New diagnosis: choose model and prompts, watch it work in a process of its own, cancel or resume it."""
 
 import streamlit as st
+
 from dashboard.jobs import Job, cancel_job, forget_job, list_jobs, resume_job, save_prompts, start_job
 from dashboard.state import md, runs_folder
-
 from diagnostics.capture import BACKENDS
 from diagnostics.cli.common import new_folder
 from diagnostics.embedded import EMBEDDED_MODEL

@@ -1,10 +1,10 @@
 """Layers: the probes layer by layer, the heads, and one prompt looked at closely."""
 
 import streamlit as st
+
 from dashboard.catalog import Entry
 from dashboard.prompt_text import PAGE_TOKENS, legend, prompt_text
 from dashboard.state import current_run, md, saved_recommendation, show
-
 from diagnostics import figures
 from diagnostics.results import Run
 

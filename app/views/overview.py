@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 import streamlit as st
+
 from dashboard.catalog import Entry
 from dashboard.headline import headline
 from dashboard.state import current_entry, empty_state, entries, md, runs_folder, saved_recommendation
 from dashboard.upload import MAX_MEGABYTES, import_zip
-
 from diagnostics.errors import UserError
 
 

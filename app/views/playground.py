@@ -5,9 +5,9 @@ import math
 import pandas as pd
 import streamlit as st
 import torch
+
 from dashboard.playing import Played, marked, play, playground_model, text_html
 from dashboard.state import current_entry, md, open_run, saved_recommendation
-
 from diagnostics.differences import marked_text, same_start
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.encoding import encode_input, encode_prompt

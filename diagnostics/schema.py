@@ -1,0 +1,109 @@
+"""What a run folder must have for anything to be made of it: fields of its manifest, columns and rows of its tables."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+SCHEMA_VERSION = 1
+TABLES = ("prompts", "layers", "heads", "cutoffs")
+# Of the first prompts only, or of none.
+DETAIL_TABLES = ("tokens", "lens")
+# What readers of a run rely on; a run may have more.
+COLUMNS = {
+    "prompts": "prompt_id category n_prompt n_decode",
+    "layers": "prompt_id layer mass_anchor mass_prompt mass_decode prompt_contribution selectivity prompt_entropy "
+    "drift_prompt drift_decode drift_prompt_centred update_decode lens_kl lens_top1 lens_rank lens_kl_translated "
+    "saliency_overlap",
+    "heads": "prompt_id layer head mass_anchor mass_prompt mass_decode selectivity",
+    "cutoffs": "prompt_id cutoff kl top1_agreement nll nll_full",
+    "tokens": "prompt_id position token_id text segment evidence attention",
+    "lens": "prompt_id position layer lens_token lens_text lens_probability",
+}
+# What tells the rows of a table apart.
+KEYS = {
+    "prompts": ["prompt_id"],
+    "layers": ["prompt_id", "layer"],
+    "heads": ["prompt_id", "layer", "head"],
+    "cutoffs": ["prompt_id", "cutoff"],
+    "tokens": ["prompt_id", "position"],
+    "lens": ["prompt_id", "position", "layer"],
+}
+TEXTS = {"prompt_id", "category", "text", "segment", "lens_text"}
+LISTS = {"attention"}
+MANIFEST_FIELDS = {
+    "model": str,
+    "n_layers": int,
+    "n_heads": int,
+    "n_prompts": int,
+    "shape": dict,
+    "notes": list,
+    "identity": dict,
+}
+# Of these two the predictions are made: what a run's identity and shape must have.
+IDENTITY = {"weight_hash": str, "anchors": int}
+SHAPE_NUMBERS = ("n_heads", "n_kv_heads", "head_dim", "width", "head_parameters", "bytes_per_value")
+SHAPE_LISTS = ("layer_parameters", "layer_types")
+
+Tables = dict[str, pd.DataFrame]
+
+
+def manifest_problem(manifest: Any) -> str | None:
+    """Say what is wrong with the content of a manifest; None if nothing is."""
+    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+        return "has a damaged manifest.json (it has no schema_version)"
+    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
+        return f"was written by another version (schema {version}, this is {SCHEMA_VERSION}); run it again"
+    wrong = next(_wrong_fields(manifest), None)
+    return wrong and f"has a damaged manifest.json (field {wrong} is missing or wrong)"
+
+
+def tables_problem(manifest: dict[str, Any], tables: Tables) -> str | None:
+    """Say what is wrong with the tables of a run: columns or rows that are missing, there twice, or not numbers."""
+    n_layers, n_heads, prompts = manifest["n_layers"], manifest["n_heads"], tables["prompts"]
+    expected = manifest["n_prompts"] if manifest["status"] == "complete" else len(prompts)
+    rows = {"prompts": 1, "layers": n_layers, "heads": n_layers * n_heads, "cutoffs": n_layers}
+    ranges = {"layer": (0, n_layers - 1), "head": (0, n_heads - 1), "cutoff": (1, n_layers)}
+    for name, table in tables.items():
+        for column in COLUMNS[name].split():
+            if column not in table:
+                return f"table {name} has no column {column}"
+            if column not in TEXTS | LISTS and not pd.api.types.is_numeric_dtype(table[column]):
+                return f"column {column} of table {name} is not numbers"
+        if name in rows and len(table) != expected * rows[name]:
+            return f"table {name} has {len(table)} rows instead of {expected * rows[name]}"
+        if table.duplicated(KEYS[name]).any() or not set(table["prompt_id"]) <= set(prompts["prompt_id"]):
+            return f"table {name} has rows of other prompts, or rows twice"
+        for column in set(KEYS[name]) & set(ranges):
+            if not table[column].between(*ranges[column]).all():
+                return f"column {column} of table {name} is out of its range"
+    for received in tables["tokens"]["attention"] if "tokens" in tables else ():
+        numbers = received is None or np.asarray(received).dtype.kind == "f"
+        if not numbers or (received is not None and np.shape(received) != (n_layers,)):
+            return "column attention of table tokens has not one number per layer"
+    return None
+
+
+def _wrong_fields(manifest: dict[str, Any]) -> Iterator[str]:
+    """Name the fields of a manifest that could not be used."""
+    for name, kind in MANIFEST_FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            yield name
+            return
+    if manifest.get("status") not in ("running", "complete"):
+        yield "status"
+    if type(manifest.get("max_positions", "")) not in (int, type(None)):
+        yield "max_positions"
+    for name, kind in IDENTITY.items():
+        if type(manifest["identity"].get(name)) is not kind:
+            yield f"identity.{name}"
+    shape, n_layers = manifest["shape"], manifest["n_layers"]
+    for name in SHAPE_NUMBERS:
+        if type(shape.get(name)) is not int:
+            yield f"shape.{name}"
+    for name in SHAPE_LISTS:
+        if not isinstance(shape.get(name), list) or len(shape[name]) != n_layers:
+            yield f"shape.{name}"
+    if type(shape.get("sliding_window", "")) not in (int, type(None)):
+        yield "shape.sliding_window"
