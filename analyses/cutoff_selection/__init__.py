@@ -1,0 +1,1 @@
+"""The parts of `analyses/select_cutoffs.py`: its config, its runs and its tables."""
