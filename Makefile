@@ -1,5 +1,7 @@
 # make demo   from a fresh machine to a recommended cutoff for the embedded model
 # make test   lint, types and tests
+# make test-browser   the dashboard in a headless Chromium, which is installed if there is none
+# make notebooks, make pictures   what is committed under analyses/, made anew
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,7 +9,7 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test install lint bench clean
+.PHONY: demo test test-browser install lint notebooks pictures bench clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +31,18 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-browser: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	command -v chromium || command -v chromium-browser || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
+	$(BIN)/python -m pytest tests/test_browser.py -rs
+
+notebooks: install
+	$(BIN)/python analyses/run_notebooks.py
+
+pictures: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	$(BIN)/python analyses/make_pictures.py
 
 bench: install
 	$(BIN)/python analyses/bench_capture.py

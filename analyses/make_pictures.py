@@ -1,0 +1,82 @@
+"""Draw the pictures of the README: the terminal, the main figure and the dashboard.
+
+python analyses/make_pictures.py [RUN]    # by default a new run of the embedded model on the built-in prompts
+
+Needs `pip install -e '.[app,browser]'` and a Chromium.
+"""
+
+import io
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from playwright.sync_api import Error
+from rich.console import Console
+
+from browsing import browsing, serving
+from diagnostics import Run, diagnose, figures, load_model, load_prompts, load_run, recommend
+from diagnostics.results import RECOMMENDATION
+from diagnostics.terminal.diagnosis import show_recommendation
+
+RESULTS = Path(__file__).parent / "results"
+NAME = "smollm2-135m-instruct"
+
+
+def main(given: str | None = None) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / NAME
+        if given is None:
+            diagnose(load_model(), load_prompts("builtin"), out=folder)
+        else:
+            shutil.copytree(given, folder)
+        run = load_run(folder)
+        recommend(run).save(folder / RECOMMENDATION)
+        terminal(run, RESULTS / "recommend.svg")
+        with browsing() as browser:
+            main_figure(browser, run, RESULTS / "cutoff_loss.svg")
+            dashboard(browser, Path(scratch), RESULTS / "dashboard.png")
+
+
+def terminal(run: Run, picture: Path) -> None:
+    """Draw the recommendation as the terminal shows it."""
+    console = Console(record=True, width=92, file=io.StringIO(), force_terminal=True, highlight=False)
+    show_recommendation(run, recommend(run), console)
+    svg = console.export_svg(title="speed-diagnostics recommend")
+    # The template fetches a web font; a picture should not.
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"Fira Code, ?monospace|Fira Code", "DejaVu Sans Mono, Menlo, Consolas, monospace", svg)
+    picture.write_text(svg)
+
+
+def main_figure(browser: Any, run: Run, picture: Path) -> None:
+    """Draw loss and savings against the cutoff, on white: a README has no background of its own."""
+    figure = figures.cutoff_loss(run, recommend(run)).update_layout(paper_bgcolor="white", width=900)
+    page = browser.new_page()
+    page.set_content(figure.to_html(include_plotlyjs=True, full_html=True))
+    page.wait_for_selector(".main-svg")
+    image = page.evaluate("Plotly.toImage(document.querySelector('.js-plotly-plot'), {format: 'svg'})")
+    page.close()
+    picture.write_text(unquote(image.partition(",")[2]))
+
+
+def dashboard(browser: Any, runs: Path, picture: Path) -> None:
+    """Photograph the dashboard's cutoff page."""
+    with serving(runs) as address:
+        page = browser.new_page(viewport={"width": 1280, "height": 1330})
+        page.goto(f"{address}/cutoff")
+        page.get_by_text("Take it with you").wait_for(timeout=60_000)
+        page.wait_for_timeout(2000)
+        page.screenshot(path=picture)
+        page.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except Error as error:
+        sys.exit(f"error: the browser: {error.message.splitlines()[0]}")
