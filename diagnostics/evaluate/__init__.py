@@ -1,0 +1,1 @@
+"""Quality: how well a model does its tasks under a policy, beside full depth."""

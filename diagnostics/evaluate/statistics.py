@@ -1,0 +1,136 @@
+"""What scores of items say about a task, and about two policies on the same items.
+
+Every policy answers the same items, so policies are compared item by item: the interval is that of the mean paired
+difference, never of two independent means. Tests: McNemar's exact test (1947) for right or wrong, Wilcoxon's
+signed-rank test (1945) for other scores, Holm's correction (1979) over tasks. Non-inferiority: the one-sided lower
+bound of the mean difference is above minus a margin.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+N_RESAMPLES = 9999
+# Resamples drawn at once: they need this many numbers per item.
+BLOCK = 500
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over ``n`` items with its standard error and two-sided bootstrap interval; NaN where n is too small."""
+
+    n: int
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference: positive if the policy scores higher than the baseline.
+
+    ``low`` and ``high`` bound it on both sides, ``lower_bound`` on one side at the same confidence; ``p_value`` is
+    two-sided, by ``test`` (``mcnemar`` or ``wilcoxon``).
+    """
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    lower_bound: float
+    p_value: float
+    test: str
+
+    def non_inferior(self, margin: float) -> bool:
+        """Whether the policy is at most ``margin`` below the baseline, at the confidence of ``lower_bound``."""
+        return self.lower_bound > -margin
+
+
+def estimate(scores: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
+    """Estimate the mean of one task's scores [items]."""
+    values = np.asarray(scores, dtype=float)
+    n = len(values)
+    if n == 0:
+        return Estimate(0, np.nan, np.nan, np.nan, np.nan)
+    low, high = _interval([values], confidence, seed)
+    error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
+    return Estimate(n, float(values.mean()), error, low, high)
+
+
+def average(tasks: Mapping[str, Sequence[float]], *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
+    """Estimate the mean over tasks of their mean scores, each task counting the same; items are drawn within tasks."""
+    values = [np.asarray(scores, dtype=float) for scores in tasks.values()]
+    if not values or not all(len(v) for v in values):
+        return Estimate(0, np.nan, np.nan, np.nan, np.nan)
+    low, high = _interval(values, confidence, seed)
+    # Of a task with one item the spread is unknown, and so is that of the average.
+    variance = sum(v.var(ddof=1) / len(v) if len(v) > 1 else np.nan for v in values)
+    mean = float(np.mean([v.mean() for v in values]))
+    return Estimate(sum(map(len, values)), mean, float(np.sqrt(variance)) / len(values), low, high)
+
+
+def difference(
+    scores: Sequence[float], baseline: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0
+) -> Difference:
+    """Compare two policies on the same items, both [items] in the same order; raise ValueError if they do not match."""
+    ours, theirs = np.asarray(scores, dtype=float), np.asarray(baseline, dtype=float)
+    if ours.shape != theirs.shape or ours.ndim != 1:
+        raise ValueError(f"scores of {ours.shape} and {theirs.shape} items cannot be paired")
+    binary = bool(np.isin(np.concatenate([ours, theirs]), (0, 1)).all())
+    test = "mcnemar" if binary else "wilcoxon"
+    if not len(ours):
+        return Difference(0, np.nan, np.nan, np.nan, np.nan, np.nan, test)
+    paired = ours - theirs
+    low, high = _interval([paired], confidence, seed)
+    # The lower end of a two-sided interval that leaves out twice as much.
+    lower_bound, _ = _interval([paired], 2 * confidence - 1, seed)
+    p_value = mcnemar(ours, theirs) if binary else wilcoxon(paired)
+    return Difference(len(paired), float(paired.mean()), low, high, lower_bound, p_value, test)
+
+
+def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the exact two-sided p-value that wins and losses among the items that differ are equally likely."""
+    wins, losses = int((ours > theirs).sum()), int((ours < theirs).sum())
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def wilcoxon(paired: np.ndarray) -> float:
+    """Return the two-sided p-value of the signed-rank test; equal items count for neither side."""
+    return float(stats.wilcoxon(paired[paired != 0]).pvalue) if (paired != 0).any() else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number, so that the chance of any false rejection stays below the level.
+
+    The smallest is multiplied by their number m, the next by m - 1, and so on, none becoming smaller than the one
+    before; NaN stays NaN and is not counted.
+    """
+    values = np.asarray(p_values, dtype=float)
+    corrected = np.full(values.shape, np.nan)
+    known = np.flatnonzero(np.isfinite(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else steps
+    return corrected.tolist()
+
+
+def _interval(tasks: Sequence[np.ndarray], confidence: float, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap of the mean over tasks of their means; items are drawn within each task.
+
+    NaN for a single item, which says nothing of its spread.
+    """
+    if any(len(values) < 2 for values in tasks):
+        return np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    means = np.zeros(N_RESAMPLES)
+    for values in tasks:
+        for start in range(0, N_RESAMPLES, BLOCK):
+            block = slice(start, min(start + BLOCK, N_RESAMPLES))
+            drawn = rng.integers(len(values), size=(block.stop - block.start, len(values)))
+            means[block] += values[drawn].mean(axis=1) / len(tasks)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -1,0 +1,142 @@
+"""Log-likelihoods by phase: equal to masked float64 passes, whatever is shared, and wherever the query is placed."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diagnostics import FullPolicy, ProjectedPolicy, SpeedPolicy, UserError
+from diagnostics.evaluate.items import Context
+from diagnostics.evaluate.scoring import Encoded, encode_pair, prefill_context, score
+from tests.policy_cases import FASTKV, each, letters_of, load, masked_pass, served
+from tests.tiny import FAMILIES, VOCAB, random_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONTEXT = random_ids(21, seed=3)
+CONTINUATIONS = [random_ids(n, seed=n)[-n:] for n in (1, 4, 2, 7)]
+POLICIES = [FullPolicy(), SpeedPolicy(2), SpeedPolicy(3, 2), ProjectedPolicy(2)]
+
+
+def by_masks(family, policy, context, continuation, n_document=0):
+    """Log-likelihood of a continuation from one masked float64 pass; with a document the query is decode phase."""
+    ids = [*context, *continuation[:-1]]
+    if n_document:
+        letters = letters_of(policy, (n_document, len(ids) - n_document))
+        # The document is prefilled with more to follow: its last token is prompt as well.
+        letters[n_document - 1] = letters[n_document - 2]
+    else:
+        letters = letters_of(policy, (len(context), len(continuation) - 1))
+    log_p = masked_pass(family, policy, ids, letters).log_softmax(-1)
+    rows = log_p[len(context) - 1 :]
+    best = rows.argmax(-1).tolist() == list(continuation)
+    return sum(float(row[token]) for row, token in zip(rows, continuation, strict=True)), best
+
+
+@each(served(FAMILIES, POLICIES))
+def test_continuations_of_one_context_equal_masked_passes(family, policy):
+    scored = score(load(family), policy, Encoded((), tuple(CONTEXT)), CONTINUATIONS)
+    for found, continuation in zip(scored, CONTINUATIONS, strict=True):
+        wanted, greedy = by_masks(family, policy, CONTEXT, continuation)
+        assert found.log_likelihood == pytest.approx(wanted, abs=1e-4)
+        assert (found.n_tokens, found.is_greedy) == (len(continuation), greedy)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, FASTKV], ids=str)
+def test_sharing_a_prefill_changes_nothing(policy):
+    context = Encoded((), tuple(CONTEXT))
+    together = score(load("llama"), policy, context, CONTINUATIONS)
+    for found, continuation in zip(together, CONTINUATIONS, strict=True):
+        (alone,) = score(load("llama"), policy, context, [continuation])
+        assert found.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-5)
+
+
+def test_what_decoding_writes_is_greedy():
+    lm, context = load("llama"), Encoded((), tuple(CONTEXT))
+    logits, _ = prefill_context(lm, SpeedPolicy(3), context)
+    best = int(logits[0].argmax())
+    (likely, other) = score(lm, SpeedPolicy(3), context, [[best], [(best + 1) % VOCAB]])
+    assert (likely.is_greedy, other.is_greedy) == (True, False)
+    assert likely.log_likelihood > other.log_likelihood
+
+
+@pytest.mark.parametrize("policy", [FullPolicy(), SpeedPolicy(2), SpeedPolicy(3, 2)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_query_may_be_prompt_or_decode_phase(family, policy):
+    document, query = tuple(CONTEXT[:13]), tuple(CONTEXT[13:])
+    scored = {
+        q: [s.log_likelihood for s in score(load(family), policy, Encoded(document, query), CONTINUATIONS, query=q)]
+        for q in ("prompt", "later", "decode")
+    }
+    assert scored["later"] == pytest.approx(scored["prompt"], abs=1e-4)
+    wanted = [by_masks(family, policy, CONTEXT, c, n_document=13)[0] for c in CONTINUATIONS]
+    assert scored["decode"] == pytest.approx(wanted, abs=1e-4)
+    if policy.name == "speed":
+        assert scored["decode"] != pytest.approx(scored["prompt"], abs=1e-3)
+
+
+def test_fastkv_chooses_without_the_query_if_that_comes_later():
+    lm = load("llama")
+    document, query = tuple(CONTEXT[:13]), tuple(CONTEXT[13:])
+    by_place = {
+        q: [s.log_likelihood for s in score(lm, FASTKV, Encoded(document, query), CONTINUATIONS, query=q)]
+        for q in ("prompt", "later", "decode")
+    }
+    assert by_place["later"] == pytest.approx(by_place["decode"], abs=1e-4)  # later tokens run at full depth
+    assert by_place["later"] != pytest.approx(by_place["prompt"], abs=1e-3)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_chunks_change_nothing(chunk_size):
+    context = Encoded(tuple(CONTEXT[:13]), tuple(CONTEXT[13:]))
+    for query in ("prompt", "later", "decode"):
+        whole = score(load("llama"), SpeedPolicy(2), context, CONTINUATIONS, query=query)
+        parts = score(load("llama"), SpeedPolicy(2), context, CONTINUATIONS, query=query, chunk_size=chunk_size)
+        assert [s.log_likelihood for s in parts] == pytest.approx([s.log_likelihood for s in whole], abs=1e-4)
+
+
+def test_what_cannot_be_scored_is_refused():
+    lm = load("llama")
+    for context, continuations, said in (
+        (Encoded((), ()), [[5]], "a context has no tokens"),
+        (Encoded((), (5,)), [[5], []], "a continuation has no tokens"),
+        (Encoded((), tuple(CONTEXT)), [[5] * 500], "exceed the 512 positions"),
+    ):
+        with pytest.raises(UserError, match=said):
+            score(lm, SpeedPolicy(2), context, continuations)
+    with pytest.raises(UserError, match="query is 'first'"):
+        score(lm, SpeedPolicy(2), Encoded((5,), (6,)), [[5]], query="first")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    document=st.text(alphabet="ab \né中.", max_size=12),
+    query=st.text(alphabet="ab \né中.", min_size=1, max_size=12).filter(lambda t: t.strip()),
+    continuation=st.text(alphabet="ab é.", min_size=1, max_size=8).filter(lambda t: t.strip()),
+)
+def test_pairs_are_split_as_lm_eval_splits_them(smollm, document, query, continuation):
+    tokenizer = smollm.tokenizer
+    context, cut = encode_pair(tokenizer, Context(query, document), continuation, special=False)
+    text = document + query
+    spaces = len(text) - len(text.rstrip())
+    stripped, moved = text.rstrip(), text[len(text) - spaces :] + continuation
+    whole, alone = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (stripped + moved, stripped))
+    assert list(context.ids) == alone
+    assert list(cut) == whole[len(alone) :]
+    assert tokenizer.decode(context.document) == "" or document.startswith(tokenizer.decode(context.document)[:1])
+    assert len(tokenizer.decode(context.document)) <= len(document)
+
+
+def test_log_likelihoods_of_every_token_sum_to_one(smollm):
+    context = Encoded((), tuple(smollm.tokenizer("The capital of France is")["input_ids"]))
+    scored = score(smollm, SpeedPolicy(24), context, [[i] for i in range(0, 49152, 64)])
+    assert 0 < sum(math.exp(s.log_likelihood) for s in scored) < 1
+    logits, _ = prefill_context(smollm, SpeedPolicy(24), context)
+    log_p = logits[0].double().log_softmax(-1)
+    assert [s.log_likelihood for s in scored] == pytest.approx(log_p[::64].tolist(), abs=1e-4)
+    paris, banana = (smollm.tokenizer(t)["input_ids"] for t in (" Paris", " banana"))
+    better, worse = score(smollm, SpeedPolicy(24), context, [paris, banana])
+    assert better.log_likelihood > worse.log_likelihood
+    torch.testing.assert_close(torch.tensor(1.0), log_p.exp().sum().float())
