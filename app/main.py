@@ -41,7 +41,7 @@ def choose_run() -> None:
     def choose() -> None:
         st.session_state["run"] = st.session_state["run_choice"]
 
-    st.sidebar.selectbox("Run", names, key="run_choice", on_change=choose, help=f"in {runs_folder()}")
+    st.sidebar.selectbox("Run", names, key="run_choice", on_change=choose, help=f"in {md(runs_folder())}")
 
 
 @st.cache_resource

@@ -27,6 +27,11 @@ from diagnostics.versions import hardware, versions
 
 BENCHMARK, BENCHMARK_MANIFEST = "benchmark.parquet", "benchmark.json"
 WARM_UP_TOKENS = 2
+# Columns without which nothing can be said.
+NUMBERS = (
+    *("cutoff", "n_prompt", "batch_size", "repeat", "ttft_s", "tpot_s", "kv_bytes", "kv_bytes_formula", "peak_bytes"),
+    *("prefill_tflops", "decode_gb_s", "ttft_limit", "tpot_limit", "kv_limit"),
+)
 MEASURED = ("ttft_s", "tpot_s", "kv_bytes", "peak_bytes")
 
 Progress = Callable[[int, int, str], None]
@@ -192,9 +197,27 @@ def load_benchmark(path: str | Path) -> Benchmark:
     folder = Path(path)
     try:
         manifest = loads((folder / BENCHMARK_MANIFEST).read_text(encoding="utf-8"))
-        return Benchmark(manifest, pd.read_parquet(folder / BENCHMARK), folder)
-    except (OSError, ValueError) as error:
+        rows = pd.read_parquet(folder / BENCHMARK)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"no benchmark can be read in {str(path)!r}: {error}") from None
+    if problem := _problem(manifest, rows):
+        raise UserError(f"the benchmark in {str(path)!r} is damaged: {problem}")
+    return Benchmark(manifest, rows, folder)
+
+
+def _problem(manifest: Any, rows: pd.DataFrame) -> str | None:
+    """Say what keeps a benchmark from being shown; None if nothing does."""
+    names = ("model", "hardware")
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(name), str) for name in names):
+        return f"{BENCHMARK_MANIFEST} does not say which model on which hardware"
+    if not isinstance(manifest.get("notes"), list):
+        return f"{BENCHMARK_MANIFEST} has no notes"
+    for name in ("policy", "spec", *NUMBERS):
+        if name not in rows:
+            return f"it has no column {name}"
+        if name in NUMBERS and not pd.api.types.is_numeric_dtype(rows[name]):
+            return f"column {name} is not numbers"
+    return None if len(rows) else "it has no rows"
 
 
 def require_benchmark_place(out: str | Path) -> Path:

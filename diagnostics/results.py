@@ -148,7 +148,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"folder {str(path)!r} is not a run: it has no {MANIFEST}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} ({error})") from None
     if problem := manifest_problem(manifest):
         raise UserError(f"run {str(path)!r} {problem}")

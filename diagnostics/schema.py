@@ -71,6 +71,8 @@ def tables_problem(manifest: dict[str, Any], tables: Tables) -> str | None:
                 return f"table {name} has no column {column}"
             if column not in TEXTS | LISTS and not pd.api.types.is_numeric_dtype(table[column]):
                 return f"column {column} of table {name} is not numbers"
+            if column in TEXTS and not table[column].map(lambda text: isinstance(text, str)).all():
+                return f"column {column} of table {name} is not text"
         if name in rows and len(table) != expected * rows[name]:
             return f"table {name} has {len(table)} rows instead of {expected * rows[name]}"
         if table.duplicated(KEYS[name]).any() or not set(table["prompt_id"]) <= set(prompts["prompt_id"]):
@@ -100,7 +102,7 @@ def _wrong_fields(manifest: dict[str, Any]) -> Iterator[str]:
             yield f"identity.{name}"
     shape, n_layers = manifest["shape"], manifest["n_layers"]
     for name in SHAPE_NUMBERS:
-        if type(shape.get(name)) is not int:
+        if type(shape.get(name)) is not int or shape[name] < 1:
             yield f"shape.{name}"
     for name in SHAPE_LISTS:
         if not isinstance(shape.get(name), list) or len(shape[name]) != n_layers:

@@ -53,7 +53,7 @@ class Entry:
         try:
             criterion = json.loads((self.path / RECOMMENDATION).read_text(encoding="utf-8"))["criterion"]
             return {k: float(v) for k, v in criterion.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
 
 

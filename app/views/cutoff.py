@@ -29,19 +29,32 @@ DEFAULTS = {"max_kl": 0.1, "max_nll_increase": 0.1, "min_agreement": 0.9, "kv_bu
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
-def choose_goal(entry: Entry) -> tuple[str, float]:
-    """Let the reader choose one goal and its tolerance; it begins with what was saved with the run."""
+def choose_goals(entry: Entry) -> dict[str, float]:
+    """Let the reader choose goals and their tolerances; they begin with those that were saved with the run."""
     saved = saved_recommendation(entry).data["criterion"]
-    first = next((name for name in GOALS if name in saved), "max_kl")
-    left, right = st.columns([1, 2])
-    names = list(GOALS)
-    goal = left.selectbox(
-        "Goal", names, index=names.index(first), format_func=lambda g: GOALS[g][0], key=f"goal {entry.name}"
-    )
-    _, unit, low, high, step = GOALS[goal]
-    start = min(max(float(saved.get(goal, DEFAULTS[goal])), low), high)
-    limit = right.slider(f"Tolerance: {unit}", low, high, start, step, format="%.3f", key=f"limit {entry.name} {goal}")
-    return goal, limit
+    # A key of their own: Streamlit forgets those of widgets when the page is left.
+    key = f"own goals {entry.name}"
+    own = st.session_state.setdefault(key, {name: saved[name] for name in GOALS if name in saved})
+    titles = {name: title for name, (title, *_) in GOALS.items()}
+    names = st.multiselect("Goals", list(GOALS), list(own), format_func=titles.get, key=f"goals {entry.name}")
+    limits = {}
+    for name, column in zip(names, st.columns(max(1, len(names))), strict=False):
+        title, unit, low, high, step = GOALS[name]
+        first = float(saved.get(name, DEFAULTS[name]))
+        limits[name] = column.slider(
+            f"{title}: {unit}",
+            min(low, first),
+            max(high, first),
+            float(own.get(name, first)),
+            step,
+            format="%.3f",
+            key=f"{name} {entry.name}",
+        )
+    st.session_state[key] = limits
+    if not limits:
+        st.info("Choose a goal.")
+        st.stop()
+    return limits | {"confidence": saved["confidence"]}
 
 
 def choose_cutoff(entry: Entry, run: Run, recommended: int) -> int:
@@ -145,9 +158,9 @@ with policy(lm.model):
 
 entry, run = current_run()
 st.title("Which cutoff?")
-name, limit = choose_goal(entry)
+goals = choose_goals(entry)
 try:
-    rec = recommendation(entry, {name: limit})
+    rec = recommendation(entry, goals)
 except UserError as error:
     st.error(md(error))
     st.stop()
@@ -160,7 +173,6 @@ anchors = int(run.manifest["identity"]["anchors"])
     run.manifest["shape"], k, anchors=anchors, lengths=[n_prompt], max_positions=run.manifest["max_positions"]
 )
 evidence(run, rec, k, savings)
-goal = {"goal": name, "limit": limit}
 drawn = {
     "loss": show(
         entry,
@@ -168,9 +180,9 @@ drawn = {
         lambda n_prompt, k, **_: figures.cutoff_loss(run, rec, n_prompt, k),
         n_prompt=n_prompt,
         k=k,
-        **goal,
+        goals=tuple(goals.items()),
     ),
-    "retention": show(entry, "retention", lambda **_: figures.retention(run, rec), **goal),
+    "retention": show(entry, "retention", lambda **_: figures.retention(run, rec), goals=tuple(goals.items())),
 }
 with st.expander("Loss by category of prompts, at this cutoff"):
     losses = pd.Series(loss_by_category(run, k), name="KL, nats per token").rename_axis("category").reset_index()

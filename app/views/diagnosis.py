@@ -78,7 +78,7 @@ def card(job: Job) -> None:
             return
         if state == "complete":
             if right.button("Show", key=f"show {job.name}", width="stretch"):
-                st.session_state["chosen_elsewhere"] = job.name
+                st.session_state["run"] = job.name
                 st.switch_page("views/overview.py")
         elif right.button("Resume" if progress else "Try again", key=f"resume {job.name}", width="stretch"):
             try:

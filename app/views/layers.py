@@ -6,8 +6,10 @@ from dashboard.catalog import Entry
 from dashboard.prompt_text import PAGE_TOKENS, legend, prompt_text
 from dashboard.state import current_run, md, saved_recommendation, show
 from diagnostics import figures
+from diagnostics.errors import UserError
 from diagnostics.results import Run
 
+LENS_COLUMNS = 12
 HEAD_MEASURES = {
     "selectivity": "selectivity: queries look at different prompt tokens",
     "mass_prompt": "attention on the prompt",
@@ -33,12 +35,11 @@ def filtered(run: Run) -> tuple[str, ...]:
 def curves(entry: Entry, run: Run, ids: tuple[str, ...]) -> None:
     """Show the layer curves and the heads of some prompts."""
     recommendation = saved_recommendation(entry)
-    some = run.select(ids)
     marked = st.toggle("Regions and cutoff of the whole run", value=True, key="regions")
     show(
         entry,
         "layers",
-        lambda ids, marked: figures.layer_curves(some, recommendation if marked else None),
+        lambda ids, marked: figures.layer_curves(run.select(ids), recommendation if marked else None),
         ids=ids,
         marked=marked,
     )
@@ -46,7 +47,7 @@ def curves(entry: Entry, run: Run, ids: tuple[str, ...]) -> None:
     st.subheader("Heads")
     measure = st.selectbox("Measure", there, format_func=HEAD_MEASURES.__getitem__, key="head_measure")
     if measure:
-        show(entry, "heads", lambda ids, measure: figures.head_map(some, measure), ids=ids, measure=measure)
+        show(entry, "heads", lambda ids, measure: figures.head_map(run.select(ids), measure), ids=ids, measure=measure)
 
 
 @st.fragment
@@ -76,18 +77,25 @@ def one_prompt(entry: Entry, run: Run, ids: tuple[str, ...]) -> None:
         st.html(prompt_text(tokens, None if layer == every else int(layer), colour or "segment", first))
     row = run.prompts[run.prompts["prompt_id"] == prompt_id].iloc[0]
     st.caption(f"{row['n_prompt']:,} prompt tokens, {row['n_decode']} of the reference; category {md(row['category'])}")
+    lens(entry, run, prompt_id)
+
+
+def lens(entry: Entry, run: Run, prompt_id: str) -> None:
+    """Show the logit lens of one prompt, some columns at a time."""
     positions = run.lens[run.lens["prompt_id"] == prompt_id]["position"].nunique()
-    shown = 12
     start = 0
-    if positions > shown:
-        start = st.slider("Logit lens from decode position", 0, positions - shown, 0, key="from_position")
-    show(
-        entry,
-        "logit lens",
-        lambda prompt_id, start: figures.logit_lens(run, prompt_id, start, shown),
-        prompt_id=prompt_id,
-        start=start,
-    )
+    if positions > LENS_COLUMNS:
+        start = st.slider("Logit lens from decode position", 0, positions - LENS_COLUMNS, 0, key="from_position")
+    try:
+        show(
+            entry,
+            "logit lens",
+            lambda prompt_id, start: figures.logit_lens(run, prompt_id, start, LENS_COLUMNS),
+            prompt_id=prompt_id,
+            start=start,
+        )
+    except UserError as error:  # a fragment that runs alone is not below main.py
+        st.info(md(error))
 
 
 this, whole = current_run()

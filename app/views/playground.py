@@ -19,19 +19,23 @@ from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts import load_prompts
 
 MOST_POLICIES = 3
+TYPES = ["auto", *DTYPES]
 
 
 def choose_model() -> LoadedModel | None:
     """Let the reader load a model; None until one is loaded."""
     entry = current_entry()
     known = open_run(entry).manifest["model"] if entry else EMBEDDED_MODEL
+    # What was loaded stays, whichever run is looked at meanwhile.
+    known, place, kind = st.session_state.get("play_loaded", (known, "auto", "auto"))
     left, middle, right, last = st.columns([4, 1, 1, 1], vertical_alignment="bottom")
     name = left.text_input("Model", known, key="play_model", help="hub id, model folder, .gguf file or built-in name")
-    device = middle.text_input("Device", "auto", key="play_device")
-    dtype = right.selectbox("Type", ["auto", *DTYPES], key="play_dtype")
+    device = middle.text_input("Device", place, key="play_device")
+    dtype = right.selectbox("Type", TYPES, TYPES.index(kind), key="play_dtype")
     wanted = (name.strip(), device.strip(), str(dtype))
     if last.button("Load", width="stretch", key="load"):
         st.session_state["play_loaded"] = wanted
+        st.session_state.pop("played", None)  # another tokenizer's tokens
     if st.session_state.get("play_loaded") != wanted:
         st.info("Load the model to generate with it.")
         return None
@@ -91,7 +95,10 @@ def ask(lm: LoadedModel) -> tuple[str, dict[str, object]]:
         lengths = [n for n in (256, 512, 1024, 2048, 4096, 8192, 32768, 131072) if n <= most]
         middle.select_slider("Tokens", lengths, lengths[min(2, len(lengths) - 1)], key="example_length")
         right.button("Fill in", on_click=fill, args=(lm,), width="stretch", key="fill")
+    # Two keys: Streamlit forgets a widget's own when the page is left.
+    st.session_state.setdefault("prompt", st.session_state.get("own_prompt", ""))
     text = st.text_area("Prompt", key="prompt", height=160, placeholder="Type or paste a prompt; long ones show more.")
+    st.session_state["own_prompt"] = text
     columns = st.columns(5, vertical_alignment="bottom")
     templated = bool(getattr(lm.tokenizer, "chat_template", None))
     options: dict[str, object] = {
@@ -163,9 +170,14 @@ def show(lm: LoadedModel, n_prompt: int, results: list[Played]) -> None:
 st.title("Full depth and a policy, side by side")
 model = choose_model()
 if model is not None:
-    chosen = choose_policies(model)
+    chosen: list[Policy] | None = None
+    try:
+        chosen = choose_policies(model)
+    except UserError as error:  # the prompt stays below it
+        st.error(md(error))
     prompt, settings = ask(model)
-    if st.button("Generate", type="primary", icon=":material/play_arrow:", key="generate"):
+    asked = st.button("Generate", type="primary", icon=":material/play_arrow:", key="generate", disabled=chosen is None)
+    if asked and chosen is not None:
         run(model, chosen, prompt, settings)
     elif "played" in st.session_state:
         show(model, *st.session_state["played"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from diagnostics.figures.style import GREY, PALETTE, add_line, finished
+from diagnostics.figures.style import GREY, PALETTE, add_line, finished, literal
 
 if TYPE_CHECKING:
     from diagnostics.benchmark import Benchmark
@@ -54,6 +54,8 @@ def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="of full depth", row=1, col=1)
     m = benchmark.manifest
-    figure = finished(figure, f"Measured beside the limit (dotted): {m['model']}, {m['hardware']}", height=460)
+    figure = finished(
+        figure, f"Measured beside the limit (dotted): {literal(m['model'])}, {literal(m['hardware'])}", height=460
+    )
     # Below: above are the panels' titles.
     return figure.update_layout(legend={"y": -0.22, "yanchor": "top"}, margin={"t": 70, "b": 90})

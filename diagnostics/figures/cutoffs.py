@@ -20,6 +20,7 @@ from diagnostics.figures.style import (
     add_line,
     faint,
     finished,
+    literal,
     per_layer,
     tick,
 )
@@ -112,7 +113,7 @@ def compare_runs(runs: Sequence[Run], column: str = "kl") -> go.Figure:
             mean = np.where((mean > 1e-6) & (np.arange(1, run.n_layers + 1) < run.n_layers), mean, np.nan)
         depth = np.arange(1, run.n_layers + 1) / run.n_layers
         hover = f"{{}}: {column} %{{{{y:.4f}}}} at %{{{{x:.0%}}}}"
-        add_line(figure, depth, mean, run.name, PALETTE[number % len(PALETTE)], hover)
+        add_line(figure, depth, mean, literal(run.name), PALETTE[number % len(PALETTE)], hover)
     figure.update_xaxes(title_text="cutoff / layers" if is_loss else "depth: (layer + 1) / layers", tickformat=".0%")
     if column == "kl":
         unit = "KL from full depth, nats per token"

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from diagnostics.errors import UserError
-from diagnostics.figures.style import GREY, PALETTE, about, add_curve, finished, per_layer, tick
+from diagnostics.figures.style import GREY, PALETTE, about, add_curve, finished, literal, per_layer, tick
 from diagnostics.recommend import Recommendation
 from diagnostics.regions import Region
 from diagnostics.results import Run
@@ -105,19 +105,19 @@ def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.
     labels = [_shortened(token) for token in following]
     figure.update_xaxes(title_text="next token of the reference", tickvals=columns, ticktext=labels, tickangle=0)
     figure.update_yaxes(title_text="after layer", dtick=tick(run.n_layers))
-    name = _visible(prompt_id)
-    return finished(figure, f"Logit lens: {run.manifest['model']}, prompt {name}", height=160 + 20 * run.n_layers)
+    title = f"Logit lens: {literal(run.manifest['model'])}, prompt {literal(prompt_id)}"
+    return finished(figure, title, height=160 + 20 * run.n_layers)
 
 
 def _visible(text: str) -> str:
     """Show white space, and let nothing in a token act as markup."""
     shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7")
-    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return literal(shown)
 
 
 def _shortened(visible: str, most: int = 9) -> str:
     whole = html.unescape(visible)
-    return visible if len(whole) <= most else html.escape(whole[: most - 1], quote=False) + "\u2026"
+    return visible if len(whole) <= most else literal(whole[: most - 1]) + "\u2026"
 
 
 def _cell(text: str, agrees: bool) -> str:

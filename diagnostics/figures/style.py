@@ -4,6 +4,7 @@ Colours are those of Okabe and Ito (2008), which people with any colour vision c
 which does not show on white.
 """
 
+import html
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,12 @@ def add_line(
 def about(run: Run) -> str:
     """Say whose figure it is, for the title."""
     n = len(run.prompts)
-    return f"{run.manifest['model']}, {n} prompt{'s' if n > 1 else ''}"
+    return f"{literal(run.manifest['model'])}, {n} prompt{'s' if n > 1 else ''}"
+
+
+def literal(text: object) -> str:
+    """Return a name so that plotly shows it as it is: it takes ``<b>`` and the like for markup."""
+    return html.escape(str(text), quote=False)
 
 
 def tick(n: int) -> int:

@@ -29,7 +29,7 @@ def read_recommendation(path: str | Path) -> dict[str, Any]:
         data = json.loads(place.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"no recommendation in {str(path)!r} ({error.strerror}): make one with `recommend`") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{str(place)!r} is not a recommendation: it is not JSON") from None
     if not isinstance(data, dict):
         raise UserError(f"{str(place)!r} is not a recommendation: it is not a JSON object")
