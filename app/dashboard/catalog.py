@@ -1,6 +1,7 @@
 """What lies in a folder of runs: runs, benchmarks, and folders that are neither, each with its state."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,12 @@ class Entry:
 
 def find_runs(folder: Path) -> list[Entry]:
     """List the folders in ``folder``, newest first, or ``folder`` itself if it is a run; nothing if it is missing."""
-    if (folder / MANIFEST).exists() or (folder / BENCHMARK).exists():
+    # os.path, unlike pathlib, takes what cannot be looked into for something that is not there.
+    if os.path.exists(folder / MANIFEST) or os.path.exists(folder / BENCHMARK):
         return [_entry(folder)]
     try:
         inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    except OSError:
+    except (OSError, ValueError):
         return []
     entries = [_entry(path) for path in inside]
     return sorted(
@@ -74,11 +76,11 @@ def find_runs(folder: Path) -> list[Entry]:
 def _entry(path: Path) -> Entry:
     manifest: dict[str, Any] | None = None
     problem = None
-    has_benchmark = (path / BENCHMARK).exists()
+    has_benchmark = os.path.exists(path / BENCHMARK)
     try:
         manifest = read_manifest(path)
     except UserError as error:
-        problem = None if has_benchmark and not (path / MANIFEST).exists() else str(error)
+        problem = None if has_benchmark and not os.path.exists(path / MANIFEST) else str(error)
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
     return Entry(path, path.name, manifest, problem, has_benchmark, tuple(_signature(path)))

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -88,9 +90,9 @@ def start_job(runs: Path, name: str, arguments: Sequence[str]) -> Job:
         raise UserError("a diagnosis is running: two at a time would only slow each other down")
     out = runs / name
     command = [sys.executable, "-m", "diagnostics.cli", "recommend", *arguments, "--out", str(out.absolute())]
-    if (out / MANIFEST).exists():
-        command.append("--resume")
     try:
+        if (out / MANIFEST).exists():
+            command.append("--resume")
         (runs / JOBS).mkdir(parents=True, exist_ok=True)
         with _place(runs, name, "log").open("wb") as log:
             # A session of its own: Ctrl-C in the dashboard's terminal is not for it.
@@ -112,9 +114,15 @@ def list_jobs(runs: Path) -> list[Job]:
     jobs = []
     for path in (runs / JOBS).glob("*.json"):
         try:
-            jobs.append(replace(Job(**json.loads(path.read_text(encoding="utf-8"))), runs=str(runs)))
-        except (OSError, ValueError, TypeError):  # being written, or not ours
+            job = replace(Job(**json.loads(path.read_text(encoding="utf-8"))), runs=str(runs))
+        except (OSError, ValueError, TypeError, RecursionError):  # being written, or not ours
             continue
+        kinds = {field.name: field.type for field in fields(Job) if field.name != "arguments"}
+        texts = isinstance(job.arguments, list) and job.arguments and all(isinstance(a, str) for a in job.arguments)
+        # Its name decides which files are its own.
+        typed = texts and all(type(getattr(job, name)) is kind for name, kind in kinds.items())
+        if typed and job.name == path.stem and 0 < job.pid < 1 << 31:
+            jobs.append(job)
     return sorted(jobs, key=lambda job: job.started, reverse=True)
 
 
@@ -126,12 +134,21 @@ def cancel_job(job: Job) -> None:
         return
     try:
         process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-        process.wait(PATIENCE)
-    except psutil.TimeoutExpired:
-        process.kill()
-        process.wait(PATIENCE)
+        if not _ended(job):
+            process.kill()
+            _ended(job)
     except psutil.NoSuchProcess:
         pass
+
+
+def _ended(job: Job) -> bool:
+    """Wait for a job's end; that of another process's child shows in its state only, it is not ours to wait for."""
+    until = time.monotonic() + PATIENCE
+    while _process(job) is not None:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def resume_job(job: Job) -> Job:
@@ -163,7 +180,8 @@ def _process(job: Job) -> psutil.Process | None:
         if abs(process.create_time() - job.process_started) > 1:
             return None
         if process.status() == psutil.STATUS_ZOMBIE:
-            process.wait(0)  # a child of ours that has ended
+            with suppress(psutil.TimeoutExpired):  # of a child of another process
+                process.wait(0)
             return None
         return process
     except psutil.Error:

@@ -20,7 +20,7 @@ RUNS_VARIABLE = "SPEED_DIAGNOSTICS_RUNS"
 
 def runs_folder() -> Path:
     """Return the folder whose runs are shown."""
-    return Path(st.session_state.get("folder") or os.environ.get(RUNS_VARIABLE, "runs")).expanduser()
+    return Path(os.path.expanduser(st.session_state.get("folder") or os.environ.get(RUNS_VARIABLE, "runs")))
 
 
 def entries() -> list[Entry]:

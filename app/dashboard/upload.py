@@ -6,6 +6,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from diagnostics.errors import UserError
@@ -13,6 +14,7 @@ from diagnostics.results import MANIFEST, SCRATCH, load_run
 
 MAX_MEGABYTES = 200
 MAX_FILES = 4096
+MAX_NAME = 200
 # What a run folder, whole or interrupted, is made of; nothing else is unpacked.
 ALLOWED = re.compile(r"[a-z]+\.(json|parquet)|parts/[0-9]{6}/[a-z]+\.parquet")
 
@@ -26,33 +28,41 @@ def import_zip(data: bytes, filename: str, runs: Path) -> str:
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         members = _members(archive)
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        name = _stem(filename, members)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise UserError(f"{filename!r} is not a zip file that can be read ({error})") from None
-    name = _free_name(runs, _stem(filename, archive))
     try:
         runs.mkdir(parents=True, exist_ok=True)
+        name = _free_name(runs, name)
         scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=runs))
     except OSError as error:
         raise UserError(f"cannot write to {str(runs)!r}: {error.strerror or error}") from None
+    folder = scratch / name
     try:
-        folder = scratch / name
         left = MAX_MEGABYTES << 20
         for info, place in members:
             target = folder / place
             target.parent.mkdir(parents=True, exist_ok=True)
             left -= _unpack(archive, info, target, left)
-        _require_run(folder, filename)
+        load_run(folder)
         folder.rename(runs / name)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{filename!r} cannot be unpacked: {error}") from None
+    except UserError as error:
+        raise UserError(_said(error, folder, filename)) from None
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{filename!r} cannot be unpacked: {_said(error, folder, filename)}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return name
 
 
+def _said(error: Exception, folder: Path, filename: str) -> str:
+    """Return what is wrong in one line, of the file and not of the folder that was there for a moment."""
+    return " ".join(str(error).replace(str(folder), filename).split())
+
+
 def _members(archive: zipfile.ZipFile) -> list[tuple[zipfile.ZipInfo, str]]:
     """Return the files with their places in the run folder; raise UserError for anything that has no place there."""
-    files = [info for info in archive.infolist() if not info.is_dir() and "__MACOSX" not in info.filename]
+    files = [info for info in archive.infolist() if not info.filename.endswith("/") and not _litter(info.filename)]
     if len(files) > MAX_FILES:
         raise UserError(f"the archive has {len(files)} files, more than {MAX_FILES}: it is no run folder")
     if sum(info.file_size for info in files) > MAX_MEGABYTES << 20:
@@ -61,14 +71,23 @@ def _members(archive: zipfile.ZipFile) -> list[tuple[zipfile.ZipInfo, str]]:
     if len(manifests) != 1:
         raise UserError(f"the archive has {len(manifests) or 'no'} {MANIFEST}: zip one run folder")
     top = manifests[0].removesuffix(MANIFEST)
-    places = []
+    places: dict[str, zipfile.ZipInfo] = {}
     for info in files:
         place = info.filename.removeprefix(top)
         linked = stat.S_ISLNK(info.external_attr >> 16)
-        if linked or not info.filename.startswith(top) or not ALLOWED.fullmatch(place):
+        if linked or not info.filename.startswith(top) or not ALLOWED.fullmatch(place) or place in places:
             raise UserError(f"the archive has {info.filename!r}, which is no part of a run: zip the run folder alone")
-        places.append((info, place))
-    return places
+        # Of the other methods a small file can unpack to gigabytes before its size is looked at.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError("the archive is compressed in an unusual way: zip the run folder with the usual deflate")
+        places[place] = info
+    return [(info, place) for place, info in places.items()]
+
+
+def _litter(name: str) -> bool:
+    """Whether a file is what a system leaves in folders, or a killed process in a run."""
+    parts = PurePosixPath(name).parts
+    return "__MACOSX" in parts or ".DS_Store" in parts[-1:] or any(part.startswith(SCRATCH) for part in parts)
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most: int) -> int:
@@ -83,17 +102,10 @@ def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most:
     return size
 
 
-def _require_run(folder: Path, filename: str) -> None:
-    try:
-        load_run(folder)
-    except UserError as error:
-        raise UserError(str(error).replace(str(folder), filename)) from None
-
-
-def _stem(filename: str, archive: zipfile.ZipFile) -> str:
+def _stem(filename: str, members: list[tuple[zipfile.ZipInfo, str]]) -> str:
     """Name the run by its folder in the archive, or by the file."""
-    top = next(PurePosixPath(n).parent.name for n in archive.namelist() if PurePosixPath(n).name == MANIFEST)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", top or Path(filename).stem).strip(".-") or "run"
+    top = next(PurePosixPath(info.filename).parent.name for info, place in members if place == MANIFEST)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", top or Path(filename).stem).strip(".-")[:MAX_NAME] or "run"
 
 
 def _free_name(runs: Path, name: str) -> str:

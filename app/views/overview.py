@@ -1,6 +1,6 @@
 """Overview: which runs there are, the headline of the chosen one, and a way in for runs from elsewhere."""
 
-from pathlib import Path
+import os
 
 import pandas as pd
 import streamlit as st
@@ -100,7 +100,7 @@ def upload() -> None:
             st.success(f"Added: {md(name)}")
         folder = st.text_input("Folder of runs, or one run", value=str(runs_folder()), key="folder_asked")
         if folder != str(runs_folder()) and st.button("Look into it", key="look"):
-            if Path(folder).expanduser().is_dir():
+            if os.path.isdir(os.path.expanduser(folder)):
                 st.session_state["folder"] = folder
                 st.rerun()
             st.error(f"There is no folder {md(folder)}.")

@@ -18,7 +18,7 @@ INTERRUPTED = 130  # exit status, as shells have it for SIGINT
 
 def new_folder(model: str, suffix: str = "", parent: Path = RUNS) -> Path:
     """Name a folder for what a command leaves behind, by the model and the time."""
-    slug = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name or "model").strip("-")
+    slug = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name)[:150].strip("-.") or "model"
     return parent / f"{slug}{suffix}_{datetime.now():%Y-%m-%dT%H-%M-%S}"
 
 

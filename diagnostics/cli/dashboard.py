@@ -33,7 +33,11 @@ def dashboard(
     browser: Annotated[bool, typer.Option(help="open a browser")] = True,
 ) -> None:
     """Show runs in a browser, try policies, and start diagnoses. Only this machine can reach it; Ctrl-C ends it."""
-    if os.path.exists(runs) and not os.path.isdir(runs):
+    try:
+        folder = str(runs.expanduser().absolute())
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"there is no folder {str(runs)!r}: {error}") from None
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise UserError(f"{str(runs)!r} is not a folder of runs")
     missing = [name for name in ("streamlit", "plotly", "psutil") if find_spec(name) is None]
     if missing:
@@ -41,7 +45,7 @@ def dashboard(
     command = [sys.executable, "-m", "streamlit", "run", str(_program()), f"--server.port={_free_port(port)}"]
     command += [f"--{name}={value}" for name, value in SETTINGS.items()]
     command.append(f"--server.headless={'false' if browser else 'true'}")
-    environment = os.environ | {"SPEED_DIAGNOSTICS_RUNS": str(runs.expanduser().absolute())}
+    environment = os.environ | {"SPEED_DIAGNOSTICS_RUNS": folder}
     if os.name == "posix":  # in the place of this process: what ends it, ends the server
         os.execve(command[0], command, environment)
     sys.exit(subprocess.call(command, env=environment))
@@ -60,7 +64,7 @@ def _program() -> Path:
 
 
 def _free_port(asked: int | None) -> int:
-    for port in [asked] if asked else range(FIRST_PORT, LAST_PORT):
+    for port in [asked] if asked else range(FIRST_PORT, LAST_PORT + 1):
         with socket.socket() as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
