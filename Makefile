@@ -38,6 +38,7 @@ test-browser: install
 	$(BIN)/python -m pytest tests/test_browser.py -rs
 
 notebooks: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	$(BIN)/python analyses/run_notebooks.py
 
 pictures: install

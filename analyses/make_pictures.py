@@ -67,7 +67,7 @@ def main_figure(browser: Any, run: Run, picture: Path) -> None:
 def dashboard(browser: Any, runs: Path, picture: Path) -> None:
     """Photograph the dashboard's cutoff page."""
     with serving(runs) as address:
-        page = browser.new_page(viewport={"width": 1280, "height": 1330})
+        page = browser.new_page(viewport={"width": 1280, "height": 1420})
         page.goto(f"{address}/cutoff")
         page.get_by_text("Take it with you").wait_for(timeout=60_000)
         page.wait_for_timeout(2000)

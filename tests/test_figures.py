@@ -96,6 +96,8 @@ def test_loss_tolerance_bound_and_savings(run, recommendation):
     assert shown.y[-1] is None or np.isnan(shown.y[-1])  # 0 has no place on a logarithmic axis
     tolerance = [s for s in figure.layout.shapes if s.line.dash == "dash"]
     assert [s.y0 for s in tolerance] == [0.1]
+    (said,) = [a for a in figure.layout.annotations if a.text == "tolerance 0.1"]
+    assert said.y == pytest.approx(-1)  # of a logarithmic axis
     (band,) = [t for t in figure.data if t.fill == "tonexty"]
     assert (np.array(band.y, float)[:-1] >= kl[:-1]).all()
     for name, field in (("TTFT", "ttft_ratio"), ("TPOT", "tpot_ratio"), ("KV", "kv_ratio")):

@@ -36,9 +36,10 @@ def choose_goals(entry: Entry) -> dict[str, float]:
     key = f"own goals {entry.name}"
     own = st.session_state.setdefault(key, {name: saved[name] for name in GOALS if name in saved})
     titles = {name: title for name, (title, *_) in GOALS.items()}
-    names = st.multiselect("Goals", list(GOALS), list(own), format_func=titles.get, key=f"goals {entry.name}")
+    left, right = st.columns([1, 2])
+    names = left.multiselect("Goals", list(GOALS), list(own), format_func=titles.get, key=f"goals {entry.name}")
     limits = {}
-    for name, column in zip(names, st.columns(max(1, len(names))), strict=False):
+    for name, column in zip(names, right.columns(max(1, len(names))), strict=False):
         title, unit, low, high, step = GOALS[name]
         first = float(saved.get(name, DEFAULTS[name]))
         limits[name] = column.slider(
@@ -96,7 +97,7 @@ def evidence(run: Run, rec: Recommendation, cutoff: int, savings: Savings) -> No
                 f"{at['nll_increase']:+.3f}",
                 f"bound {number(at['nll_increase_bound'], '+.3f')} nats per token",
             ),
-            "Prompt attention kept": (number(kept["mass_prompt"], ".1%"), "of the mass, below the cutoff"),
+            "Attention kept": (number(kept["mass_prompt"], ".1%"), "of the mass, below the cutoff"),
             "Contribution kept": (number(kept["prompt_contribution"], ".1%"), "of what layers take from the prompt"),
         }
     )

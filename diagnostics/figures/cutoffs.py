@@ -62,10 +62,11 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
         col=1,
     )
     limit = recommendation.data["criterion"].get("max_kl")
-    if limit is not None:
-        figure.add_hline(
-            limit, line={"dash": "dash", "color": VERMILION}, annotation_text=f"tolerance {limit:g}", row=1, col=1
-        )
+    if limit:  # 0 has no place on the axis either
+        figure.add_hline(limit, line={"dash": "dash", "color": VERMILION}, row=1, col=1)
+        # plotly places annotations, unlike lines, by the logarithm
+        place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": np.log10(limit), "yanchor": "bottom"}
+        figure.add_annotation(text=f"tolerance {limit:g}", showarrow=False, row=1, col=1, **place)
     ratios = _predicted(run, n_prompt)
     for (column, name), colour in zip(
         (("ttft_ratio", "TTFT"), ("tpot_ratio", "TPOT"), ("kv_ratio", "KV")), (ORANGE, GREEN, PURPLE), strict=True
@@ -82,7 +83,7 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
         figure.add_vline(recommendation.cutoff, line={"color": GREY, "width": 2}, row=row, col=1)
         if cutoff is not None and cutoff != recommendation.cutoff:
             figure.add_vline(cutoff, line={"color": BLUE, "width": 2, "dash": "dot"}, row=row, col=1)
-    return finished(figure, f"Recommended cutoff: {recommendation.cutoff} of {run.n_layers}: {about(run)}", height=640)
+    return finished(figure, f"Recommended cutoff {recommendation.cutoff} of {run.n_layers}: {about(run)}", height=640)
 
 
 def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figure:
