@@ -111,6 +111,7 @@ def measure(runs: Path, repeats: int) -> dict[str, Any]:
             for title in PAGES:
                 first[title] = timed(lambda title=title: go(page, title))
                 page.wait_for_timeout(500)
+            go(page, "Compare")
             for title in PAGES:
                 times = []
                 for _ in range(repeats):

@@ -45,9 +45,16 @@ def choose_run() -> None:
 
 
 @st.cache_resource
-def load_libraries_ahead() -> threading.Timer:
-    """Import what runs models once the first page is on the screen: torch and transformers take seconds."""
-    timer = threading.Timer(1.0, import_module, ["diagnostics.generate"])
+def load_ahead() -> threading.Timer:
+    """Import what other pages need once the first is on the screen: figures, then torch and transformers."""
+
+    def load() -> None:
+        import_module("diagnostics.figures")
+        # plotly loads the rest of itself with the first figure.
+        import_module("plotly.graph_objects").Figure(layout={"template": "plotly"}).to_json()
+        import_module("diagnostics.generate")
+
+    timer = threading.Timer(0.5, load)
     timer.daemon = True
     timer.start()
     return timer
@@ -59,4 +66,4 @@ try:
     page.run()
 except UserError as error:
     st.error(md(error))
-load_libraries_ahead()
+load_ahead()

@@ -505,7 +505,7 @@ def shown_at(at, run, rec, k, n_prompt=8192):
         "KL from full depth": f"{expected['kl']:.3f}",
         "Same top token": f"{expected['top1_agreement']:.1%}",
         "NLL increase": f"{expected['nll_increase']:+.3f}",
-        "Prompt attention kept": f"{kept['mass_prompt']:.1%}",
+        "Attention kept": f"{kept['mass_prompt']:.1%}",
         "Contribution kept": f"{kept['prompt_contribution']:.1%}",
         "TTFT": f"{savings.ttft_ratio:.3f}",
         "TPOT": f"{savings.tpot_ratio:.3f}",
