@@ -53,7 +53,7 @@ class ChoiceItem:
             raise UserError(f"item {self.id!r}: give two or more continuations, and a context for each")
         if not 0 <= self.gold < len(self.continuations):
             raise UserError(
-                f"item {self.id!r}: gold is {self.gold}, not one of {len(self.continuations)} continuations"
+                f"item {self.id!r}: gold {self.gold} is not one of {len(self.continuations)} continuations"
             )
 
 
