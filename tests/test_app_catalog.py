@@ -621,7 +621,8 @@ def test_the_folder_of_runs_is_absolute_also_by_default_and_from_home(monkeypatc
 def install(place):
     """Copy what a wheel would hold, as pyproject.toml says."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    for name, target in [*((name, name) for name in wheel["packages"]), *wheel["force-include"].items()]:
+    for name in wheel["packages"]:
+        target = wheel["sources"].get(name, name)
         shutil.copytree(ROOT / name, place / target, ignore=shutil.ignore_patterns("__pycache__"))
     return place
 
@@ -654,7 +655,6 @@ def test_an_installation_without_the_app_says_so(tmp_path):
 
 
 def test_the_wheel_holds_the_app(tmp_path):
-    pytest.importorskip("hatchling")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
         check=True,
@@ -663,6 +663,11 @@ def test_the_wheel_holds_the_app(tmp_path):
     site = tmp_path / "site"
     shutil.unpack_archive(wheel, site, "zip")
     assert program_of(site).stdout.strip() == str(site / "speed_diagnostics_app" / "main.py")
+
+
+def test_an_editable_installation_has_no_copy_of_the_app():
+    """A copy would be used, and be old, wherever the checkout is not found."""
+    assert importlib.util.find_spec("speed_diagnostics_app") is None
 
 
 # --- A real start ---
