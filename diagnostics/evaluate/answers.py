@@ -61,7 +61,9 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def score_answer(metric: str, answer: str, accepted: Sequence[str]) -> float:
-    """Return the best score of an answer over the accepted ones."""
+    """Return the best score of an answer over the accepted ones; of ``share`` the share of them that it contains."""
+    if metric == "share":
+        return sum(contains(answer, gold) for gold in accepted) / len(accepted)
     return max(METRICS[metric](answer, gold) for gold in accepted)
 
 

@@ -16,7 +16,7 @@ from diagnostics.errors import UserError
 from diagnostics.fields import check_name, check_text, kind, wrong
 
 CHOICE_METRICS = ("acc", "acc_per_char", "acc_per_token")
-GENERATION_METRICS = ("exact_match", "f1", "contains", "number")
+GENERATION_METRICS = ("exact_match", "f1", "contains", "number", "share")
 CHOICE_FIELDS = ("id", "document", "query", "queries", "continuations", "gold", "category")
 GENERATION_FIELDS = ("id", "document", "query", "answers", "category")
 
@@ -52,9 +52,7 @@ class ChoiceItem:
         if len(self.contexts) != len(self.continuations) or len(self.continuations) < 2:
             raise UserError(f"item {self.id!r}: give two or more continuations, and a context for each")
         if not 0 <= self.gold < len(self.continuations):
-            raise UserError(
-                f"item {self.id!r}: gold {self.gold} is not one of {len(self.continuations)} continuations"
-            )
+            raise UserError(f"item {self.id!r}: gold {self.gold} is not one of {len(self.continuations)} continuations")
 
 
 @dataclass(frozen=True)
