@@ -62,7 +62,7 @@ def question(rng: Random, number: int, size: int) -> Prompt:
     return _ask(
         "Read this part of the Python reference.",
         f'Question: according to the section "{title}" above, {QUESTIONS[topic]} Answer in your own words.',
-        document=_documentation(rng, size, without=paragraph),
+        document=documentation(rng, size, without=paragraph),
         inserts=(Insert(_depth(number), f"{title}\n\n{paragraph}"),),
         evidence=(paragraph,),
     )
@@ -76,7 +76,7 @@ def needle(rng: Random, number: int, size: int) -> Prompt:
     return _ask(
         "Some secret access codes are hidden in the following text. Remember them.",
         f"Question: what is the secret access code for {cities[0]}? Answer with one sentence.",
-        document=_documentation(rng, size),
+        document=documentation(rng, size),
         inserts=tuple(map(Insert, depths, needles)),
         evidence=(needles[0],),
     )
@@ -84,20 +84,20 @@ def needle(rng: Random, number: int, size: int) -> Prompt:
 
 def summary(rng: Random, number: int, size: int) -> Prompt:
     """A summary of all of the document."""
-    return _ask("Here is a text about Python.", SUMMARIES[number], document=_documentation(rng, size))
+    return _ask("Here is a text about Python.", SUMMARIES[number], document=documentation(rng, size))
 
 
 def variables(rng: Random, number: int, size: int) -> Prompt:
     """A value handed from variable to variable along the document, beside a second, shorter chain."""
     names = rng.sample(VARIABLES, 6)
-    chain = _assignments(names[: 3 + number % 2], rng.randrange(10_000, 100_000))
-    other = _assignments(names[4:], rng.randrange(10_000, 100_000))
+    chain = assignments(names[: 3 + number % 2], rng.randrange(10_000, 100_000))
+    other = assignments(names[4:], rng.randrange(10_000, 100_000))
     inserts = [Insert((step + 0.5) / len(chain), line) for step, line in enumerate(chain)]
     inserts += [Insert(step / len(other) + 0.4, line) for step, line in enumerate(other)]
     return _ask(
         "The following text has assignments of variables in it. Keep track of their values.",
         f"Question: what is the value of {names[len(chain) - 1]}? Follow the assignments one by one.",
-        document=_documentation(rng, size),
+        document=documentation(rng, size),
         inserts=tuple(inserts),
         evidence=tuple(chain),
     )
@@ -119,7 +119,7 @@ def code(rng: Random, number: int, size: int) -> Prompt:
 
 def instructions(rng: Random, number: int, size: int) -> Prompt:
     """Strict rules for the form of the answer, after the text that it is about."""
-    return _ask("Here is a text about Python.", INSTRUCTIONS[number], document=_documentation(rng, size))
+    return _ask("Here is a text about Python.", INSTRUCTIONS[number], document=documentation(rng, size))
 
 
 def arithmetic(rng: Random, number: int, size: int) -> Prompt:
@@ -288,7 +288,7 @@ def _depth(number: int) -> float:
     return (number + 0.5) / PROMPTS_PER_CATEGORY
 
 
-def _assignments(names: list[str], value: int) -> list[str]:
+def assignments(names: list[str], value: int) -> list[str]:
     """A chain: the first variable gets the value, each of the others that of the one before."""
     copies = [f"The variable {new} is set to the value of {old}." for old, new in pairwise(names)]
     return [f"The variable {names[0]} is set to {value}.", *copies]
@@ -320,7 +320,7 @@ def _word_problem(rng: Random) -> tuple[str, str]:
     )
 
 
-def _documentation(rng: Random, size: int, without: str | None = None) -> str:
+def documentation(rng: Random, size: int, without: str | None = None) -> str:
     """``size`` characters of the language reference in random order, but no topic that holds ``without``."""
     return _fill(rng, [text for text in _reference().values() if without is None or without not in text], size)
 

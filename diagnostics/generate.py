@@ -181,7 +181,7 @@ def generate(
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: give a share above 0, at most 1")
     module = _module(model)
-    ends = _ends(module, eos_token_id).to(input_ids.device)
+    ends = end_tokens(module, eos_token_id).to(input_ids.device)
     filler = module.generation_config.pad_token_id
     filler = filler if filler is not None else int(ends[0]) if len(ends) else 0
     with _under(module, policy, cache) as runtime:
@@ -250,7 +250,8 @@ def _phases(policy: Policy, cache: PolicyCache, tokens: int, more: bool) -> tupl
     return min(int(cache.n_columns > 0 and cache.awaits_token), tokens - tail), tail
 
 
-def _ends(model: Any, eos_token_id: int | Sequence[int] | None) -> Tensor:
+def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None = None) -> Tensor:
+    """Return the tokens that end a row: those given, or the model's own; int64 [n]."""
     ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return torch.tensor(ends, dtype=torch.long)

@@ -17,6 +17,8 @@ N_RESAMPLES = 9999
 # Resamples drawn at once: they need this many numbers per item.
 BLOCK = 500
 
+Scores = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -50,7 +52,7 @@ class Difference:
         return self.lower_bound > -margin
 
 
-def estimate(scores: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
+def estimate(scores: Scores, *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
     """Estimate the mean of one task's scores [items]."""
     values = np.asarray(scores, dtype=float)
     n = len(values)
@@ -61,7 +63,7 @@ def estimate(scores: Sequence[float], *, confidence: float = CONFIDENCE, seed: i
     return Estimate(n, float(values.mean()), error, low, high)
 
 
-def average(tasks: Mapping[str, Sequence[float]], *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
+def average(tasks: Mapping[str, Scores], *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
     """Estimate the mean over tasks of their mean scores, each task counting the same; items are drawn within tasks."""
     values = [np.asarray(scores, dtype=float) for scores in tasks.values()]
     if not values or not all(len(v) for v in values):
@@ -73,9 +75,7 @@ def average(tasks: Mapping[str, Sequence[float]], *, confidence: float = CONFIDE
     return Estimate(sum(map(len, values)), mean, float(np.sqrt(variance)) / len(values), low, high)
 
 
-def difference(
-    scores: Sequence[float], baseline: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0
-) -> Difference:
+def difference(scores: Scores, baseline: Scores, *, confidence: float = CONFIDENCE, seed: int = 0) -> Difference:
     """Compare two policies on the same items, both [items] in the same order; raise ValueError if they do not match."""
     ours, theirs = np.asarray(scores, dtype=float), np.asarray(baseline, dtype=float)
     if ours.shape != theirs.shape or ours.ndim != 1:

@@ -1,0 +1,83 @@
+"""``evaluate``: tasks under policies, with intervals and tests."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from diagnostics.cli.common import INTERRUPTED, fail, load, new_folder, plain, progress
+from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Resume, Revision
+from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.errors import UserError
+
+SUMMARY = "summary.parquet"
+TABLE = "summary.md"
+
+
+def evaluate(
+    model: Model = EMBEDDED_MODEL,
+    *,
+    tasks: Annotated[str, typer.Option(help="such as arc_easy,boolq:mc,needle@4K,mine.jsonl")],
+    policies: Annotated[str, typer.Option(help="such as full,speed:24,speed:24:anchors=0,fastkv")],
+    limit: Annotated[
+        int | None, typer.Option(help="items of each task, drawn at random  [all; retrieval: 100]")
+    ] = None,
+    query: Annotated[str, typer.Option(help="the query about a document: prompt, later or decode")] = "prompt",
+    margin: Annotated[float, typer.Option(help="of non-inferiority, as a share of the score")] = 0.02,
+    chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the items drawn, and of the bootstrap")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    out: Annotated[Path | None, typer.Option(help="folder  [runs/MODEL-eval_TIME]")] = None,
+    resume: Resume = False,
+    json: Annotated[bool, typer.Option("--json", help="print the table alone, as JSON")] = False,
+) -> None:
+    """Answer tasks under policies, and compare every policy with full depth item by item."""
+    arguments = dict(locals())
+    if resume and out is None:
+        raise UserError("--resume needs --out: the folder of the evaluation to continue")
+    if not 0 <= margin <= 1:
+        raise UserError(f"margin is {margin}: give a share from 0 to 1")
+    out = out or new_folder(model, "-eval")
+    from diagnostics.policies import parse_policy
+
+    chosen = [parse_policy(text) for text in policies.split(",")]
+    lm = load(arguments)
+    from diagnostics.evaluate.evaluation import evaluate as run_evaluation
+    from diagnostics.evaluate.summary import markdown, summarize
+    from diagnostics.evaluate.tasks import load_task
+    from diagnostics.results import write_table, write_text
+
+    loaded = [load_task(name.strip(), lm.tokenizer, limit=limit, seed=seed) for name in tasks.split(",")]
+    try:
+        with progress(f"evaluating {lm.name}") as advance:
+            result = run_evaluation(
+                lm,
+                loaded,
+                chosen,
+                limit=limit,
+                query=query,
+                chunk_size=chunk_size,
+                seed=seed,
+                out=out,
+                resume=resume,
+                progress=advance,
+                arguments=plain(arguments),
+            )
+    except KeyboardInterrupt:
+        fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
+    table = summarize(result, margin=margin, seed=seed)
+    write_table(out / SUMMARY, table)
+    write_text(out / TABLE, markdown(table))
+    if json:
+        print(table.to_json(orient="records", indent=1))
+    else:
+        from diagnostics.terminal.evaluation import show_evaluation
+
+        show_evaluation(table, Console(highlight=False))
+        print(f"Evaluation folder: {out}")
+    if result.manifest["errors"]:
+        fail(f"not finished: {'; '.join(result.manifest['errors'])}", 1)

@@ -1,0 +1,43 @@
+"""A name -> a task: from OLMES, made here at a length, or from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diagnostics.errors import UserError
+from diagnostics.evaluate.items import Task, read_jsonl
+from diagnostics.evaluate.olmes import load_olmes, olmes_names
+from diagnostics.evaluate.retrieval import retrieval_names, retrieval_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RETRIEVAL_ITEMS = 100
+
+
+def load_task(name: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, seed: int = 0) -> Task:
+    """Load a task by its name.
+
+    ``NAME.jsonl`` is a file, ``needle@4096`` a retrieval task of so many tokens (``4K`` does as well), with ``limit``
+    items or 100; anything else is a task of OLMES. Raises UserError, with what there is, for anything that is none of
+    them.
+    """
+    if name.endswith(".jsonl"):
+        return read_jsonl(Path(name))
+    kind, at, length = name.partition("@")
+    if at:
+        return retrieval_task(kind, _length(length), tokenizer, n_items=limit or RETRIEVAL_ITEMS, seed=seed)
+    if name in retrieval_names():
+        raise UserError(f"task {name!r} needs a length, such as {name}@4096")
+    if name.partition(":")[0] not in olmes_names():
+        there = ", ".join([*olmes_names(), *(f"{kind}@LENGTH" for kind in retrieval_names()), "FILE.jsonl"])
+        raise UserError(f"task {name!r} is not one of: {there}")
+    return load_olmes(name)
+
+
+def _length(text: str) -> int:
+    digits, factor = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
+    if not (digits.isascii() and digits.isdigit()) or not 0 < int(digits[:8]) * factor <= 2**20:
+        raise UserError(f"length {text!r} of a task is not a number of tokens up to 1048576, such as 4096 or 4K")
+    return int(digits) * factor
