@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diagnostics import FullPolicy, ProjectedPolicy, SpeedPolicy, UserError
 from diagnostics.evaluate.items import Context
-from diagnostics.evaluate.scoring import Encoded, encode_pair, prefill_context, score
+from diagnostics.evaluate.scoring import Encoded, encode_context, encode_pair, prefill_context, score
 from tests.policy_cases import FASTKV, each, letters_of, load, masked_pass, served
 from tests.tiny import FAMILIES, VOCAB, random_ids
 
@@ -127,6 +127,14 @@ def test_pairs_are_split_as_lm_eval_splits_them(smollm, document, query, continu
     assert list(cut) == whole[len(alone) :]
     assert tokenizer.decode(context.document) == "" or document.startswith(tokenizer.decode(context.document)[:1])
     assert len(tokenizer.decode(context.document)) <= len(document)
+
+
+def test_a_context_to_generate_from_keeps_its_last_line(smollm):
+    tokenizer = smollm.tokenizer
+    encoded = encode_context(tokenizer, Context("```python\n", "A task.\n"), special=False)
+    assert list(encoded.ids) == tokenizer("A task.\n```python\n")["input_ids"]
+    assert tokenizer.decode(encoded.document) == "A task.\n"
+    assert encode_context(tokenizer, Context("x"), special=False) == Encoded((), tuple(tokenizer("x")["input_ids"]))
 
 
 def test_log_likelihoods_of_every_token_sum_to_one(smollm):

@@ -18,7 +18,7 @@ from diagnostics.errors import UserError
 from diagnostics.evaluate.answers import cut_at_stop, failures, score_answer
 from diagnostics.evaluate.folder import Evaluation, EvaluationFolder
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
-from diagnostics.evaluate.scoring import QUERIES, Encoded, encode_pair, prefill_context, score
+from diagnostics.evaluate.scoring import QUERIES, Encoded, encode_context, encode_pair, prefill_context, score
 from diagnostics.generate import decode, end_tokens
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
@@ -193,7 +193,7 @@ def _write(
 
 def _encode(lm: LoadedModel, context: Context, chat: bool) -> Encoded:
     if not chat:
-        return encode_pair(lm.tokenizer, context, "", special=True)[0]
+        return encode_context(lm.tokenizer, context, special=True)
     from diagnostics.encoding import encode_messages
 
     return Encoded((), encode_messages([{"role": "user", "content": context.text}], lm.tokenizer))

@@ -50,25 +50,34 @@ class Encoded:
         return self.document + self.query
 
 
+def encode_context(tokenizer: Any, context: Context, *, special: bool) -> Encoded:
+    """Tokenize a context as it is, to generate from.
+
+    ``special`` adds what the tokenizer puts before a text, such as BoS. A token that holds the document's end and the
+    query's beginning is the query's.
+    """
+    whole, document = (
+        tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) if text else ()
+        for text in (context.text, context.document)
+    )
+    shared = next((i for i, (a, b) in enumerate(zip(document, whole, strict=False)) if a != b), len(document))
+    return Encoded(whole[:shared], whole[shared:])
+
+
 def encode_pair(
     tokenizer: Any, context: Context, continuation: str, *, special: bool
 ) -> tuple[Encoded, tuple[int, ...]]:
     """Tokenize a context and its continuation as lm-eval does: together, then split where the context alone ends.
 
-    Spaces at the end of the context go to the continuation, since tokenizers put a space before a word. ``special``
-    adds what the tokenizer puts before a text, such as BoS. A token that holds the document's end and the query's
-    beginning is the query's.
+    Spaces at the end of the context go to the continuation, since tokenizers put a space before a word. Otherwise as
+    `encode_context`.
     """
     text = context.text
     stripped = text.rstrip()
-    continuation = text[len(stripped) :] + continuation
-    whole, alone = (
-        tuple(tokenizer(t, add_special_tokens=special)["input_ids"]) for t in (stripped + continuation, stripped)
-    )
-    document = tuple(tokenizer(context.document, add_special_tokens=special)["input_ids"]) if context.document else ()
-    # The query's first character may have joined the document's last: split before the first token that differs.
-    shared = next((i for i, (a, b) in enumerate(zip(document, alone, strict=False)) if a != b), len(document))
-    return Encoded(alone[:shared], alone[shared:]), whole[len(alone) :]
+    size = len(context.document)
+    alone = encode_context(tokenizer, Context(stripped[size:], stripped[:size]), special=special)
+    both = tokenizer(stripped + text[len(stripped) :] + continuation, add_special_tokens=special)["input_ids"]
+    return alone, tuple(both[len(alone.ids) :])
 
 
 @torch.no_grad()
