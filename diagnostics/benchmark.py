@@ -21,11 +21,11 @@ from diagnostics.memory import peak_memory
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
-from diagnostics.results import MANIFEST, require_writable, write_json, write_table
+from diagnostics.results import BENCHMARK, MANIFEST, require_writable, write_json, write_table
 from diagnostics.savings import Held, decode_bytes, kv_bytes, prefill_flops
 from diagnostics.versions import hardware, versions
 
-BENCHMARK, BENCHMARK_MANIFEST = "benchmark.parquet", "benchmark.json"
+BENCHMARK_MANIFEST = "benchmark.json"
 WARM_UP_TOKENS = 2
 # Columns without which nothing can be said.
 NUMBERS = (

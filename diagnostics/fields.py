@@ -1,5 +1,6 @@
-"""What is wrong with a field of a prompt, said in the words of its file."""
+"""What is wrong with a line of a JSONL file, or with a field of it, said in the words of the file."""
 
+import json
 from typing import Any
 
 from diagnostics.errors import UserError
@@ -10,6 +11,19 @@ MAX_NAME_LENGTH = 200
 def wrong(field: str, reason: str) -> UserError:
     """Return the error that names the field."""
     return UserError(f'field "{field}": {reason}')
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """Return the JSON object of a line; raise UserError where it is none."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists a thousand deep
+        raise UserError(f"not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"must be a JSON object, not {kind(record)}")
+    return record
 
 
 def check_text(field: str, value: Any) -> None:

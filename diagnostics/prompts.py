@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from diagnostics.errors import UserError
-from diagnostics.fields import check_name, check_text, kind, wrong
+from diagnostics.fields import check_name, check_text, parse_object, wrong
 from diagnostics.inserts import Insert, place_inserts
 
 Message = dict[str, str]
@@ -245,14 +245,7 @@ def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
 
 
 def _parse_line(line: str, default_id: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists a thousand deep
-        raise UserError(f"not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"must be a JSON object, not {kind(record)}")
+    record = parse_object(line)
     for field in record:
         if field not in FILE_FIELDS:
             raise UserError(f"unknown field {_shown(field)}; the fields are {', '.join(FILE_FIELDS)}")

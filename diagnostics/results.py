@@ -33,6 +33,7 @@ from diagnostics.schema import COLUMNS, DETAIL_TABLES, TABLES, Tables, manifest_
 
 MANIFEST = "manifest.json"
 RECOMMENDATION = "recommendation.json"
+BENCHMARK = "benchmark.parquet"  # a run folder may hold one too
 PARTS = "parts"
 SCRATCH = ".writing-"
 

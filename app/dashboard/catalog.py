@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import UserError
-from diagnostics.results import MANIFEST, PARTS, RECOMMENDATION, read_manifest
-
-BENCHMARK = "benchmark.parquet"
+from diagnostics.results import BENCHMARK, MANIFEST, PARTS, RECOMMENDATION, read_manifest
 
 # Name, size and time of every file that a folder's content depends on.
 Signature = tuple[tuple[str, int, int], ...]

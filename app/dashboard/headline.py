@@ -1,5 +1,7 @@
 """The chosen run in a few figures: its cutoff, what it costs, what it saves, and whether the regions agree."""
 
+from typing import Any
+
 import streamlit as st
 
 from dashboard.catalog import Entry
@@ -12,7 +14,7 @@ def headline(entry: Entry) -> None:
     run, recommendation = open_run(entry), saved_recommendation(entry)
     data = recommendation.data
     at = data["evidence"][recommendation.cutoff - 1]
-    savings = next((s for s in data["predicted"] if s["n_prompt"] == 8192), data["predicted"][0])
+    savings = headline_savings(data)
     st.subheader(f"{md(run.manifest['model'])}: cutoff {recommendation.cutoff} of {run.n_layers} layers")
     goals = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in data["criterion"].items())
     st.caption(f"{len(run.prompts)} prompts of {md(run.manifest.get('prompt_set', ''))}; goal: {md(goals)}")
@@ -31,6 +33,11 @@ def headline(entry: Entry) -> None:
     st.markdown(_agreement(data["agreement"]))
     for note in data["notes"]:
         st.caption(f":material/info: {md(note)}")
+
+
+def headline_savings(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what a recommendation predicts for long prompts: at 8192 tokens, or at its first length."""
+    return next((s for s in data["predicted"] if s["n_prompt"] == 8192), data["predicted"][0])
 
 
 def metrics(figures: dict[str, tuple[str, str]]) -> None:

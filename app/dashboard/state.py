@@ -11,11 +11,10 @@ from typing import Any
 import streamlit as st
 
 from dashboard.catalog import Entry, Signature, find_runs
+from diagnostics.cli.dashboard import RUNS_VARIABLE
 from diagnostics.errors import UserError
 from diagnostics.recommend import Recommendation, recommend
 from diagnostics.results import Run, load_run
-
-RUNS_VARIABLE = "SPEED_DIAGNOSTICS_RUNS"
 
 
 def runs_folder() -> Path:

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from dashboard.catalog import Entry
-from dashboard.headline import headline
+from dashboard.headline import headline, headline_savings
 from dashboard.state import current_entry, empty_state, entries, md, runs_folder, saved_recommendation
 from dashboard.upload import MAX_MEGABYTES, import_zip
 from diagnostics.errors import UserError
@@ -26,7 +26,7 @@ def row(entry: Entry) -> dict[str, object]:
         except UserError as error:
             return line | {"status": "damaged", "problem": str(error)}
         at = data["evidence"][data["cutoff"] - 1]
-        (savings,) = [s for s in data["predicted"] if s["n_prompt"] == 8192] or [data["predicted"][0]]
+        savings = headline_savings(data)
         line |= {"cutoff": data["cutoff"], "KL": at["kl"], "bound": at["kl_bound"], "TTFT": savings["ttft_ratio"]}
     return line
 

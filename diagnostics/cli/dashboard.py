@@ -14,6 +14,7 @@ from diagnostics.cli.common import RUNS
 from diagnostics.errors import UserError
 
 HOST = "127.0.0.1"
+RUNS_VARIABLE = "SPEED_DIAGNOSTICS_RUNS"  # tells the app which folder
 FIRST_PORT, LAST_PORT = 8501, 8600
 SETTINGS = {
     "server.address": HOST,
@@ -45,7 +46,7 @@ def dashboard(
     command = [sys.executable, "-m", "streamlit", "run", str(_program()), f"--server.port={_free_port(port)}"]
     command += [f"--{name}={value}" for name, value in SETTINGS.items()]
     command.append(f"--server.headless={'false' if browser else 'true'}")
-    environment = os.environ | {"SPEED_DIAGNOSTICS_RUNS": folder}
+    environment = os.environ | {RUNS_VARIABLE: folder}
     if os.name == "posix":  # in the place of this process: what ends it, ends the server
         os.execve(command[0], command, environment)
     sys.exit(subprocess.call(command, env=environment))

@@ -16,11 +16,11 @@ def report(
 
     The goals are those of the run's ``recommendation.json``, or the default ones.
     """
-    from diagnostics.benchmark import BENCHMARK, load_benchmark
+    from diagnostics.benchmark import load_benchmark
     from diagnostics.errors import UserError
     from diagnostics.policies.recommendation import read_recommendation
     from diagnostics.recommend import Criterion, recommend
-    from diagnostics.results import RECOMMENDATION, load_run
+    from diagnostics.results import BENCHMARK, RECOMMENDATION, load_run
 
     try:
         from diagnostics.report import write_report

@@ -1,8 +1,8 @@
 """The folder of an evaluation: what it left behind, and how it goes on after a kill.
 
-FOLDER/evaluation.json            what was asked, on what, with which versions; what failed
-items.parquet              one row per task, policy and item
-parts/TASK__POLICY.parquet what is finished, until all is
+- ``evaluation.json``: what was asked, on what, with which versions; what failed
+- ``items.parquet``: one row per task, policy and item
+- ``parts/TASK__POLICY.parquet``: what is finished, until all is
 """
 
 import json
@@ -38,13 +38,13 @@ class Evaluation:
 def load_evaluation(path: str | Path) -> Evaluation:
     """Read an evaluation from its folder; raise UserError where there is none."""
     folder = Path(path)
+    manifest = load_manifest(folder)
     try:
-        manifest = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
         items = pd.read_parquet(folder / ITEMS)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"no finished evaluation can be read in {str(path)!r}: {error}") from None
     missing = {"task", "policy", "item_id", "score"} - set(items)
-    if missing or not isinstance(manifest, dict) or not isinstance(manifest.get("model"), str):
+    if missing or not isinstance(manifest.get("model"), str):
         raise UserError(f"the evaluation in {str(path)!r} is damaged")
     return Evaluation(manifest, items, folder)
 

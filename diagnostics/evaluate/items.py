@@ -6,14 +6,13 @@ about it. Where there is no document the query is the whole prompt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import UserError
-from diagnostics.fields import check_name, check_text, kind, wrong
+from diagnostics.fields import check_name, check_text, parse_object, wrong
 
 CHOICE_METRICS = ("acc", "acc_per_char", "acc_per_token")
 GENERATION_METRICS = ("exact_match", "f1", "contains", "number", "share")
@@ -128,12 +127,7 @@ def read_jsonl(path: Path, *, metric: str | None = None, **settings: Any) -> Tas
 
 
 def _item(line: str, default_id: str) -> ChoiceItem | GenerationItem:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"must be a JSON object, not {kind(record)}")
+    record = parse_object(line)
     is_choice = "continuations" in record or "gold" in record
     known = CHOICE_FIELDS if is_choice else GENERATION_FIELDS
     for name in record:
