@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from diagnostics import FullPolicy, SpeedPolicy, UserError, generate, load_run
-from diagnostics.evaluate import evaluation as evaluation_module
+from diagnostics.evaluate import answering
 from diagnostics.evaluate.evaluation import draw, evaluate
 from diagnostics.evaluate.folder import load_evaluation
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
@@ -153,14 +153,14 @@ def test_stopped_and_resumed_it_ends_the_same(lm, choice, writing, made, tmp_pat
     class Killed(BaseException):
         pass
 
-    original = evaluation_module._write
+    original = answering._write
 
     def deadly(lm, task, item, policy, *more):
         if policy == SpeedPolicy(2) and item.id == "g3":
             raise Killed
         return original(lm, task, item, policy, *more)
 
-    monkeypatch.setattr(evaluation_module, "_write", deadly)
+    monkeypatch.setattr(answering, "_write", deadly)
     with pytest.raises(Killed):
         evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out")
     with pytest.raises(UserError, match="no finished evaluation"):
@@ -169,12 +169,17 @@ def test_stopped_and_resumed_it_ends_the_same(lm, choice, writing, made, tmp_pat
         evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out")
     with pytest.raises(UserError, match="another evaluation"):
         evaluate(lm, [choice, writing], POLICIES[:1], out=tmp_path / "out", resume=True)
-    monkeypatch.setattr(evaluation_module, "_write", original)
-    counted = []
-    monkeypatch.setattr(
-        evaluation_module, "_choose", lambda *arguments: counted.append(arguments) or pytest.fail("done before")
-    )
+    written = []
+
+    def counting(lm, task, item, policy, *more):
+        written.append((item.id, policy.spec))
+        return original(lm, task, item, policy, *more)
+
+    monkeypatch.setattr(answering, "_write", counting)
+    monkeypatch.setattr(answering, "_choose", lambda *_: pytest.fail("done before"))
     resumed = evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out", resume=True)
+    assert written[:2] == [("g3", "speed:2"), ("g3", "speed:4")]
+    assert len(written) == 2 + 4 * 3
     pd.testing.assert_frame_equal(resumed.items, made.items)
     pd.testing.assert_frame_equal(load_evaluation(tmp_path / "out").items, made.items)
     assert set(contents(tmp_path / "out")) == {"evaluation.json", "items.parquet"}

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diagnostics import FullPolicy, ProjectedPolicy, SpeedPolicy, UserError
+from diagnostics.evaluate import scoring
 from diagnostics.evaluate.items import Context
-from diagnostics.evaluate.scoring import Encoded, encode_context, encode_pair, prefill_context, score
+from diagnostics.evaluate.scoring import Encoded, SharedPrefill, encode_context, encode_pair, prefill_context, score
 from tests.policy_cases import FASTKV, each, letters_of, load, masked_pass, served
 from tests.tiny import FAMILIES, VOCAB, random_ids
 
@@ -51,6 +52,58 @@ def test_sharing_a_prefill_changes_nothing(policy):
     for found, continuation in zip(together, CONTINUATIONS, strict=True):
         (alone,) = score(load("llama"), policy, context, [continuation])
         assert found.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-5)
+
+
+@pytest.mark.parametrize("query", ["prompt", "later", "decode"])
+@each(served(FAMILIES, [FullPolicy(), SpeedPolicy(2), SpeedPolicy(3, 0), SpeedPolicy(2, 2, 3), ProjectedPolicy(2)]))
+def test_what_full_depth_computed_serves_other_policies(family, policy, query):
+    lm, context = load(family), Encoded(tuple(CONTEXT[:13]), tuple(CONTEXT[13:]))
+    shared = SharedPrefill(lm, chunk_size=5)
+    for first in (FullPolicy(), SpeedPolicy(1), policy):  # whatever went on from the same storage before
+        found = score(lm, first, context, CONTINUATIONS, query=query, shared=shared)
+    alone = score(lm, policy, context, CONTINUATIONS, query=query)
+    assert [s.log_likelihood for s in found] == pytest.approx([s.log_likelihood for s in alone], abs=1e-4)
+    assert [s.is_greedy for s in found] == [s.is_greedy for s in alone]
+
+
+@pytest.mark.parametrize("length", range(1, 6))
+def test_contexts_about_as_short_as_the_anchors_can_share(length):
+    lm, context = load("llama"), Encoded((), tuple(CONTEXT[:length]))
+    for policy in (SpeedPolicy(2), SpeedPolicy(2, 3), SpeedPolicy(2, 2, 2)):
+        if policy.anchors > length:
+            with pytest.raises(UserError, match="fewer than the anchors"):
+                score(lm, policy, context, CONTINUATIONS, shared=SharedPrefill(lm))
+            continue
+        found = score(lm, policy, context, CONTINUATIONS, shared=SharedPrefill(lm))
+        alone = score(lm, policy, context, CONTINUATIONS)
+        assert [s.log_likelihood for s in found] == pytest.approx([s.log_likelihood for s in alone], abs=1e-5)
+
+
+def test_all_cutoffs_cost_one_prefill(monkeypatch):
+    lm, prompts = load("llama"), []
+
+    def counting(model, ids, *arguments, **options):
+        prompts.append(ids.shape[1])
+        return prefill(model, ids, *arguments, **options)
+
+    prefill = scoring.prefill
+    monkeypatch.setattr(scoring, "prefill", counting)
+    shared = SharedPrefill(lm)
+    for policy in [FullPolicy(), *(SpeedPolicy(k, anchors) for k in (1, 2, 3, 4) for anchors in (0, 1))]:
+        score(lm, policy, Encoded((), tuple(CONTEXT)), CONTINUATIONS, shared=shared)
+    assert prompts == [len(CONTEXT) - 1]
+    score(lm, ProjectedPolicy(2), Encoded((), tuple(CONTEXT)), CONTINUATIONS, shared=shared)
+    assert prompts == [len(CONTEXT) - 1, len(CONTEXT)]
+
+
+def test_continuations_run_one_by_one_where_copies_of_the_cache_take_too_much(monkeypatch):
+    lm, context = load("llama"), Encoded((), tuple(CONTEXT))
+    for policy in (SpeedPolicy(2), FASTKV):
+        together = score(lm, policy, context, CONTINUATIONS)
+        with monkeypatch.context() as patched:
+            patched.setattr(scoring, "BATCH_BYTES", 0)
+            apart = score(lm, policy, context, CONTINUATIONS)
+        assert [s.log_likelihood for s in apart] == pytest.approx([s.log_likelihood for s in together], abs=1e-5)
 
 
 def test_what_decoding_writes_is_greedy():

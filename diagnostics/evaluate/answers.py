@@ -13,6 +13,7 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 # Said twice in a row at the end, so much text is a loop.
 LOOP_TOKENS = 20
+FAILURES = ("empty", "unfinished", "repeating", "unparseable")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

@@ -2,32 +2,40 @@
 
 - ``evaluation.json``: what was asked, on what, with which versions; what failed
 - ``items.parquet``: one row per task, policy and item
-- ``parts/TASK__POLICY.parquet``: what is finished, until all is
+- ``parts/TASK.parquet``: the rows that there are of a task, until all tasks are finished
 """
 
+from __future__ import annotations
+
 import json
-import re
 import shutil
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
 from diagnostics.errors import UserError
-from diagnostics.evaluate.items import Task
+from diagnostics.evaluate.items import ChoiceItem, GenerationItem, Task
 from diagnostics.policies.base import Policy
 from diagnostics.results import PARTS, require_writable, write_json, write_table
 
 ITEMS, EVALUATION = "items.parquet", "evaluation.json"
+# What is answered within so many seconds is lost in a kill at most.
+WRITE_EVERY_S = 20.0
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Scores of one model: ``items`` has one row per task, policy and item.
 
-    Columns: task, policy, item_id, category, n_prompt (tokens of the prompt), score (0..1); of choice items ``chosen``
-    and ``gold``; of generated answers ``answer``, ``n_tokens`` and the ways to fail, NaN elsewhere.
+    Columns: task, policy, item_id, category, n_prompt (tokens of the prompt), score (0..1); of choice items ``chosen``,
+    ``gold`` and ``gold_log_likelihood`` (nats, of the right continuation whole); of generated answers ``answer``,
+    ``n_tokens`` and the ways to fail. NaN where a column does not apply.
     """
 
     manifest: dict[str, Any]
@@ -75,23 +83,22 @@ class EvaluationFolder:
         except OSError as error:
             raise UserError(f"cannot write to {str(path)!r}: {error.strerror or error}") from None
 
-    def read(self, task: Task, policy: Policy) -> pd.DataFrame | None:
-        """Return what is finished of a task under a policy."""
+    def read(self, task: Task) -> pd.DataFrame:
+        """Return the rows that there are of a task."""
         try:
-            return pd.read_parquet(self._part(task, policy))
+            return pd.read_parquet(self._part(task))
         except FileNotFoundError:
             pass
         try:
             whole = pd.read_parquet(self.path / ITEMS)
         except FileNotFoundError:
-            return None
-        rows = whole[(whole["task"] == task.name) & (whole["policy"] == policy.spec)]
-        return rows if len(rows) else None
+            return pd.DataFrame()
+        return whole[whole["task"] == task.name].dropna(axis="columns", how="all")
 
-    def write(self, task: Task, policy: Policy, rows: pd.DataFrame) -> None:
-        """Keep a task that is finished under a policy."""
+    def write(self, task: Task, rows: pd.DataFrame) -> None:
+        """Keep the rows of a task."""
         (self.path / PARTS).mkdir(exist_ok=True)
-        write_table(self._part(task, policy), rows)
+        write_table(self._part(task), rows)
 
     def finish(self, made: Evaluation) -> Evaluation:
         """Join the parts into one table; parts stay until then."""
@@ -100,9 +107,44 @@ class EvaluationFolder:
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
         return replace(made, path=self.path)
 
-    def _part(self, task: Task, policy: Policy) -> Path:
-        name = re.sub(r"[^A-Za-z0-9.@=-]+", "-", f"{task.name}__{policy.spec}")
-        return self.path / PARTS / f"{name}.parquet"
+    def _part(self, task: Task) -> Path:
+        return self.path / PARTS / f"{quote(task.name, safe='@: ')}.parquet"
+
+
+class AnsweredItems:
+    """The rows of one task, as they come; as a context manager it writes those that it has when the block is left."""
+
+    def __init__(self, task: Task, store: EvaluationFolder | None) -> None:
+        self.task, self.store = task, store
+        there = store.read(task).to_dict("records") if store else []
+        self.rows: dict[tuple[str, str], Any] = {(row["policy"], row["item_id"]): row for row in there}
+        self.written, self.at = len(self.rows), time.monotonic()
+
+    def has(self, policy: Policy, item: ChoiceItem | GenerationItem) -> bool:
+        """Whether an item was answered under a policy."""
+        return (policy.spec, item.id) in self.rows
+
+    def add(self, policy: Policy, item: ChoiceItem | GenerationItem, row: Mapping[str, Any]) -> None:
+        """Take a row, and write all from time to time."""
+        self.rows[policy.spec, item.id] = row
+        if time.monotonic() - self.at > WRITE_EVERY_S:
+            self._write()
+
+    def of(self, policy: Policy) -> pd.DataFrame:
+        """Return the rows of a policy, in the order of the task's items; each of them has to be there."""
+        return pd.DataFrame([self.rows[policy.spec, item.id] for item in self.task.items])
+
+    def __enter__(self) -> AnsweredItems:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        if self.store and len(self.rows) > self.written:
+            self.store.write(self.task, pd.DataFrame(list(self.rows.values())))
+            self.written = len(self.rows)
+        self.at = time.monotonic()
 
 
 def load_manifest(path: Path) -> dict[str, Any]:

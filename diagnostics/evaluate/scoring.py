@@ -1,7 +1,8 @@
 """Log-likelihoods under a policy, phase by phase: the context is prompt, the continuation is decode phase.
 
 The last token of the context is the first decode-phase token, as in generation: its final state gives the first
-logits. One prefill serves all continuations of a context; after each the cache is cropped back to the context.
+logits. One prefill serves all continuations of a context, and where a policy's cache follows from that of full depth,
+one prefill serves all those policies (`SharedPrefill`).
 
 Where a context has a document, its query may be placed in three ways (``QUERIES``):
 
@@ -11,7 +12,7 @@ Where a context has a document, its query may be placed in three ways (``QUERIES
 - ``decode``: the document is prefilled alone; the query is decode phase and runs at full depth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,11 @@ from diagnostics.generate import decode, prefill
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.cache import PolicyCache
+from diagnostics.policies.full import FullPolicy
 
 QUERIES = ("prompt", "later", "decode")
+# Continuations run as one batch, each with a copy of the context's cache, while these copies take no more bytes.
+BATCH_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,29 @@ def encode_pair(
     return alone, tuple(both[len(alone.ids) :])
 
 
+class SharedPrefill:
+    """Prompts that full depth has taken, from whose caches policies take their own where those follow.
+
+    SPEED does: below the cutoff it holds what full depth holds, above it the anchors, which saw only each other. So all
+    its cutoffs cost one prefill. Caches are kept as long as the object.
+    """
+
+    def __init__(self, lm: LoadedModel, chunk_size: int | None = None) -> None:
+        self.lm, self.chunk_size = lm, chunk_size
+        self._caches: dict[tuple[int, ...], PolicyCache] = {}
+
+    def cache(self, policy: Policy, ids: Sequence[int]) -> PolicyCache | None:
+        """Return the policy's cache of prompt tokens, none of them decode phase; None if it has to make its own."""
+        if type(policy).from_full is Policy.from_full or not ids:
+            return None
+        key = tuple(ids)
+        if key not in self._caches:
+            _, self._caches[key] = prefill(
+                self.lm, _tensor(self.lm, ids), policy=FullPolicy(), chunk_size=self.chunk_size, more=True
+            )
+        return policy.from_full(self._caches[key])
+
+
 @torch.no_grad()
 def score(
     lm: LoadedModel,
@@ -89,8 +116,12 @@ def score(
     *,
     query: str = "prompt",
     chunk_size: int | None = None,
+    shared: SharedPrefill | None = None,
 ) -> list[Scored]:
-    """Score every continuation after one context: one prefill, then each of them as decode phase.
+    """Score every continuation after one context: one prefill, then all of them as decode phase.
+
+    ``query`` places the query about a document; ``chunk_size`` bounds the prompt tokens of a forward pass; ``shared``
+    has what full depth computed of the context, and a chunk size of its own.
 
     Raises UserError for a continuation without tokens, and for what does not fit the model's positions.
     """
@@ -102,41 +133,68 @@ def score(
         )
     if not all(continuations):
         raise UserError("a continuation has no tokens")
-    first, cache = prefill_context(lm, policy, context, query=query, chunk_size=chunk_size)
-    scored = []
-    for continuation in continuations:
-        ids = torch.tensor([list(continuation)], device=lm.device)
-        logits = first[:, None]
-        if len(continuation) > 1:
-            logits = torch.cat([logits, decode(lm, ids[:, :-1], cache).to(first.dtype)], dim=1)
-            cache.crop(1 - len(continuation))
-        scored.append(_scored(logits[0], ids[0]))
-    return scored
+    first, cache = prefill_context(lm, policy, context, query=query, chunk_size=chunk_size, shared=shared)
+    later = _later_logits(lm, cache, [continuation[:-1] for continuation in continuations])
+    return [
+        _scored(first if more is None else torch.cat([first, more]), torch.tensor(list(ids)))
+        for ids, more in zip(continuations, later, strict=True)
+    ]
+
+
+def _later_logits(lm: LoadedModel, cache: PolicyCache, rows: Sequence[Sequence[int]]) -> Iterator[Tensor | None]:
+    """Logits [tokens, vocabulary] after every token of each of these rows; None for a row without tokens."""
+    width = max(map(len, rows), default=0)
+    if width and len(rows) * cache.kv_bytes <= BATCH_BYTES:
+        cache.batch_repeat_interleave(len(rows))
+        # Any token fills up shorter rows: it comes after all that is looked at.
+        filled = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows], device=lm.device)
+        for ids, logits in zip(rows, decode(lm, filled, cache), strict=True):
+            yield logits[: len(ids)] if ids else None
+        return
+    for ids in rows:
+        yield decode(lm, _tensor(lm, ids), cache)[0] if ids else None
+        cache.crop(-len(ids))
 
 
 def prefill_context(
-    lm: LoadedModel, policy: Policy, context: Encoded, *, query: str = "prompt", chunk_size: int | None = None
+    lm: LoadedModel,
+    policy: Policy,
+    context: Encoded,
+    *,
+    query: str = "prompt",
+    chunk_size: int | None = None,
+    shared: SharedPrefill | None = None,
 ) -> tuple[Tensor, PolicyCache]:
-    """Take a context into a cache, and return the logits [1, vocabulary] of the token after it, and the cache."""
+    """Take a context into a cache, and return the logits [1, vocabulary] of the token after it, and the cache.
+
+    With ``shared``, what full depth computed is used where the policy's cache follows from it.
+    """
     if query not in QUERIES:
         raise UserError(f"query is {query!r}: give one of {', '.join(QUERIES)}")
     if not context.ids:
         raise UserError("a context has no tokens")
+    chunk_size = shared.chunk_size if shared else chunk_size
     chunk = chunk_size if policy.chunked else None
-
-    def tensor(ids: Sequence[int]) -> Tensor:
-        return torch.tensor([list(ids)], device=lm.device)
-
     apart = bool(context.document) and bool(context.query) and query != "prompt"
+    in_decode = apart and query == "decode"
+    # What is prompt for all policies alike, and the decode phase after it.
+    n_prompt = len(context.document) if in_decode else len(context.ids) - policy.boundary
+    cache = shared.cache(policy, context.ids[: max(n_prompt, 0)]) if shared else None
+    if cache is not None:
+        return decode(lm, _tensor(lm, context.ids[n_prompt:]), cache)[:, -1], cache
     if not apart:
-        logits, cache = prefill(lm, tensor(context.ids), policy=policy, chunk_size=chunk)
+        logits, cache = prefill(lm, _tensor(lm, context.ids), policy=policy, chunk_size=chunk)
     else:
-        _, cache = prefill(lm, tensor(context.document), policy=policy, chunk_size=chunk, more=policy.chunked)
-        if query == "decode":
-            return decode(lm, tensor(context.query), cache)[:, -1], cache
-        logits, cache = prefill(lm, tensor(context.query), cache=cache, chunk_size=chunk)
+        _, cache = prefill(lm, _tensor(lm, context.document), policy=policy, chunk_size=chunk, more=policy.chunked)
+        if in_decode:
+            return decode(lm, _tensor(lm, context.query), cache)[:, -1], cache
+        logits, cache = prefill(lm, _tensor(lm, context.query), cache=cache, chunk_size=chunk)
     assert logits is not None
     return logits, cache
+
+
+def _tensor(lm: LoadedModel, ids: Sequence[int]) -> Tensor:
+    return torch.tensor([list(ids)], device=lm.device)
 
 
 def _scored(logits: Tensor, ids: Tensor) -> Scored:

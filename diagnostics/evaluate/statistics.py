@@ -22,13 +22,17 @@ Scores = Sequence[float] | np.ndarray
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` items with its standard error and two-sided bootstrap interval; NaN where n is too small."""
+    """A mean over ``n`` items with its standard error and bootstrap interval; NaN where n is too small.
+
+    ``low`` and ``high`` bound it on both sides, ``lower_bound`` on one side at the same confidence.
+    """
 
     n: int
     mean: float
     standard_error: float
     low: float
     high: float
+    lower_bound: float
 
 
 @dataclass(frozen=True)
@@ -57,22 +61,21 @@ def estimate(scores: Scores, *, confidence: float = CONFIDENCE, seed: int = 0) -
     values = np.asarray(scores, dtype=float)
     n = len(values)
     if n == 0:
-        return Estimate(0, np.nan, np.nan, np.nan, np.nan)
-    low, high = _interval([values], confidence, seed)
+        return Estimate(0, *[np.nan] * 5)
     error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else np.nan
-    return Estimate(n, float(values.mean()), error, low, high)
+    return Estimate(n, float(values.mean()), error, *_bounds(_resampled([values], seed), confidence))
 
 
 def average(tasks: Mapping[str, Scores], *, confidence: float = CONFIDENCE, seed: int = 0) -> Estimate:
     """Estimate the mean over tasks of their mean scores, each task counting the same; items are drawn within tasks."""
     values = [np.asarray(scores, dtype=float) for scores in tasks.values()]
     if not values or not all(len(v) for v in values):
-        return Estimate(0, np.nan, np.nan, np.nan, np.nan)
-    low, high = _interval(values, confidence, seed)
+        return Estimate(0, *[np.nan] * 5)
     # Of a task with one item the spread is unknown, and so is that of the average.
     variance = sum(v.var(ddof=1) / len(v) if len(v) > 1 else np.nan for v in values)
     mean = float(np.mean([v.mean() for v in values]))
-    return Estimate(sum(map(len, values)), mean, float(np.sqrt(variance)) / len(values), low, high)
+    error = float(np.sqrt(variance)) / len(values)
+    return Estimate(sum(map(len, values)), mean, error, *_bounds(_resampled(values, seed), confidence))
 
 
 def difference(scores: Scores, baseline: Scores, *, confidence: float = CONFIDENCE, seed: int = 0) -> Difference:
@@ -85,10 +88,8 @@ def difference(scores: Scores, baseline: Scores, *, confidence: float = CONFIDEN
     if not len(ours):
         return Difference(0, np.nan, np.nan, np.nan, np.nan, np.nan, test)
     paired = ours - theirs
-    low, high = _interval([paired], confidence, seed)
-    # The lower end of a two-sided interval that leaves out twice as much.
-    lower_bound, _ = _interval([paired], 2 * confidence - 1, seed)
     p_value = mcnemar(ours, theirs) if binary else wilcoxon(paired)
+    low, high, lower_bound = _bounds(_resampled([paired], seed), confidence)
     return Difference(len(paired), float(paired.mean()), low, high, lower_bound, p_value, test)
 
 
@@ -118,13 +119,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def _interval(tasks: Sequence[np.ndarray], confidence: float, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over tasks of their means; items are drawn within each task.
+def _resampled(tasks: Sequence[np.ndarray], seed: int) -> np.ndarray | None:
+    """Means over tasks of the means of items drawn with replacement within each task; `N_RESAMPLES` of them.
 
-    NaN for a single item, which says nothing of its spread.
+    None where a task has a single item, which says nothing of its spread.
     """
     if any(len(values) < 2 for values in tasks):
-        return np.nan, np.nan
+        return None
     rng = np.random.default_rng(seed)
     means = np.zeros(N_RESAMPLES)
     for values in tasks:
@@ -132,5 +133,12 @@ def _interval(tasks: Sequence[np.ndarray], confidence: float, seed: int) -> tupl
             block = slice(start, min(start + BLOCK, N_RESAMPLES))
             drawn = rng.integers(len(values), size=(block.stop - block.start, len(values)))
             means[block] += values[drawn].mean(axis=1) / len(tasks)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return means
+
+
+def _bounds(means: np.ndarray | None, confidence: float) -> tuple[float, float, float]:
+    """Percentiles of resampled means: the two-sided interval and the one-sided lower bound."""
+    if means is None:
+        return np.nan, np.nan, np.nan
+    low, high, lower_bound = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2, 1 - confidence])
+    return float(low), float(high), float(lower_bound)

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.evaluate.evaluation import FAILURES, Evaluation
+from diagnostics.evaluate.answers import FAILURES
+from diagnostics.evaluate.folder import Evaluation
 from diagnostics.evaluate.statistics import Estimate, average, difference, estimate, holm
 from diagnostics.policies.full import FullPolicy
 
@@ -17,10 +18,10 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
     """Return one row per policy and task, and one per policy for the average over tasks.
 
     Columns: policy, task, n, score, standard_error, low, high (95% bootstrap interval); difference to full depth with
-    its interval (``difference``, ``difference_low``, ``difference_high``), ``p_value`` and ``p_holm``, corrected over
-    the tasks of a policy; ``non_inferior``, whether the score is at most ``margin`` below that of full depth; and the
-    rates of each way to fail, NaN for choice tasks. A task that a policy did not finish has no row, and a policy no
-    average unless it finished every task that full depth did.
+    its interval (``difference``, ``difference_low``, ``difference_high``) and one-sided 95% ``lower_bound``;
+    ``p_value`` and ``p_holm``, corrected over the tasks of a policy; ``non_inferior``, whether by that bound the score
+    is at most ``margin`` below that of full depth; and the rates of each way to fail, NaN for choice tasks. A task
+    that a policy did not finish has no row, and a policy no average unless it finished every task that full depth did.
     """
     items = evaluation.items
     wide = {
@@ -43,6 +44,7 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
                     "difference": found.mean,
                     "difference_low": found.low,
                     "difference_high": found.high,
+                    "lower_bound": found.lower_bound,
                     "p_value": found.p_value,
                     "test": found.test,
                     "non_inferior": found.non_inferior(margin),
@@ -52,7 +54,7 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
             row["p_holm"] = corrected
         rows += of_policy
         if len(mine) == sum(FullPolicy.name in table for table in wide.values()):
-            rows.append({"policy": policy, "task": AVERAGE} | _averaged(mine, wide, policy, seed))
+            rows.append({"policy": policy, "task": AVERAGE} | _averaged(mine, wide, policy, margin, seed))
     return pd.DataFrame(rows)
 
 
@@ -95,13 +97,16 @@ def _estimated(found: Estimate) -> dict[str, Any]:
     }
 
 
-def _averaged(mine: dict[str, np.ndarray], wide: dict[str, pd.DataFrame], policy: str, seed: int) -> dict[str, Any]:
+def _averaged(
+    mine: dict[str, np.ndarray], wide: dict[str, pd.DataFrame], policy: str, margin: float, seed: int
+) -> dict[str, Any]:
     """The mean over tasks, and its paired difference to full depth: items are drawn within tasks."""
     row = _estimated(average(mine, seed=seed))
     if policy != FullPolicy.name:
         paired = {task: scores - wide[task][FullPolicy.name].to_numpy(float) for task, scores in mine.items()}
         found = average(paired, seed=seed)
         row |= {"difference": found.mean, "difference_low": found.low, "difference_high": found.high}
+        row |= {"lower_bound": found.lower_bound, "non_inferior": found.lower_bound > -margin}
     return row
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from diagnostics.capture.attention_tap import AttentionCall
+    from diagnostics.policies.cache import PolicyCache
     from diagnostics.policies.runtime import Call, Runtime
 
 
@@ -93,6 +94,13 @@ class Policy(ABC):
 
     def after_attention(self, call: Call, layer: int, attention: AttentionCall) -> None:
         """Act after the attention of a layer, if ``taps_attention``."""
+        return None
+
+    def from_full(self, cache: PolicyCache) -> PolicyCache | None:
+        """Return this policy's cache of a prompt, given that of full depth, where the one follows from the other.
+
+        ``cache`` holds prompt tokens alone, no decode-phase token; it stays as it is. None where it does not follow.
+        """
         return None
 
     @property

@@ -9,6 +9,7 @@ whatever the layers dropped. Only a model under the cache's policy can write int
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,6 +123,20 @@ class PolicyLayer(CacheLayerMixin):
         kept = [torch.take_along_dim(held, index, dim=2) for held in (self.keys, self.values)]
         self.keys, self.values = (with_room(values, room) for values in kept)
         self.pieces = (piece,)
+
+    def first_columns(self, stop: int) -> PolicyLayer:
+        """Return a layer that holds only columns up to ``stop``, in the same storage until it grows."""
+        made = copy.copy(self)
+        if stop == 0:
+            made.reset()
+            return made
+        slots = slice(0, count(made.pieces))
+        made.keys, made.values = self.keys[:, :, slots], self.values[:, :, slots]
+        if stop < made.pieces[-1].stop:
+            made.crop_to(stop)
+            slots = slice(0, count(made.pieces))
+            made.keys, made.values = made.keys[:, :, slots], made.values[:, :, slots]
+        return made
 
     def crop_to(self, stop: int) -> None:
         """Drop columns from ``stop`` on; see `check_crop` first."""
@@ -247,6 +262,13 @@ class PolicyCache(Cache):
     def copy(self) -> PolicyCache:
         """Return an independent copy: one prefilled document, many questions."""
         return copy.deepcopy(self)
+
+    def first_columns(self, policy: Policy, stops: Sequence[int]) -> PolicyCache:
+        """Return a cache of ``policy`` that holds of each layer only columns up to ``stops``; nothing is copied."""
+        made = copy.copy(self)
+        made.policy = policy
+        made.layers = [layer.first_columns(stop) for layer, stop in zip(self.layers, stops, strict=True)]
+        return made
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of columns seen, the same for every layer: where the next token goes."""

@@ -1,9 +1,14 @@
 """Full depth: every token through every layer, by the same code path as the other policies. The baseline."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from diagnostics.policies.base import Policy, Workload
+
+if TYPE_CHECKING:
+    from diagnostics.policies.cache import PolicyCache
 
 
 @dataclass(frozen=True)
@@ -19,3 +24,7 @@ class FullPolicy(Policy):
     def workload(self, n_prompt: int, n_layers: int) -> Workload:
         """Everything, everywhere."""
         return Workload([n_prompt] * n_layers, [n_prompt] * n_layers, [0] * n_layers)
+
+    def from_full(self, cache: PolicyCache) -> PolicyCache:
+        """The same keys and values, which both may go on from."""
+        return cache.first_columns(self, [cache.n_columns] * len(cache.layers))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from diagnostics.policies.base import Policy, Workload, require_whole
 from diagnostics.policies.recommendation import read_recommendation, whole_number
+
+if TYPE_CHECKING:
+    from diagnostics.policies.cache import PolicyCache
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,15 @@ class SpeedPolicy(Policy):
         deep = min(n_prompt, self.anchors + self.boundary)
         tokens = [n_prompt] * self.cutoff + [deep] * (n_layers - self.cutoff)
         return Workload(tokens, tokens, [0] * n_layers)
+
+    def from_full(self, cache: PolicyCache) -> PolicyCache | None:
+        """All columns below the cutoff and the anchors' above it, which saw nothing but anchors at full depth either.
+
+        None if rows are padded, so that their anchors are not the same columns, and where sliding layers have
+        forgotten the anchors.
+        """
+        upper = cache.layers[self.cutoff :]
+        if cache.padding is not None or cache.n_columns < self.anchors or any(layer.forgotten for layer in upper):
+            return None
+        stops = [cache.n_columns] * self.cutoff + [self.anchors] * len(upper)
+        return cache.first_columns(self, stops)

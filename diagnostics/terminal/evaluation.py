@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diagnostics.evaluate.evaluation import FAILURES
+from diagnostics.evaluate.answers import FAILURES
 from diagnostics.evaluate.summary import AVERAGE, cell
 
 

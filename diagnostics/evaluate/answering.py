@@ -1,0 +1,90 @@
+"""One item under one policy -> its row: what was chosen or written, how it scores, and how it fails."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from diagnostics.errors import UserError
+from diagnostics.evaluate.answers import cut_at_stop, failures, score_answer
+from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
+from diagnostics.evaluate.scoring import Encoded, SharedPrefill, encode_context, encode_pair, prefill_context, score
+from diagnostics.generate import decode, end_tokens
+from diagnostics.models import LoadedModel
+from diagnostics.policies.base import Policy
+
+Row = dict[str, Any]
+
+
+def answer(
+    lm: LoadedModel,
+    task: Task,
+    item: ChoiceItem | GenerationItem,
+    policy: Policy,
+    *,
+    query: str = "prompt",
+    shared: SharedPrefill,
+) -> Row:
+    """Answer an item, and return its row of the table of items; see `diagnostics.evaluate.folder.Evaluation`.
+
+    Raises UserError for an item that does not fit the model's positions.
+    """
+    row = {"task": task.name, "policy": policy.spec, "item_id": item.id, "category": item.category}
+    if isinstance(item, ChoiceItem):
+        return row | _choose(lm, task, item, policy, query, shared)
+    return row | _write(lm, task, item, policy, query, shared)
+
+
+def _choose(lm: LoadedModel, task: Task, item: ChoiceItem, policy: Policy, query: str, shared: SharedPrefill) -> Row:
+    """Take the most likely continuation: one prefill for all that share a context."""
+    values = np.full(len(item.continuations), np.nan)
+    gold, n_prompt = np.nan, 0
+    for context in dict.fromkeys(item.contexts):
+        places = [i for i, c in enumerate(item.contexts) if c == context]
+        pairs = [encode_pair(lm.tokenizer, context, item.continuations[i], special=True) for i in places]
+        encoded = pairs[0][0]
+        scored = score(lm, policy, encoded, [ids for _, ids in pairs], query=query, shared=shared)
+        n_prompt = max(n_prompt, len(encoded.ids))
+        for place, one in zip(places, scored, strict=True):
+            length = {"acc": 1, "acc_per_char": len(item.continuations[place]), "acc_per_token": one.n_tokens}
+            values[place] = one.log_likelihood / length[task.metric]
+            gold = one.log_likelihood if place == item.gold else gold
+    chosen = int(values.argmax())
+    made = {"n_prompt": n_prompt, "score": float(chosen == item.gold), "chosen": chosen, "gold": item.gold}
+    return made | {"gold_log_likelihood": gold}
+
+
+@torch.no_grad()
+def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, query: str, shared: SharedPrefill) -> Row:
+    """Generate greedily until a stop string, the end of text, or the limit."""
+    encoded = _encode(lm, item.context, task.chat)
+    positions = lm.anatomy.max_positions
+    if positions is not None and len(encoded.ids) + task.max_new_tokens > positions:
+        raise UserError(f"item {item.id!r} has {len(encoded.ids)} tokens: too many for the {positions} positions")
+    logits, cache = prefill_context(lm, policy, encoded, query=query, shared=shared)
+    ends = set(end_tokens(lm.model).tolist())
+    ids: list[int] = []
+    text, finished = "", False
+    while len(ids) < task.max_new_tokens and not finished:
+        token = int(logits.argmax())
+        if token in ends:
+            finished = True
+            break
+        ids.append(token)
+        text, finished = cut_at_stop(lm.tokenizer.decode(ids, skip_special_tokens=True), task.stop)
+        if not finished and len(ids) < task.max_new_tokens:
+            logits = decode(lm, torch.tensor([[token]], device=lm.device), cache)[:, -1]
+    made = {"n_prompt": len(encoded.ids), "score": score_answer(task.metric, text, item.answers), "answer": text}
+    # Where nothing stops an answer but its length, reaching that is no failure.
+    ended = finished or not task.stop
+    # As numbers, since choice items have none of them: NaN there.
+    failed = {name: float(failing) for name, failing in failures(task.metric, text, ids, ended).items()}
+    return made | {"n_tokens": len(ids)} | failed
+
+
+def _encode(lm: LoadedModel, context: Context, chat: bool) -> Encoded:
+    if not chat:
+        return encode_context(lm.tokenizer, context, special=True)
+    from diagnostics.encoding import encode_messages
+
+    return Encoded((), encode_messages([{"role": "user", "content": context.text}], lm.tokenizer))
