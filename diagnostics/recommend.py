@@ -145,7 +145,7 @@ def recommend(
         admissible = _fits(criterion.kv_budget, n_layers)
         cutoff = int(admissible.sum())
     else:
-        cutoff = _smallest_admissible(admissible)
+        cutoff = smallest_admissible(admissible)
         if cutoff == n_layers:
             notes.append("no cutoff below full depth is admissible: run the model as it is, or relax the goal")
     regions = find_regions(run, rules, seed=seed)
@@ -193,8 +193,8 @@ def _losses(run: Run) -> dict[str, np.ndarray]:
     return losses
 
 
-def _smallest_admissible(admissible: np.ndarray) -> int:
-    """Smallest k from which on all of ``admissible`` [L] (entry k-1 for cutoff k) holds; L if none below does."""
+def smallest_admissible(admissible: np.ndarray) -> int:
+    """Return the smallest k from which on all of ``admissible`` [L], entry k-1 for cutoff k, holds; L if none does."""
     k = len(admissible)
     while k > 1 and admissible[k - 2]:
         k -= 1

