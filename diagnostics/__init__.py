@@ -3,10 +3,9 @@
 The public names come from their modules when they are first used: reading a run does not load torch.
 """
 
-import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from diagnostics.lazy import find_on_demand
 
 if TYPE_CHECKING:
     from diagnostics.diagnose import diagnose
@@ -40,7 +39,6 @@ _HOMES = {
     "regions": ("RegionRules", "find_regions"),
     "results": ("Run", "load_run"),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "FastKVPolicy",
@@ -71,24 +69,4 @@ __all__ = [
     "save_cache",
 ]
 
-
-class _Package(ModuleType):
-    """The package itself, with its names found on demand."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOME_OF:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing `diagnostics.diagnose` would put the module where the function of that name belongs.
-        if not (name in _HOME_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package
+find_on_demand(__name__, _HOMES)

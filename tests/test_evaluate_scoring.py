@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics import FullPolicy, ProjectedPolicy, SpeedPolicy, UserError
-from diagnostics.evaluate import scoring
+from diagnostics import FullPolicy, ProjectedPolicy, Prompt, PromptSet, SpeedPolicy, UserError, diagnose
+from diagnostics.evaluate import fidelity, scoring
 from diagnostics.evaluate.items import Context
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, encode_context, encode_pair, prefill_context, score
 from tests.policy_cases import FASTKV, each, letters_of, load, masked_pass, served
@@ -201,3 +201,39 @@ def test_log_likelihoods_of_every_token_sum_to_one(smollm):
     better, worse = score(smollm, SpeedPolicy(24), context, [paris, banana])
     assert better.log_likelihood > worse.log_likelihood
     torch.testing.assert_close(torch.tensor(1.0), log_p.exp().sum().float())
+
+
+# --- Fidelity ---
+
+
+@pytest.mark.parametrize("reference", [None, "w5 w9 w12 w7 w30"])
+def test_fidelity_of_speed_is_the_cutoff_sweep(reference):
+    lm = load("llama")
+    texts = ("w4 w9 w5 w6 w7 w8 w10 w11 w40 w41", "w6 w7 w8 w21 w22 w23 w24 w25")
+    prompts = PromptSet(
+        tuple(Prompt(str(i), text=t, reference=reference, category="c") for i, t in enumerate(texts)), "m"
+    )
+    swept = diagnose(lm, prompts, decode_tokens=5).cutoffs.set_index(["prompt_id", "cutoff"])
+    n_layers = lm.anatomy.n_layers
+    table = fidelity(lm, prompts, [SpeedPolicy(k) for k in range(1, n_layers + 1)], decode_tokens=5)
+    assert len(table) == 2 * n_layers
+    for row in table.itertuples():
+        wanted = swept.loc[(row.prompt_id, int(row.policy.partition(":")[2]))]
+        assert (row.kl, row.top1_agreement) == pytest.approx((wanted["kl"], wanted["top1_agreement"]), abs=1e-4)
+        assert (row.nll, row.nll_full) == pytest.approx((wanted["nll"], wanted["nll_full"]), abs=1e-4)
+        assert (row.n_decode, row.category) == (5, "c")
+
+
+def test_fidelity_of_other_policies_is_their_own():
+    prompts = PromptSet((Prompt("a", text=" ".join(f"w{i}" for i in CONTEXT)),), "made")
+    policies = [FullPolicy(), ProjectedPolicy(2), ProjectedPolicy(3), ProjectedPolicy(4), FASTKV]
+    table = fidelity(load("llama"), prompts, policies, decode_tokens=6).set_index("policy")
+    assert table.loc["full", ["kl", "top1_agreement"]].tolist() == pytest.approx([0, 1], abs=1e-5)
+    assert table.loc["projected:2", "kl"] > table.loc["projected:3", "kl"] > 1e-4
+    # The state at the cutoff is what the last layer makes its keys from anyway.
+    assert table.loc["projected:4", "kl"] == pytest.approx(0, abs=1e-5)
+    assert table.loc[FASTKV.spec, "kl"] > 1e-4
+    with pytest.raises(UserError, match="decode tokens is 0"):
+        fidelity(load("llama"), prompts, policies, decode_tokens=0)
+    with pytest.raises(UserError, match="does not fit"):
+        fidelity(load("llama"), prompts, [SpeedPolicy(99)])

@@ -1,1 +1,37 @@
 """Quality: how well a model does its tasks under a policy, beside full depth."""
+
+from typing import TYPE_CHECKING
+
+from diagnostics.lazy import find_on_demand
+
+if TYPE_CHECKING:
+    from diagnostics.evaluate.evaluation import evaluate
+    from diagnostics.evaluate.fidelity import fidelity
+    from diagnostics.evaluate.folder import Evaluation, load_evaluation
+    from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
+    from diagnostics.evaluate.summary import summarize
+    from diagnostics.evaluate.tasks import load_task
+
+_HOMES = {
+    "evaluation": ("evaluate",),
+    "fidelity": ("fidelity",),
+    "folder": ("Evaluation", "load_evaluation"),
+    "items": ("ChoiceItem", "Context", "GenerationItem", "Task"),
+    "summary": ("summarize",),
+    "tasks": ("load_task",),
+}
+
+__all__ = [
+    "ChoiceItem",
+    "Context",
+    "Evaluation",
+    "GenerationItem",
+    "Task",
+    "evaluate",
+    "fidelity",
+    "load_evaluation",
+    "load_task",
+    "summarize",
+]
+
+find_on_demand(__name__, _HOMES)

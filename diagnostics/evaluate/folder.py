@@ -14,15 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pandas as pd
 
 from diagnostics.errors import UserError
 from diagnostics.evaluate.items import ChoiceItem, GenerationItem, Task
-from diagnostics.policies.base import Policy
 from diagnostics.results import PARTS, require_writable, write_json, write_table
+
+if TYPE_CHECKING:
+    from diagnostics.policies.base import Policy
 
 ITEMS, EVALUATION = "items.parquet", "evaluation.json"
 # What is answered within so many seconds is lost in a kill at most.
