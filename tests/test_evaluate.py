@@ -1,6 +1,7 @@
 """Evaluations: what is scored, what is compared, and what is left after a kill or a failure."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -85,14 +86,13 @@ def test_answers_are_those_of_generate(made, lm, writing, policy):
         ids = lm.tokenizer(item.context.text, return_tensors="pt")["input_ids"]
         tokens = generate(lm, ids, policy=policy, max_new_tokens=6).token_ids[0].tolist()
         tokens = tokens[: tokens.index(2)] if 2 in tokens else tokens
-        assert row.answer == lm.tokenizer.decode(tokens, skip_special_tokens=True)
+        # As it follows the context: this tokenizer puts a space between words.
+        assert row.answer == " " + lm.tokenizer.decode(tokens, skip_special_tokens=True)
         assert row.n_tokens == len(tokens)
         assert row.score == float(any(answer in row.answer for answer in item.answers))
 
 
 def test_stop_strings_end_an_answer(lm, writing):
-    from dataclasses import replace
-
     whole = rows_of(evaluate(lm, [writing], []), "writing", "full")
     word = whole["answer"][0].split()[2]
     stopped = rows_of(evaluate(lm, [replace(writing, stop=(word,))], []), "writing", "full")
@@ -147,6 +147,56 @@ def test_a_task_that_fails_leaves_the_others_alone(lm, choice, writing, tmp_path
     assert AVERAGE in set(summarize(made)["task"])
     with pytest.raises(UserError, match="nothing could be evaluated: long, full: UserError"):
         evaluate(lm, [long], [])
+
+
+def test_the_average_takes_in_the_same_tasks_for_all(made):
+    lost = made.items[~((made.items["task"] == "choice") & (made.items["policy"] == "full"))]
+    lost = lost[~((lost["task"] == "writing") & (lost["policy"] == "speed:2"))]
+    table = summarize(replace(made, items=lost))
+    # speed:2 finished as many tasks as full depth, but not the same.
+    assert list(table[table["task"] == AVERAGE]["policy"]) == ["full"]
+
+
+def test_names_of_tasks_cannot_be_taken_for_something_else(writing, made):
+    with pytest.raises(UserError, match="cannot be called 'average'"):
+        replace(writing, name=AVERAGE)
+    odd = replace(made, items=made.items.replace({"task": {"choice": "a|b"}}))
+    assert markdown(summarize(odd)).splitlines()[0].startswith(r"| policy | a\|b | writing |")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_answer_is_written_as_it_follows_its_context(legacy):
+    """Some tokenizers leave out the first space of a text, which the code that follows a signature needs."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "▁", "▁x", "▁▁▁▁return", "▁(", ":", "<0xC3>", "<0xA9>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * legacy
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert fast.decode([3, 2]) == ("   return x" if legacy else "    return x")
+    assert answering.Continuation(fast, [4, 2, 5]).text([3, 2]) == "    return x"
+    # Half of a character before: what is whole is said.
+    assert answering.Continuation(fast, [2, 6]).text([7, 5]) in ("é:", "\ufffd:")
+
+
+def test_code_runs_only_if_that_is_asked_for(lm, tmp_path, monkeypatch):
+    tests = "def check(f):\n    assert f(2) == 4\ncheck(double)\n"
+    items = tuple(GenerationItem(str(i), Context("def double(x):\n"), (tests,)) for i in range(3))
+    task = Task("code", items, "passes", max_new_tokens=4)
+    with pytest.raises(UserError, match="allow it with --run-code"):
+        evaluate(lm, [task], [], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    written = iter(["    return 2 * x", "    return x", "    import os; os._exit(0)"] * 2)
+    monkeypatch.setattr(answering.Continuation, "text", lambda self, ids: next(written) if len(ids) == 4 else "")
+    monkeypatch.setattr(answering, "end_tokens", lambda _: np.array([]))
+    made = evaluate(lm, [task], [], run_code=True, out=tmp_path / "out")
+    assert list(made.items["score"]) == [1, 0, 0]
+    assert "accepted" not in made.items
+    assert set(map(type, made.manifest["sandbox"].values())) == {bool}
 
 
 def test_stopped_and_resumed_it_ends_the_same(lm, choice, writing, made, tmp_path, monkeypatch):

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from diagnostics.evaluate.statistics import average, difference, estimate, holm, mcnemar, wilcoxon
+from diagnostics.evaluate.statistics import (
+    average,
+    difference,
+    estimate,
+    holm,
+    mcnemar,
+    tango_lower_bound,
+    wilcoxon,
+)
 
 
 def test_mean_and_standard_error_by_the_formula():
@@ -91,12 +99,48 @@ def test_non_inferiority_needs_its_bound_above_the_margin():
     base = (rng.random(400) < 0.6).astype(float)
     flipped = np.where(rng.random(400) < 0.02, 1 - base, base)
     made = difference(flipped, base)
-    assert made.low <= made.lower_bound <= made.mean
+    assert made.low - 0.01 <= made.lower_bound <= made.mean
     assert made.non_inferior(0.05)
     assert not made.non_inferior(-made.lower_bound)
     assert not difference(base * 0, base).non_inferior(0.05)
     # A single item proves nothing.
     assert not difference([1.0], [1.0]).non_inferior(0.05)
+
+
+def test_without_a_single_loss_the_bound_is_the_closed_form():
+    z = stats.norm.ppf(0.95)
+    for n in (1, 40, 1000):
+        assert tango_lower_bound(0, 0, n) == pytest.approx(-(z**2) / (n + z**2), abs=1e-6)
+    # Nothing was lost among 40 items, and yet 2 points cannot be excluded.
+    same = difference([1.0, 0.0] * 20, [1.0, 0.0] * 20)
+    assert (same.low, same.high) == (0, 0)
+    assert not same.non_inferior(0.02)
+    assert difference([1.0, 0.0] * 200, [1.0, 0.0] * 200).non_inferior(0.02)
+    assert tango_lower_bound(0, 7, 7) == -1
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(1, 400), data=st.data())
+def test_the_bound_is_where_the_score_statistic_is_the_quantile(n, data):
+    wins = data.draw(st.integers(0, n))
+    losses = data.draw(st.integers(0, n - wins))
+    bound = tango_lower_bound(wins, losses, n)
+    assert -1 <= bound <= (wins - losses) / n
+    if -1 < bound < (wins - losses) / n - 1e-6:
+        # The most likely share of losses under this difference, by brute force on the likelihood.
+        lost = np.linspace(max(0, -bound), min(1, (1 - bound) / 2), 200001)[1:-1]
+        won, tied = np.clip(lost + bound, 1e-300, 1), np.clip(1 - 2 * lost - bound, 1e-300, 1)
+        likelihood = wins * np.log(won) + losses * np.log(lost) + (n - wins - losses) * np.log(tied)
+        best = lost[likelihood.argmax()]
+        score = (wins - losses - n * bound) / math.sqrt(n * (2 * best + bound * (1 - bound)))
+        assert score == pytest.approx(stats.norm.ppf(0.95), abs=0.02)
+
+
+def test_the_bound_holds_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(150, [0.04, 0.07, 0.89], size=1500)
+    held = np.mean([tango_lower_bound(wins, losses, 150) <= 0.04 - 0.07 for wins, losses, _ in draws])
+    assert 0.93 <= held <= 0.98
 
 
 def test_holm_by_hand():

@@ -1,5 +1,6 @@
 """One item under one policy -> its row: what was chosen or written, how it scores, and how it fails."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 
 from diagnostics.errors import UserError
 from diagnostics.evaluate.answers import cut_at_stop, failures, score_answer
+from diagnostics.evaluate.humaneval import METRIC as PASSES
+from diagnostics.evaluate.humaneval import passes
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, encode_context, encode_pair, prefill_context, score
 from diagnostics.generate import decode, end_tokens
@@ -14,6 +17,8 @@ from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 
 Row = dict[str, Any]
+# Tokens of the context that say how the first token after them is written.
+LEAD_TOKENS = 4
 
 
 def answer(
@@ -62,6 +67,7 @@ def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, qu
     if positions is not None and len(encoded.ids) + task.max_new_tokens > positions:
         raise UserError(f"item {item.id!r} has {len(encoded.ids)} tokens: too many for the {positions} positions")
     logits, cache = prefill_context(lm, policy, encoded, query=query, shared=shared)
+    said = Continuation(lm.tokenizer, encoded.ids)
     ends = set(end_tokens(lm.model).tolist())
     ids: list[int] = []
     text, finished = "", False
@@ -71,15 +77,40 @@ def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, qu
             finished = True
             break
         ids.append(token)
-        text, finished = cut_at_stop(lm.tokenizer.decode(ids, skip_special_tokens=True), task.stop)
+        text, finished = cut_at_stop(said.text(ids), task.stop)
         if not finished and len(ids) < task.max_new_tokens:
             logits = decode(lm, torch.tensor([[token]], device=lm.device), cache)[:, -1]
-    made = {"n_prompt": len(encoded.ids), "score": score_answer(task.metric, text, item.answers), "answer": text}
+    made = {"n_prompt": len(encoded.ids), "score": _score(task, item, text), "answer": text}
+    if task.metric != PASSES:
+        made["accepted"] = " | ".join(item.answers)
     # Where nothing stops an answer but its length, reaching that is no failure.
     ended = finished or not task.stop
     # As numbers, since choice items have none of them: NaN there.
     failed = {name: float(failing) for name, failing in failures(task.metric, text, ids, ended).items()}
     return made | {"n_tokens": len(ids)} | failed
+
+
+def _score(task: Task, item: GenerationItem, text: str) -> float:
+    if task.metric == PASSES:
+        return passes(item.context.text, text, item.answers[0])
+    return score_answer(task.metric, text, item.answers)
+
+
+class Continuation:
+    """Text of tokens that follow a context: some tokenizers leave out the space before a word that begins a text."""
+
+    def __init__(self, tokenizer: Any, context: Sequence[int]) -> None:
+        self.tokenizer, self.before = tokenizer, list(context[-LEAD_TOKENS:])
+        self.lead = self._decode([])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return what the tokens add to the context's text."""
+        whole = self._decode(ids)
+        # The last token before may be part of a character that these tokens end.
+        return whole[len(self.lead) :] if whole.startswith(self.lead) else self.tokenizer.decode(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode([*self.before, *ids], skip_special_tokens=True))
 
 
 def _encode(lm: LoadedModel, context: Context, chat: bool) -> Encoded:

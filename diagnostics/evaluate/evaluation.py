@@ -16,7 +16,9 @@ import pandas as pd
 from diagnostics.errors import UserError
 from diagnostics.evaluate.answering import answer
 from diagnostics.evaluate.folder import AnsweredItems, Evaluation, EvaluationFolder
+from diagnostics.evaluate.humaneval import require_allowed
 from diagnostics.evaluate.items import Task
+from diagnostics.evaluate.sandbox import isolation
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
@@ -34,6 +36,7 @@ def evaluate(
     limit: int | None = None,
     query: str = "prompt",
     chunk_size: int | None = None,
+    run_code: bool = False,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -54,6 +57,8 @@ def evaluate(
         How the query about a document is placed; see `diagnostics.evaluate.scoring`.
     chunk_size
         Prompt tokens per forward pass; bounds memory at long prompts.
+    run_code
+        Whether tasks may run code that the model wrote; see `diagnostics.evaluate.sandbox`.
     seed
         Of the drawing of items.
     out, resume
@@ -71,8 +76,8 @@ def evaluate(
     Raises
     ------
     UserError
-        For names given twice, a policy that does not fit the model, a folder that holds something else, or if nothing
-        could be evaluated.
+        For names given twice, code to run without leave, a policy that does not fit the model, a folder that holds
+        something else, or if nothing could be evaluated.
     """
     if query not in QUERIES:
         raise UserError(f"query is {query!r}: give one of {', '.join(QUERIES)}")
@@ -81,11 +86,14 @@ def evaluate(
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
         raise UserError("name one task or more, each once")
+    require_allowed(tasks, run_code)
     every = list(dict.fromkeys([FullPolicy(), *policies]))
     for policy in every:
         policy.check(lm.anatomy)
     drawn = [draw(task, limit, seed) for task in tasks]
     manifest = _manifest(lm, drawn, every, query, seed) | {"arguments": arguments or {}}
+    if run_code:
+        manifest["sandbox"] = isolation()
     store = EvaluationFolder(Path(out), manifest, resume=resume) if out is not None else None
     total, done = sum(len(task.items) for task in drawn) * len(every), 0
     parts: list[pd.DataFrame] = []

@@ -77,8 +77,8 @@ def fidelity(
         for policy in policies:
             found = _log_probabilities(lm, prompt, reference, policy, shared)
             row = {"prompt_id": prompt.prompt_id, "category": prompt.category, "policy": policy.spec}
-            row |= {"n_prompt": len(prompt.token_ids), "n_decode": len(reference)}
-            rows.append(row | _compared(full, found, reference))
+            lengths = {"n_prompt": len(prompt.token_ids), "n_decode": len(reference)}
+            rows.append(row | lengths | _compared(full, found, reference))
     if progress:
         progress(len(encoded), len(encoded), "")
     return pd.DataFrame(rows)

@@ -6,18 +6,24 @@ about it. Where there is no document the query is the whole prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gzip
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from diagnostics.errors import UserError
-from diagnostics.fields import check_name, check_text, parse_object, wrong
+from diagnostics.evaluate.answers import last_number
+from diagnostics.fields import check_name, check_text, kind, parse_object, wrong
 
+# Where a summary has the mean over tasks, in place of a task's name.
+AVERAGE = "average"
 CHOICE_METRICS = ("acc", "acc_per_char", "acc_per_token")
-GENERATION_METRICS = ("exact_match", "f1", "contains", "number", "share")
+GENERATION_METRICS = ("exact_match", "f1", "contains", "number", "share", "passes")
 CHOICE_FIELDS = ("id", "document", "query", "queries", "continuations", "gold", "category")
 GENERATION_FIELDS = ("id", "document", "query", "answers", "category")
+MAX_NEW_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Task:
     def __post_init__(self) -> None:
         if not self.items:
             raise UserError(f"task {self.name!r} has no items")
+        if self.name == AVERAGE:
+            raise UserError(f"a task cannot be called {AVERAGE!r}: that is a row of the summary")
         metrics = CHOICE_METRICS if self.is_choice else GENERATION_METRICS
         if self.metric not in metrics:
             raise UserError(f"metric {self.metric!r} of task {self.name!r} is not one of: {', '.join(metrics)}")
@@ -91,6 +99,13 @@ class Task:
         if len(set(ids)) < len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)
             raise UserError(f"task {self.name!r} has two items {twice!r}")
+        for item in self.items:
+            if not isinstance(item, GenerationItem):
+                break
+            if self.metric == "passes" and len(item.answers) != 1:
+                raise UserError(f"item {item.id!r} of task {self.name!r} needs one answer: the source of its tests")
+            if self.metric == "number" and any(last_number(answer) is None for answer in item.answers):
+                raise UserError(f"item {item.id!r} of task {self.name!r} needs numbers as answers")
 
     @property
     def is_choice(self) -> bool:
@@ -99,35 +114,115 @@ class Task:
 
 
 def read_jsonl(path: Path, *, metric: str | None = None, **settings: Any) -> Task:
-    """Read a task from a file with one JSON object per line, named by the file.
+    """Read a task from a file with one JSON object per line, plain or as ``.gz``, named by the file.
 
     Choice items have ``query`` (or ``queries``, one per choice), ``continuations`` and ``gold``; generation items
-    ``query`` and ``answers``; both may have ``id``, ``document`` and ``category``. The metric is ``acc`` or
-    ``exact_match`` unless given; ``settings`` are fields of `Task`. Raises UserError, with the line, for what is wrong.
+    ``query`` and ``answers``; both may have ``id``, ``document`` and ``category``. The first line may be
+    ``{"task": {...}}`` with the fields of `Task` but ``name`` and ``items``; what is given here as ``metric`` and
+    ``settings`` goes before it. The metric is ``acc`` or ``exact_match`` if nothing says so. Raises UserError, with the
+    line, for what is wrong.
     """
     items: list[Any] = []
+    header: dict[str, Any] = {}
+    header_line = 0
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
-                        items.append(_item(line, f"line-{number}"))
+                        record = parse_object(line)
+                        if "task" not in record:
+                            items.append(_item(record, f"line-{number}"))
+                        elif items or header_line:
+                            raise UserError('only the first line may have "task"')
+                        else:
+                            header, header_line = _settings(record), number
                     except UserError as error:
                         raise UserError(f"{path}:{number}: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read task {str(path)!r}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a UTF-8 text file: tasks are one JSON object per line") from None
+    except (OSError, EOFError, zlib.error) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read task {str(path)!r}: {said}") from None
     if not items:
         raise UserError(f"{path} has no items: write one JSON object per line")
     if len({type(item) for item in items}) > 1:
         raise UserError(f"{path} mixes items with continuations and items with answers: make two files of it")
-    default = "acc" if isinstance(items[0], ChoiceItem) else "exact_match"
-    return Task(path.stem, tuple(items), metric or default, source=str(path), **settings)
+    is_choice = isinstance(items[0], ChoiceItem)
+    try:
+        _check_fit(header, is_choice)
+    except UserError as error:
+        raise UserError(f"{path}:{header_line}: {error}") from None
+    given = {"source": str(path), "metric": "acc" if is_choice else "exact_match"} | header | settings
+    if metric is not None:
+        given["metric"] = metric
+    return Task(path.name.removesuffix(".gz").removesuffix(".jsonl"), tuple(items), **given)
 
 
-def _item(line: str, default_id: str) -> ChoiceItem | GenerationItem:
-    record = parse_object(line)
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file's first line; null stands for what is not given."""
+    given = record["task"]
+    if len(record) > 1:
+        raise UserError('a line with "task" has no other fields')
+    if not isinstance(given, dict):
+        raise wrong("task", f"must be an object, not {kind(given)}")
+    checks: dict[str, Callable[[str, Any], None]] = {
+        "metric": _check_metric,
+        "max_new_tokens": _check_tokens,
+        "stop": _check_stop,
+        "chat": _check_flag,
+        "source": check_text,
+        "licence": check_name,
+    }
+    for name, value in given.items():
+        if name not in checks:
+            raise UserError(f"unknown field {name!r:.60} of the task; the fields are {', '.join(checks)}")
+        if value is not None:
+            checks[name](name, value)
+    settings = {name: value for name, value in given.items() if value is not None}
+    return settings | ({"stop": tuple(settings["stop"])} if "stop" in settings else {})
+
+
+def _check_metric(field: str, value: Any) -> None:
+    metrics = CHOICE_METRICS + GENERATION_METRICS
+    if value not in metrics:
+        raise wrong(field, f"must be one of: {', '.join(metrics)}")
+
+
+def _check_tokens(field: str, value: Any) -> None:
+    if type(value) is not int or not 1 <= value <= MAX_NEW_TOKENS:
+        raise wrong(field, f"must be a number of tokens from 1 to {MAX_NEW_TOKENS}")
+
+
+def _check_stop(field: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise wrong(field, f"must be a list of texts, not {kind(value)}")
+    for text in value:
+        check_text(field, text)
+
+
+def _check_flag(field: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise wrong(field, f"must be true or false, not {kind(value)}")
+
+
+def _check_fit(header: dict[str, Any], is_choice: bool) -> None:
+    """Raise UserError for settings that are not for items of this kind."""
+    metrics, what = (CHOICE_METRICS, "continuations") if is_choice else (GENERATION_METRICS, "answers")
+    if "metric" in header and header["metric"] not in metrics:
+        raise wrong("metric", f"must be one of {', '.join(metrics)} for items with {what}")
+    for name in ("max_new_tokens", "stop", "chat"):
+        if is_choice and name in header:
+            raise wrong(name, "is for items with answers; these have continuations")
+
+
+def _item(record: dict[str, Any], default_id: str) -> ChoiceItem | GenerationItem:
     is_choice = "continuations" in record or "gold" in record
     known = CHOICE_FIELDS if is_choice else GENERATION_FIELDS
     for name in record:

