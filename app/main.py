@@ -17,6 +17,7 @@ PAGES = {
         st.Page("views/layers.py", title="Layers", icon=":material/layers:"),
         st.Page("views/cutoff.py", title="Cutoff", icon=":material/content_cut:"),
         st.Page("views/benchmark.py", title="Benchmark", icon=":material/speed:"),
+        st.Page("views/quality.py", title="Quality", icon=":material/fact_check:"),
         st.Page("views/compare.py", title="Compare", icon=":material/compare_arrows:"),
     ],
     "Run a model": [

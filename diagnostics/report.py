@@ -1,9 +1,13 @@
-"""One self-contained HTML page of a run, to be mailed: its recommendation, figures and evidence; no network needed."""
+"""One self-contained HTML page of a run or an evaluation, to be mailed: table, figures, evidence; no network needed."""
+
+from __future__ import annotations
 
 import html
 import os
+from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -13,6 +17,9 @@ from diagnostics.errors import UserError
 from diagnostics.recommend import Recommendation
 from diagnostics.results import Run, write_text
 from diagnostics.terminal.diagnosis import show_recommendation
+
+if TYPE_CHECKING:
+    from diagnostics.evaluate.folder import Evaluation
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -35,8 +42,8 @@ PAGE = """<!doctype html>
 <dl>{facts}</dl>
 </html>
 """
-# Wide enough for the terminal's layer curves and tables.
-COLUMNS = 110
+# Wide enough for the terminal's layer curves and tables; an evaluation's table grows with its policies.
+COLUMNS, EVALUATION_COLUMNS = 110, 1000
 
 
 def report(run: Run, recommendation: Recommendation, benchmark: Benchmark | None = None) -> str:
@@ -49,27 +56,75 @@ def report(run: Run, recommendation: Recommendation, benchmark: Benchmark | None
     ]
     if benchmark is not None:
         drawn.append(figures.benchmark_ratios(benchmark))
+    title = f"Cutoff {recommendation.cutoff} of {run.n_layers} for {run.manifest['model']}"
+    return _page(title, _summary(run, recommendation), drawn, _facts(run))
+
+
+def evaluation_report(evaluation: Evaluation) -> str:
+    """Return the page of an evaluation, at the margin and with the seed that it was made with."""
+    from diagnostics.evaluate.summary import summarize
+    from diagnostics.terminal.evaluation import show_evaluation
+
+    m = evaluation.manifest
+    margin = asked_margin(m)
+    table = summarize(evaluation, margin=margin, seed=asked_seed(m))
+    drawn = [
+        figures.quality_differences(table, margin),
+        figures.quality_scores(table),
+        figures.quality_by_cutoff(table),
+        figures.quality_failures(table),
+    ]
+    text = StringIO()
+    show_evaluation(table, Console(file=text, width=EVALUATION_COLUMNS, highlight=False, no_color=True))
+    n = evaluation.items.groupby("task", sort=False)["item_id"].nunique()
+    facts = {
+        "Evaluation": str(evaluation.path or "in memory"),
+        "Made": str(m.get("created", "")),
+        "Hardware": str(m.get("hardware", "")),
+        "Items": ", ".join(f"{name} {count}" for name, count in n.items()),
+        "Margin": f"{100 * margin:g} points",
+    }
+    identity = m["identity"] if isinstance(m.get("identity"), dict) else {}
+    facts |= {name.capitalize(): str(identity[name]) for name in ("dtype", "query", "seed") if name in identity}
+    title = f"Quality of {m['model']} under {table['policy'].nunique()} policies"
+    return _page(title, text.getvalue(), [one for one in drawn if one is not None], facts.items())
+
+
+def asked_margin(manifest: dict[str, Any]) -> float:
+    """Return the margin of non-inferiority that an evaluation was asked for, as a share of the score."""
+    from diagnostics.evaluate.summary import MARGIN
+
+    arguments = manifest.get("arguments")
+    asked = arguments.get("margin") if isinstance(arguments, dict) else None
+    return float(asked) if isinstance(asked, int | float) and 0 <= asked <= 1 else MARGIN
+
+
+def asked_seed(manifest: dict[str, Any]) -> int:
+    """Return the seed of an evaluation."""
+    identity = manifest.get("identity")
+    asked = identity.get("seed") if isinstance(identity, dict) else None
+    return asked if isinstance(asked, int) and asked >= 0 else 0
+
+
+def write_report(path: str | Path, page: str) -> None:
+    """Write a page atomically; raise UserError where that is not possible."""
+    try:
+        write_text(Path(path), page)
+    except OSError as error:
+        raise UserError(f"cannot write the report {os.fspath(path)!r}: {error.strerror or error}") from None
+
+
+def _page(title: str, summary: str, drawn: Sequence[Any], facts: Iterable[tuple[str, str]]) -> str:
     parts = [
         figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})
         for number, figure in enumerate(drawn)
     ]
-    title = f"Cutoff {recommendation.cutoff} of {run.n_layers} for {run.manifest['model']}"
     return PAGE.format(
         title=html.escape(title),
-        summary=html.escape(_summary(run, recommendation)),
+        summary=html.escape(summary),
         figures="\n".join(parts),
-        facts="".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(run)),
+        facts="".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts if value),
     )
-
-
-def write_report(
-    path: str | Path, run: Run, recommendation: Recommendation, benchmark: Benchmark | None = None
-) -> None:
-    """Write the page atomically; raise UserError where that is not possible."""
-    try:
-        write_text(Path(path), report(run, recommendation, benchmark))
-    except OSError as error:
-        raise UserError(f"cannot write the report {os.fspath(path)!r}: {error.strerror or error}") from None
 
 
 def _summary(run: Run, recommendation: Recommendation) -> str:
@@ -88,4 +143,4 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Versions": ", ".join(f"{name} {version}" for name, version in m.get("versions", {}).items()),
     }
     facts |= {name.replace("_", " ").capitalize(): str(value) for name, value in identity.items()}
-    return [(name, value) for name, value in facts.items() if value]
+    return list(facts.items())

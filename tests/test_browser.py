@@ -28,6 +28,7 @@ PAGES = {
     "Layers": True,
     "Cutoff": True,
     "Benchmark": True,
+    "Quality": False,
     "Playground": False,
     "Compare": True,
     "New diagnosis": False,

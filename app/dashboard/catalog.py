@@ -1,4 +1,4 @@
-"""What lies in a folder of runs: runs, benchmarks, and folders that are neither, each with its state."""
+"""What lies in a folder of runs: runs, benchmarks, evaluations, and folders that are none, each with its state."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import UserError
+from diagnostics.evaluate.folder import EVALUATION
 from diagnostics.results import BENCHMARK, MANIFEST, PARTS, RECOMMENDATION, read_manifest
 
 # Name, size and time of every file that a folder's content depends on.
@@ -16,20 +17,21 @@ Signature = tuple[tuple[str, int, int], ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder: its manifest if it is a run, and else what is wrong with it; whether it holds a benchmark."""
+    """One folder: its manifest if it is a run, and else what is wrong with it; what else it holds."""
 
     path: Path
     name: str
     manifest: dict[str, Any] | None
     problem: str | None
     has_benchmark: bool
+    has_evaluation: bool
     signature: Signature
 
     @property
     def status(self) -> str:
-        """``complete``, ``3 of 28 prompts``, ``benchmark`` or ``not a run``."""
+        """``complete``, ``3 of 28 prompts``, ``benchmark``, ``evaluation`` or ``not a run``."""
         if self.manifest is None:
-            return "benchmark" if self.has_benchmark else "not a run"
+            return "benchmark" if self.has_benchmark else "evaluation" if self.has_evaluation else "not a run"
         if self.manifest["status"] == "complete":
             return "complete"
         return f"{self.finished_prompts} of {self.manifest['n_prompts']} prompts"
@@ -57,9 +59,9 @@ class Entry:
 
 
 def find_runs(folder: Path) -> list[Entry]:
-    """List the folders in ``folder``, newest first, or ``folder`` itself if it is a run; nothing if it is missing."""
+    """List the folders in ``folder``, newest first, or ``folder`` itself if it is one; nothing if it is missing."""
     # os.path, unlike pathlib, takes what cannot be looked into for something that is not there.
-    if os.path.exists(folder / MANIFEST) or os.path.exists(folder / BENCHMARK):
+    if any(os.path.exists(folder / name) for name in (MANIFEST, BENCHMARK, EVALUATION)):
         return [_entry(folder)]
     try:
         inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -74,14 +76,15 @@ def find_runs(folder: Path) -> list[Entry]:
 def _entry(path: Path) -> Entry:
     manifest: dict[str, Any] | None = None
     problem = None
-    has_benchmark = os.path.exists(path / BENCHMARK)
+    has_benchmark, has_evaluation = os.path.exists(path / BENCHMARK), os.path.exists(path / EVALUATION)
     try:
         manifest = read_manifest(path)
     except UserError as error:
-        problem = None if has_benchmark and not os.path.exists(path / MANIFEST) else str(error)
+        is_other = has_benchmark or has_evaluation
+        problem = None if is_other and not os.path.exists(path / MANIFEST) else str(error)
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
-    return Entry(path, path.name, manifest, problem, has_benchmark, tuple(_signature(path)))
+    return Entry(path, path.name, manifest, problem, has_benchmark, has_evaluation, tuple(_signature(path)))
 
 
 def _signature(path: Path) -> Iterator[tuple[str, int, int]]:

@@ -108,7 +108,7 @@ def upload() -> None:
 
 st.title("How deep must a prompt go?")
 # Folders with a benchmark and nothing else have a page of their own.
-runs = [entry for entry in entries() if entry.status != "benchmark"]
+runs = [entry for entry in entries() if entry.status not in ("benchmark", "evaluation")]
 if runs:
     table(runs)
 else:

@@ -37,7 +37,7 @@ class Evaluation:
 
     Columns: task, policy, item_id, category, n_prompt (tokens of the prompt), score (0..1); of choice items ``chosen``,
     ``gold`` and ``gold_log_likelihood`` (nats, of the right continuation whole); of generated answers ``answer``,
-    ``n_tokens`` and the ways to fail. NaN where a column does not apply.
+    ``accepted``, ``n_tokens`` and the ways to fail. NaN where a column does not apply.
     """
 
     manifest: dict[str, Any]
@@ -46,7 +46,7 @@ class Evaluation:
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
-    """Read an evaluation from its folder; raise UserError where there is none."""
+    """Read an evaluation; raise UserError where there is none, or policies did not answer the same items once each."""
     folder = Path(path)
     manifest = load_manifest(folder)
     try:
@@ -56,6 +56,15 @@ def load_evaluation(path: str | Path) -> Evaluation:
     missing = {"task", "policy", "item_id", "score"} - set(items)
     if missing or not isinstance(manifest.get("model"), str):
         raise UserError(f"the evaluation in {str(path)!r} is damaged")
+    try:
+        scores = items["score"].astype(float)
+        counted = items.groupby(["task", "item_id"])["policy"].agg(["size", "nunique"])
+        policies = items.groupby("task")["policy"].nunique()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the evaluation in {str(path)!r} is damaged: {error}") from None
+    once = (counted["size"] == counted["nunique"]) & (counted["size"] == policies.reindex(counted.index, level="task"))
+    if items.empty or not scores.between(0, 1).all() or not once.all():
+        raise UserError(f"the evaluation in {str(path)!r} is damaged: items are missing, doubled or without a score")
     return Evaluation(manifest, items, folder)
 
 

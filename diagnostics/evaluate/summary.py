@@ -7,9 +7,9 @@ import pandas as pd
 
 from diagnostics.evaluate.answers import FAILURES
 from diagnostics.evaluate.folder import Evaluation
+from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.statistics import Estimate, average, difference, estimate, holm
 
-AVERAGE = "average"
 # The baseline, as `FullPolicy.name` has it; to import that would load torch.
 FULL = "full"
 MARGIN = 0.02
@@ -54,7 +54,7 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
         for row, corrected in zip(of_policy, holm([row.get("p_value", np.nan) for row in of_policy]), strict=True):
             row["p_holm"] = corrected
         rows += of_policy
-        if len(mine) == sum(FULL in table for table in wide.values()):
+        if set(mine) == {task for task, table in wide.items() if FULL in table}:
             rows.append({"policy": policy, "task": AVERAGE} | _averaged(mine, wide, policy, margin, seed))
     return pd.DataFrame(rows)
 
@@ -67,7 +67,8 @@ def markdown(summary: pd.DataFrame) -> str:
     """
     tasks = list(dict.fromkeys(summary["task"]))
     failing = [name for name in FAILURES if name in summary and summary[name].notna().any()]
-    lines = ["| " + " | ".join(["policy", *tasks, *failing]) + " |", "| --- " * (1 + len(tasks) + len(failing)) + "|"]
+    titles = [str(title).replace("|", r"\|") for title in ("policy", *tasks, *failing)]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * (1 + len(tasks) + len(failing)) + "|"]
     for policy, rows in summary.groupby("policy", sort=False):
         cells = [str(policy)]
         for task in tasks:

@@ -7,6 +7,7 @@ pages.
 from diagnostics.figures.benchmarks import benchmark_ratios
 from diagnostics.figures.cutoffs import compare_runs, cutoff_loss, retention
 from diagnostics.figures.layers import head_map, layer_curves, logit_lens
+from diagnostics.figures.quality import quality_by_cutoff, quality_differences, quality_failures, quality_scores
 from diagnostics.figures.style import PALETTE
 
 __all__ = [
@@ -17,5 +18,9 @@ __all__ = [
     "head_map",
     "layer_curves",
     "logit_lens",
+    "quality_by_cutoff",
+    "quality_differences",
+    "quality_failures",
+    "quality_scores",
     "retention",
 ]
