@@ -9,7 +9,7 @@ import torch
 
 PACKAGES = ("speed-diagnostics", "torch", "transformers", "numpy", "scipy", "pandas", "pyarrow")
 # Recorded where they took part.
-OPTIONAL = {"transformer_lens": "transformer-lens", "nnsight": "nnsight", "peft": "peft"}
+OPTIONAL = {"transformer_lens": "transformer-lens", "nnsight": "nnsight", "peft": "peft", "lm_eval": "lm-eval"}
 
 
 def versions() -> dict[str, str]:

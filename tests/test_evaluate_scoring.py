@@ -96,14 +96,33 @@ def test_all_cutoffs_cost_one_prefill(monkeypatch):
     assert prompts == [len(CONTEXT) - 1, len(CONTEXT)]
 
 
-def test_continuations_run_one_by_one_where_copies_of_the_cache_take_too_much(monkeypatch):
-    lm, context = load("llama"), Encoded((), tuple(CONTEXT))
-    for policy in (SpeedPolicy(2), FASTKV):
-        together = score(lm, policy, context, CONTINUATIONS)
-        with monkeypatch.context() as patched:
-            patched.setattr(scoring, "BATCH_BYTES", 0)
-            apart = score(lm, policy, context, CONTINUATIONS)
+@pytest.mark.parametrize("policy", [SpeedPolicy(2), SpeedPolicy(2, 0), FASTKV], ids=str)
+def test_continuations_run_as_many_at_once_as_there_is_room_for(policy, monkeypatch):
+    lm, context, sizes = load("llama"), Encoded((), tuple(CONTEXT)), []
+
+    def counting(model, ids, cache):
+        sizes.append(len(ids))
+        return decode(model, ids, cache)
+
+    decode = scoring.decode
+    together = score(lm, policy, context, CONTINUATIONS)
+    _, cache = prefill_context(lm, policy, context)
+    one = cache.kv_bytes + 6 * VOCAB * 4
+    monkeypatch.setattr(scoring, "decode", counting)
+    for room, expected in ((0, [1, 1, 1, 1]), (3 * one, [3, 1]), (4 * one, [4])):
+        monkeypatch.setattr(scoring, "BATCH_BYTES", room)
+        sizes.clear()
+        apart = score(lm, policy, context, CONTINUATIONS)
+        assert sizes == expected
         assert [s.log_likelihood for s in apart] == pytest.approx([s.log_likelihood for s in together], abs=1e-5)
+
+
+def test_what_just_fits_the_positions_is_scored():
+    lm, context = load("llama"), Encoded((), tuple(random_ids(500, 1)))
+    assert lm.anatomy.max_positions == 512
+    assert score(lm, SpeedPolicy(2), context, [[5] * 13])[0].n_tokens == 13
+    with pytest.raises(UserError, match="exceed the 512 positions"):
+        score(lm, SpeedPolicy(2), context, [[5] * 14])
 
 
 def test_what_decoding_writes_is_greedy():

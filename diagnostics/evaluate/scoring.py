@@ -28,7 +28,7 @@ from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.full import FullPolicy
 
 QUERIES = ("prompt", "later", "decode")
-# Continuations run as one batch, each with a copy of the context's cache, while these copies take no more bytes.
+# Continuations run as batches, each with a copy of the context's cache; copies and logits take no more bytes than this.
 BATCH_BYTES = 2**30
 
 
@@ -127,33 +127,36 @@ def score(
     """
     longest = max((len(continuation) for continuation in continuations), default=0)
     positions = lm.anatomy.max_positions
-    if positions is not None and len(context.ids) + longest > positions:
+    # The last token of a continuation is predicted, never run.
+    if positions is not None and len(context.ids) + longest - 1 > positions:
         raise UserError(
             f"a context of {len(context.ids)} tokens and {longest} more exceed the {positions} positions of {lm.name!r}"
         )
     if not all(continuations):
         raise UserError("a continuation has no tokens")
     first, cache = prefill_context(lm, policy, context, query=query, chunk_size=chunk_size, shared=shared)
-    later = _later_logits(lm, cache, [continuation[:-1] for continuation in continuations])
+    later = _later_logits(lm, cache, [continuation[:-1] for continuation in continuations], first.shape[-1])
     return [
         _scored(first if more is None else torch.cat([first, more]), torch.tensor(list(ids)))
         for ids, more in zip(continuations, later, strict=True)
     ]
 
 
-def _later_logits(lm: LoadedModel, cache: PolicyCache, rows: Sequence[Sequence[int]]) -> Iterator[Tensor | None]:
+def _later_logits(
+    lm: LoadedModel, cache: PolicyCache, rows: Sequence[Sequence[int]], n_vocabulary: int
+) -> Iterator[Tensor | None]:
     """Logits [tokens, vocabulary] after every token of each of these rows; None for a row without tokens."""
     width = max(map(len, rows), default=0)
-    if width and len(rows) * cache.kv_bytes <= BATCH_BYTES:
-        cache.batch_repeat_interleave(len(rows))
-        # Any token fills up shorter rows: it comes after all that is looked at.
-        filled = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows], device=lm.device)
-        for ids, logits in zip(rows, decode(lm, filled, cache), strict=True):
-            yield logits[: len(ids)] if ids else None
+    if width == 0:
+        yield from [None] * len(rows)
         return
-    for ids in rows:
-        yield decode(lm, _tensor(lm, ids), cache)[0] if ids else None
-        cache.crop(-len(ids))
+    at_once = max(1, BATCH_BYTES // (cache.kv_bytes + width * n_vocabulary * lm.dtype.itemsize))
+    for start in range(0, len(rows), at_once):
+        some = rows[start : start + at_once]
+        # Any token fills up shorter rows: it comes after all that is looked at.
+        filled = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in some], device=lm.device)
+        for ids, logits in zip(some, decode(lm, filled, cache.repeated(len(some))), strict=True):
+            yield logits[: len(ids)] if ids else None
 
 
 def prefill_context(
@@ -199,7 +202,8 @@ def _tensor(lm: LoadedModel, ids: Sequence[int]) -> Tensor:
 
 def _scored(logits: Tensor, ids: Tensor) -> Scored:
     """Score tokens [n] by the logits [n, vocabulary] that predict them."""
-    log_p = logits.float().log_softmax(-1)
+    # Float32 at least: in half precision likelihoods of long continuations are worth nothing.
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = log_p.gather(-1, ids[:, None].to(log_p.device))[:, 0]
     greedy = bool((log_p.argmax(-1) == ids.to(log_p.device)).all())
     return Scored(float(chosen.double().sum()), len(ids), greedy)

@@ -127,7 +127,7 @@ class PolicyLayer(CacheLayerMixin):
     def first_columns(self, stop: int) -> PolicyLayer:
         """Return a layer that holds only columns up to ``stop``, in the same storage until it grows."""
         made = copy.copy(self)
-        if stop == 0:
+        if stop == 0 or not self.is_initialized:
             made.reset()
             return made
         slots = slice(0, count(made.pieces))
@@ -268,6 +268,12 @@ class PolicyCache(Cache):
         made = copy.copy(self)
         made.policy = policy
         made.layers = [layer.first_columns(stop) for layer, stop in zip(self.layers, stops, strict=True)]
+        return made
+
+    def repeated(self, rows: int) -> PolicyCache:
+        """Return a cache of a batch whose rows are each that of this one row; this one stays as it is."""
+        made = self.first_columns(self.policy, [self.n_columns] * len(self.layers))
+        made.batch_repeat_interleave(rows)
         return made
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
