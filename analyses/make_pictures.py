@@ -1,4 +1,4 @@
-"""Draw the pictures of the README: the terminal, the main figure and the dashboard.
+"""Draw the pictures of the README: the terminal, the main figure, what quality is kept, and the dashboard.
 
 python analyses/make_pictures.py [RUN]    # by default a new run of the embedded model on the built-in prompts
 
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pandas as pd
 from playwright.sync_api import Error
 from rich.console import Console
 
 from browsing import browsing, serving
 from diagnostics import Run, diagnose, figures, load_model, load_prompts, load_run, recommend
+from diagnostics.evaluate.summary import MARGIN
 from diagnostics.results import RECOMMENDATION
 from diagnostics.terminal.diagnosis import show_recommendation
 
@@ -37,7 +39,10 @@ def main(given: str | None = None) -> None:
         recommend(run).save(folder / RECOMMENDATION)
         terminal(run, RESULTS / "recommend.svg")
         with browsing() as browser:
-            main_figure(browser, run, RESULTS / "cutoff_loss.svg")
+            loss = figures.cutoff_loss(run, recommend(run))
+            plain(browser, loss, RESULTS / "cutoff_loss.svg")
+            quality = figures.quality_differences(pd.read_csv(RESULTS / "quality" / "choice.csv"), MARGIN)
+            plain(browser, quality, RESULTS / "quality.svg")
             dashboard(browser, Path(scratch), RESULTS / "dashboard.png")
 
 
@@ -53,9 +58,9 @@ def terminal(run: Run, picture: Path) -> None:
     picture.write_text(svg)
 
 
-def main_figure(browser: Any, run: Run, picture: Path) -> None:
-    """Draw loss and savings against the cutoff, on white: a README has no background of its own."""
-    figure = figures.cutoff_loss(run, recommend(run)).update_layout(paper_bgcolor="white", width=900)
+def plain(browser: Any, figure: Any, picture: Path) -> None:
+    """Draw a figure on white: a README has no background of its own."""
+    figure = figure.update_layout(paper_bgcolor="white", width=900)
     page = browser.new_page()
     page.set_content(figure.to_html(include_plotlyjs=True, full_html=True))
     page.wait_for_selector(".main-svg")

@@ -3,12 +3,12 @@
 import json
 import sys
 
-import calibrate
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+import calibrate
 from calibration_study import pool as pool_module
 from calibration_study.coverage import GOALS, RULES, SIZES, coverage, cutoff_by, transfer
 from calibration_study.prediction import correlations, predictors, price, spearman, task_losses
