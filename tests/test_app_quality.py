@@ -68,6 +68,8 @@ def test_the_table_is_the_summary_in_percent(runs, evaluation, open_page):
     assert 0 < fits < 10
     rate = summary.loc[(summary["policy"] == "fastkv") & (summary["task"] == "gsm8k"), "empty"].item()
     assert shown.loc["FastKV", "empty, %"] == f"{100 * rate:.1f}"
+    averages = summary[summary["task"] == AVERAGE].set_index("policy")["score"]
+    assert shown.loc["FastKV", "kept, %"] == f"{100 * averages['fastkv'] / averages['full']:.0f}"
     assert any("made-model, float32, CPU, 360 items of 3 tasks, query: prompt" in literal(c.value) for c in at.caption)
 
 
@@ -234,7 +236,7 @@ def test_names_are_text(tmp_path, open_page):
             assert part not in element.value, element.value
         seen += ODD in literal(element.value)
     assert seen >= 3
-    assert list(at.dataframe[0].value.columns) == [ODD, "policy", "empty", AVERAGE]
+    assert list(at.dataframe[0].value.columns) == [ODD, "policy", "empty", AVERAGE, "kept, %"]
     assert "<b>d" not in json.dumps(figure(at))
 
 

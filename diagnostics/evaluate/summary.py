@@ -13,16 +13,18 @@ from diagnostics.evaluate.statistics import Estimate, average, difference, estim
 # The baseline, as `FullPolicy.name` has it; to import that would load torch.
 FULL = "full"
 MARGIN = 0.02
+KEPT = "kept, %"
 
 
 def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) -> pd.DataFrame:
     """Return one row per policy and task, and one per policy for the average over tasks.
 
-    Columns: policy, task, n, score, standard_error, low, high (95% bootstrap interval); difference to full depth with
-    its interval (``difference``, ``difference_low``, ``difference_high``) and one-sided 95% ``lower_bound``;
-    ``p_value`` and ``p_holm``, corrected over the tasks of a policy; ``non_inferior``, whether by that bound the score
-    is at most ``margin`` below that of full depth; and the rates of each way to fail, NaN for choice tasks. A task
-    that a policy did not finish has no row, and a policy no average unless it finished every task that full depth did.
+    Columns: policy, task, n, score, standard_error, low, high (95% bootstrap interval); ``retention``, the score as a
+    share of that of full depth, NaN where that is 0 or missing; difference to full depth with its interval
+    (``difference``, ``difference_low``, ``difference_high``) and one-sided 95% ``lower_bound``; ``p_value`` and
+    ``p_holm``, corrected over the tasks of a policy; ``non_inferior``, whether by that bound the score is at most
+    ``margin`` below that of full depth; and the rates of each way to fail, NaN for choice tasks. A task that a policy
+    did not finish has no row, and a policy no average unless it finished every task that full depth did.
     """
     items = evaluation.items
     wide = {
@@ -39,6 +41,7 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
             scores = table[policy].to_numpy(float)
             mine[task] = scores
             row = {"policy": policy, "task": task} | _estimated(estimate(scores, seed=seed))
+            row["retention"] = _share(scores, table[FULL]) if FULL in table else np.nan
             if policy != FULL and FULL in table:
                 found = difference(scores, table[FULL].to_numpy(float), seed=seed)
                 row |= {
@@ -59,26 +62,33 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
     return pd.DataFrame(rows)
 
 
-def markdown(summary: pd.DataFrame) -> str:
-    """Return the table as Markdown: policies in rows, tasks, the average and the ways to fail in columns.
+def texts(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the table as texts: policies in rows; tasks, the average, what is kept of it, and ways to fail in columns.
 
     A score is in percent with the half-width of its interval; ``*`` marks a difference to full depth that is
-    significant at 5% after correction over tasks.
+    significant at 5% after correction over tasks. Ways to fail are those of generated answers, if there are any.
     """
-    tasks = list(dict.fromkeys(summary["task"]))
+    tasks = sorted(dict.fromkeys(summary["task"]), key=lambda task: task == AVERAGE)
     failing = [name for name in FAILURES if name in summary and summary[name].notna().any()]
-    titles = [str(title).replace("|", r"\|") for title in ("policy", *tasks, *failing)]
-    lines = ["| " + " | ".join(titles) + " |", "| --- " * (1 + len(tasks) + len(failing)) + "|"]
+    lines = {}
     for policy, rows in summary.groupby("policy", sort=False):
-        cells = [str(policy)]
-        for task in tasks:
-            found = rows[rows["task"] == task]
-            cells.append(cell(found.iloc[0]) if len(found) else "-")
+        by_task, of_tasks = rows.set_index("task"), rows[rows["task"] != AVERAGE]
+        line = {task: cell(by_task.loc[task]) if task in by_task.index else "-" for task in tasks}
+        kept = by_task["retention"].get(AVERAGE, np.nan)
+        line[KEPT] = "-" if np.isnan(kept) else f"{100 * kept:.0f}"
         for name in failing:
-            rate = rows.loc[rows["task"] != AVERAGE, name].mean()
-            cells.append("-" if np.isnan(rate) else f"{rate:.1%}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rate = of_tasks[name].mean()
+            line[f"{name}, %"] = "-" if np.isnan(rate) else f"{100 * rate:.1f}"
+        lines[str(policy)] = line
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def markdown(summary: pd.DataFrame) -> str:
+    """Return the table of `texts` as Markdown."""
+    table = texts(summary)
+    rows = [["policy", *table.columns], ["---"] * (1 + len(table.columns))]
+    rows += [[policy, *row] for policy, row in zip(table.index, table.to_numpy().tolist(), strict=True)]
+    return "".join("| " + " | ".join(str(text).replace("|", r"\|") for text in row) + " |\n" for row in rows)
 
 
 def cell(row: pd.Series) -> str:
@@ -87,6 +97,10 @@ def cell(row: pd.Series) -> str:
     spread = "" if np.isnan(half) else f" ± {100 * half:.1f}"
     significant = row.get("p_holm", np.nan) < 0.05
     return f"{100 * row['score']:.1f}{spread}{'*' if significant else ''}"
+
+
+def _share(scores: Any, full: Any) -> float:
+    return float(np.mean(scores) / np.mean(full)) if np.mean(full) > 0 else np.nan
 
 
 def _estimated(found: Estimate) -> dict[str, Any]:
@@ -104,6 +118,8 @@ def _averaged(
 ) -> dict[str, Any]:
     """The mean over tasks, and its paired difference to full depth: items are drawn within tasks."""
     row = _estimated(average(mine, seed=seed))
+    means = [[scores.mean(), wide[task][FULL].mean()] for task, scores in mine.items()]
+    row["retention"] = _share(*np.transpose(means)) if means else np.nan
     if policy != FULL:
         paired = {task: scores - wide[task][FULL].to_numpy(float) for task, scores in mine.items()}
         found = average(paired, seed=seed)
