@@ -1,11 +1,13 @@
 """Evaluations: what is scored, what is compared, and what is left after a kill or a failure."""
 
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from diagnostics import FullPolicy, SpeedPolicy, UserError, generate, load_run
 from diagnostics.evaluate import answering
@@ -17,6 +19,7 @@ from diagnostics.evaluate.scoring import encode_pair, score
 from diagnostics.evaluate.statistics import difference, estimate
 from diagnostics.evaluate.summary import AVERAGE, markdown, summarize
 from diagnostics.evaluate.tasks import load_task
+from diagnostics.terminal.evaluation import show_evaluation
 from tests.runs import contents, run_command, save_tiny
 from tests.tiny import random_ids, tiny_model
 
@@ -337,3 +340,24 @@ def test_damaged_evaluations_are_refused(world, lm, choice, tmp_path):
         load_evaluation(tmp_path / "out")
     with pytest.raises(UserError, match="is not a run"):
         load_run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("width", [48, 100, 400])
+def test_the_terminal_says_averages_whatever_its_width(made, width):
+    table, out = summarize(made), io.StringIO()
+    show_evaluation(table, Console(file=out, width=width))
+    said = " ".join(out.getvalue().split())
+    for _, row in table[table["task"] == AVERAGE].iterrows():
+        assert f"{100 * row['score']:.1f}" in said
+        assert f"{100 * row['retention']:.0f}" in said
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    assert ("±" in said) == (width > 48)
+
+
+def test_what_is_kept_is_the_share_of_full_depth(made):
+    table = summarize(made).set_index(["policy", "task"])
+    for policy, task in table.index:
+        full = table.loc[("full", task), "score"]
+        assert table.loc[(policy, task), "retention"] == pytest.approx(table.loc[(policy, task), "score"] / full)
+    none = made.items.assign(score=0.0)
+    assert summarize(replace(made, items=none))["retention"].isna().all()

@@ -62,18 +62,18 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
     return pd.DataFrame(rows)
 
 
-def texts(summary: pd.DataFrame) -> pd.DataFrame:
+def texts(summary: pd.DataFrame, *, spread: bool = True) -> pd.DataFrame:
     """Return the table as texts: policies in rows; tasks, the average, what is kept of it, and ways to fail in columns.
 
-    A score is in percent with the half-width of its interval; ``*`` marks a difference to full depth that is
-    significant at 5% after correction over tasks. Ways to fail are those of generated answers, if there are any.
+    A score is in percent, with ``spread`` also the half-width of its interval; ``*`` marks a difference to full depth
+    that is significant at 5% after correction over tasks. Ways to fail are there if answers were generated.
     """
     tasks = sorted(dict.fromkeys(summary["task"]), key=lambda task: task == AVERAGE)
     failing = [name for name in FAILURES if name in summary and summary[name].notna().any()]
     lines = {}
     for policy, rows in summary.groupby("policy", sort=False):
         by_task, of_tasks = rows.set_index("task"), rows[rows["task"] != AVERAGE]
-        line = {task: cell(by_task.loc[task]) if task in by_task.index else "-" for task in tasks}
+        line = {task: cell(by_task.loc[task], spread) if task in by_task.index else "-" for task in tasks}
         kept = by_task["retention"].get(AVERAGE, np.nan)
         line[KEPT] = "-" if np.isnan(kept) else f"{100 * kept:.0f}"
         for name in failing:
@@ -91,12 +91,12 @@ def markdown(summary: pd.DataFrame) -> str:
     return "".join("| " + " | ".join(str(text).replace("|", r"\|") for text in row) + " |\n" for row in rows)
 
 
-def cell(row: pd.Series) -> str:
-    """Return a score of the table in percent, with the half-width of its interval."""
-    half = (row["high"] - row["low"]) / 2
-    spread = "" if np.isnan(half) else f" ± {100 * half:.1f}"
+def cell(row: pd.Series, spread: bool = True) -> str:
+    """Return a score of the table in percent, as `texts` has it."""
+    half = (row["high"] - row["low"]) / 2 if spread else np.nan
+    said = "" if np.isnan(half) else f" ± {100 * half:.1f}"
     significant = row.get("p_holm", np.nan) < 0.05
-    return f"{100 * row['score']:.1f}{spread}{'*' if significant else ''}"
+    return f"{100 * row['score']:.1f}{said}{'*' if significant else ''}"
 
 
 def _share(scores: Any, full: Any) -> float:

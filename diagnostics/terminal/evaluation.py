@@ -7,25 +7,36 @@ from rich.table import Table
 from rich.text import Text
 
 from diagnostics.evaluate.items import AVERAGE
-from diagnostics.evaluate.summary import texts
+from diagnostics.evaluate.summary import KEPT, texts
 
-LONGEST = 30
+LONGEST, NARROWEST = 30, 8
 
 
 def show_evaluation(summary: pd.DataFrame, console: Console) -> None:
-    """Print scores in percent with the half-width of their 95% interval; ``*`` marks what differs from full depth."""
-    shown = texts(summary)
-    if len(shown) < len(shown.columns):
-        shown = shown.T  # the fewer columns the better they fit
-    table = Table(box=SIMPLE_HEAD)
-    # What the rows are is said whole; titles of columns take a second line instead.
-    table.add_column("", min_width=min(LONGEST, max(len(str(name)) for name in shown.index)))
-    for title in shown.columns:
-        table.add_column(Text(str(title)), justify="right", overflow="fold")
-    for name, row in shown.iterrows():
-        table.add_row(Text(str(name)), *row, style="bold" if name == AVERAGE else None)
+    """Print scores in percent, with the half-width of their 95% interval where that fits."""
+    table, said = _table(texts(summary)), "Scores in percent, ± half of the 95% interval"
+    endless = console.options.update(width=10_000)  # a measure goes no further than its console
+    if console.measure(table, options=endless).minimum > console.width:
+        shown = texts(summary, spread=False)
+        first = [AVERAGE, KEPT]  # should the last ones not fit either
+        shown = shown[[*(name for name in first if name in shown), *(name for name in shown if name not in first)]]
+        table, said = _table(shown, narrow=True), "Scores in percent; summary.md has their intervals"
     console.print(table)
     console.print(
-        "Scores in percent, ± half of the 95% interval; * differs from full depth (5%, corrected over tasks); "
-        "kept: the average as a share of full depth's."
+        f"{said}; * differs from full depth (5%, corrected over tasks); kept: the average as a share of full depth's."
     )
+
+
+def _table(shown: pd.DataFrame, narrow: bool = False) -> Table:
+    if len(shown) < len(shown.columns):
+        shown = shown.T  # the fewer columns the better they fit
+    table = Table(box=None if narrow else SIMPLE_HEAD, padding=(0, 1, 0, 0) if narrow else (0, 1))
+    # What the rows are is said whole; titles of columns take a second line instead.
+    table.add_column("", min_width=min(LONGEST, max(len(str(name)) for name in shown.index)))
+    for title, cells in shown.items():
+        width = max(map(len, cells))
+        most = max(width, NARROWEST) if narrow else None
+        table.add_column(Text(str(title)), justify="right", overflow="fold", min_width=width, max_width=most)
+    for name, row in shown.iterrows():
+        table.add_row(Text(str(name)), *row, style="bold" if name == AVERAGE else None)
+    return table
