@@ -13,11 +13,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from rich.console import Console
 from rich.progress import Progress
 
-from calibration_study.coverage import coverage, transfer
+from calibration_study.coverage import coverage, left_out, transfer
 from calibration_study.pool import pool
 from calibration_study.prediction import correlations, price
 from diagnostics import Run, SpeedPolicy, UserError, diagnose, load_model, load_prompts
@@ -89,12 +88,10 @@ def main() -> None:
         )
     by_source, builtin = losses(runs["pool"]), np.concatenate(list(losses(runs["builtin"]).values()))
     whole = np.concatenate(list(by_source.values()))
-    others = {source: np.concatenate([v for k, v in by_source.items() if k != source]) for source in by_source}
-    left_out = [transfer(others[source], {source: by_source[source]}) for source in by_source]
     tables = {
         "coverage": coverage(whole, draws=options.draws),
         "transfer_builtin": transfer(builtin, {"six benchmarks": whole, **by_source}),
-        "transfer_left_out": pd.concat(left_out, ignore_index=True),
+        "transfer_left_out": left_out(by_source),
         "correlations": correlations(runs["pool"], evaluation, from_cutoffs=(min(cutoffs), 2 * n_layers // 3)),
         "price": price(runs["pool"], evaluation),
     }

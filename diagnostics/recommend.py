@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from diagnostics.bounds import CONFIDENCE, MIN_PROMPTS, upper_bound
 from diagnostics.errors import UserError
@@ -30,7 +31,8 @@ class Criterion:
     """What a cutoff must hold to; limits that are None are not asked for.
 
     ``max_kl`` and ``max_nll_increase`` in nats per token, ``min_agreement`` and ``kv_budget`` as shares 0..1;
-    ``kv_budget`` stands alone: it asks for the largest cutoff that fits, whatever its loss.
+    ``kv_budget`` stands alone: it asks for the largest cutoff that fits, whatever its loss. With ``every_category`` the
+    mean of every category of prompts has to be within the limits too.
     """
 
     max_kl: float | None = None
@@ -38,6 +40,7 @@ class Criterion:
     min_agreement: float | None = None
     kv_budget: float | None = None
     confidence: float = CONFIDENCE
+    every_category: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -53,7 +56,7 @@ class Criterion:
         if not 0.5 <= self.confidence < 1:
             raise UserError(f"confidence is {self.confidence}: give a number from 0.5 to below 1")
         losses = [self.max_kl, self.max_nll_increase, self.min_agreement]
-        if self.kv_budget is not None and any(loss is not None for loss in losses):
+        if self.kv_budget is not None and (self.every_category or any(loss is not None for loss in losses)):
             raise UserError("kv_budget asks for the largest cutoff that fits: give it without a loss goal")
 
     def limits(self) -> dict[str, float]:
@@ -110,6 +113,7 @@ def recommend(
     min_agreement: float | None = None,
     kv_budget: float | None = None,
     confidence: float = CONFIDENCE,
+    every_category: bool = False,
     rules: RegionRules | None = None,
     lengths: Sequence[int] = LENGTHS,
     seed: int = 0,
@@ -121,7 +125,7 @@ def recommend(
     """
     if all(goal is None for goal in (max_kl, max_nll_increase, min_agreement, kv_budget)):
         max_kl = MAX_KL
-    criterion = Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence)
+    criterion = Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence, bool(every_category))
     losses = _losses(run)
     bounds = {name: upper_bound(rows, confidence=confidence, seed=seed) for name, rows in losses.items()}
     means = {name: rows.mean(axis=0) for name, rows in losses.items()}
@@ -141,6 +145,8 @@ def recommend(
     for name, limit in criterion.limits().items():
         bound = bounds[name]
         admissible &= (means[name] if bound is None else bound) <= limit + ROUNDING
+        if criterion.every_category:
+            admissible &= by_category(run, losses[name]).max(axis=0).to_numpy() <= limit + ROUNDING
     if criterion.kv_budget is not None:
         admissible = _fits(criterion.kv_budget, n_layers)
         cutoff = int(admissible.sum())
@@ -148,6 +154,7 @@ def recommend(
         cutoff = smallest_admissible(admissible)
         if cutoff == n_layers:
             notes.append("no cutoff below full depth is admissible: run the model as it is, or relax the goal")
+    notes += _above_the_goal(by_category(run, losses["kl"]), cutoff, criterion.max_kl)
     regions = find_regions(run, rules, seed=seed)
     shape, positions = run.manifest["shape"], run.manifest["max_positions"]
     predicted = predict_savings(shape, cutoff, anchors=anchors, lengths=lengths, max_positions=positions)
@@ -158,7 +165,7 @@ def recommend(
         "cutoff": cutoff,
         "depth_fraction": cutoff / n_layers,
         "anchors": anchors,
-        "criterion": {k: v for k, v in vars(criterion).items() if v is not None},
+        "criterion": {k: v for k, v in vars(criterion).items() if v is not None and v is not False},
         "n_prompts": len(run.prompts),
         "selection_region": regions.selection.to_dict() if regions.selection else None,
         "stabilization_region": regions.stabilization.to_dict() if regions.stabilization else None,
@@ -233,6 +240,24 @@ def retention_at(run: Run, cutoff: int) -> dict[str, float | None]:
         name: float(kept[name] / total[name]) if 0 < total[name] < math.inf else None
         for name in ("mass_prompt", "prompt_contribution")
     }
+
+
+def by_category(run: Run, losses: np.ndarray) -> pd.DataFrame:
+    """Return the mean loss of every category of prompts at every cutoff: frame [categories, 1..L]."""
+    table = pd.DataFrame(losses, columns=range(1, run.n_layers + 1))
+    return table.groupby(run.prompts["category"].astype(str).to_numpy()).mean()
+
+
+def _above_the_goal(kl: pd.DataFrame, cutoff: int, max_kl: float | None) -> list[str]:
+    """Say which category of prompts loses most, if that is more than was asked for all of them together."""
+    if max_kl is None or len(kl) < 2 or kl[cutoff].max() <= max_kl + ROUNDING:
+        return []
+    worst = kl[cutoff].idxmax()
+    enough = smallest_admissible((kl.max(axis=0) <= max_kl + ROUNDING).to_numpy())
+    return [
+        f"prompts of category {worst} lose {kl.loc[worst, cutoff]:.3g} nats per token there, above the goal; "
+        f"every category is within it from cutoff {enough} on (--every-category)"
+    ]
 
 
 def loss_by_category(run: Run, cutoff: int) -> dict[str, float]:

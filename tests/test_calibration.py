@@ -10,7 +10,7 @@ from scipy import stats
 
 import calibrate
 from calibration_study import pool as pool_module
-from calibration_study.coverage import GOALS, RULES, SIZES, coverage, cutoff_by, transfer
+from calibration_study.coverage import GOALS, RULES, SIZES, coverage, cutoff_by, left_out, transfer
 from calibration_study.prediction import correlations, predictors, price, spearman, task_losses
 from diagnostics.evaluate import evaluation
 from diagnostics.evaluate.folder import Evaluation
@@ -81,6 +81,16 @@ def test_transfer_holds_a_cutoff_against_other_prompts():
         assert row["loss"] == pytest.approx(4 * seen.mean(axis=0)[k - 1])
         assert row["kept"] == (row["loss"] <= goal)
         assert row["ideal"] >= table.loc[("same", goal), "ideal"]
+
+
+def test_every_source_counts_where_that_is_asked_for():
+    easy, hard = falling(40, 3) / 4, falling(40, 4)
+    table = left_out({"easy": easy, "hard": hard, "as hard": hard.copy()}).set_index(["rule", "prompts", "goal"])
+    for goal in GOALS:
+        # What was seen has a source just as hard as the one left out.
+        assert table.loc[("every source", "hard", goal), "kept"]
+        assert table.loc[("every source", "hard", goal), "cutoff"] >= table.loc[("bca", "hard", goal), "cutoff"]
+        assert table.loc[("bca", "easy", goal), "loss"] <= goal
 
 
 # --- Prediction ---

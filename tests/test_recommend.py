@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -137,6 +138,7 @@ def test_kv_budget_takes_the_largest_that_fits_whatever_its_loss(budget, cutoff)
         ({"kv_budget": 2}, "kv_budget"),
         ({"kv_budget": 0.01}, "at least 0.125"),
         ({"kv_budget": 0.5, "max_kl": 0.1}, "without a loss goal"),
+        ({"kv_budget": 0.5, "every_category": True}, "without a loss goal"),
         ({"confidence": 1.0}, "confidence"),
         ({"confidence": 0.4}, "confidence"),
     ],
@@ -245,6 +247,32 @@ def test_loss_by_category():
     loss = spread(FALLING)
     data = recommend(make_run(loss)).data
     assert data["by_category"] == pytest.approx({"category 0": loss[::2, 5].mean(), "category 1": loss[1::2, 5].mean()})
+
+
+def uneven():
+    """Prompts of two categories in turns; the second loses twice what the first does."""
+    return make_run(spread(FALLING) * np.where(np.arange(20) % 2, 1.4, 0.7)[:, None])
+
+
+def test_a_category_above_the_goal_is_noted_and_may_decide():
+    run = uneven()
+    recommendation = recommend(run, max_kl=0.105)
+    worst = max(recommendation.data["by_category"].items(), key=lambda item: item[1])
+    assert (recommendation.cutoff, worst[1] > 0.105) == (6, True)
+    (note,) = recommendation.data["notes"]
+    assert note.startswith(f"prompts of category {worst[0]} lose {worst[1]:.3g} nats per token there, above the goal")
+    assert "every category is within it from cutoff 7 on (--every-category)" in note
+    every = recommend(run, max_kl=0.105, every_category=True)
+    assert every.cutoff == 7
+    assert every.data["notes"] == []
+    assert strict(every)["criterion"] == {"max_kl": 0.105, "confidence": 0.95, "every_category": True}
+    assert max(every.data["by_category"].values()) <= 0.105
+    # The other losses, too: 1 - agreement is a tenth of the KL here.
+    assert recommend(run, min_agreement=0.9895).cutoff == 6
+    assert recommend(run, min_agreement=0.9895, every_category=True).cutoff == 7
+    console = Console(width=120, record=True, file=io.StringIO())
+    show_recommendation(run, every, console)
+    assert "KL at most 0.105, in every category" in " ".join(console.export_text().split())
 
 
 def test_an_interrupted_run_is_noted():

@@ -6,6 +6,7 @@ prompts, or an upper 95% bound of it, which claims that the promise is kept in 9
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -108,10 +109,37 @@ def transfer(seen: np.ndarray, others: dict[str, np.ndarray]) -> pd.DataFrame:
     they allow).
     """
     cutoffs = cutoff_by(bca_rule, seen, GOALS, 0)
+    return pd.DataFrame([row for name, losses in others.items() for row in _held_against(cutoffs, name, losses)])
+
+
+def left_out(by_source: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Return whether a cutoff recommended from all sources but one holds for that one, in the columns of `transfer`.
+
+    By two rules: ``bca``, on all prompts alike; and ``every source``, where in addition the mean of every source that
+    was seen has to be within the goal.
+    """
     rows = []
-    for name, losses in others.items():
-        truth = losses.mean(axis=0)
-        for goal, k in zip(GOALS, cutoffs, strict=True):
-            row = {"prompts": name, "n": len(losses), "goal": goal, "cutoff": k, "loss": truth[k - 1]}
-            rows.append(row | {"kept": bool(truth[k - 1] <= goal), "ideal": smallest_admissible(truth <= goal)})
+    for name, losses in by_source.items():
+        seen = [others for source, others in by_source.items() if source != name]
+        bound = bca_rule(np.concatenate(seen), 0)
+        strict = np.max([bound, *(others.mean(axis=0) for others in seen)], axis=0)
+        for rule, values in (("bca", bound), ("every source", strict)):
+            cutoffs = [smallest_admissible(values <= goal) for goal in GOALS]
+            rows += [{"rule": rule} | row for row in _held_against(cutoffs, name, losses)]
     return pd.DataFrame(rows)
+
+
+def _held_against(cutoffs: Sequence[int], name: str, losses: np.ndarray) -> list[dict[str, Any]]:
+    truth = losses.mean(axis=0)
+    return [
+        {
+            "prompts": name,
+            "n": len(losses),
+            "goal": goal,
+            "cutoff": k,
+            "loss": truth[k - 1],
+            "kept": bool(truth[k - 1] <= goal),
+            "ideal": smallest_admissible(truth <= goal),
+        }
+        for goal, k in zip(GOALS, cutoffs, strict=True)
+    ]

@@ -73,7 +73,7 @@ def correlations(run: Run, evaluation: Evaluation, *, from_cutoffs: Sequence[int
     """Return Spearman's rank correlation over cutoffs of every predictor with every task's loss.
 
     Columns: from_cutoff (the smallest cutoff taken in), measure, task (or ``all``, the mean over tasks), predictor, rho
-    and its 95% bootstrap interval over items (low, high).
+    and its 95% bootstrap interval over items (low, high), and Pearson's correlation, which asks for more than order.
     """
     rng = np.random.default_rng(seed)
     by_predictor, rows = predictors(run), []
@@ -88,8 +88,9 @@ def correlations(run: Run, evaluation: Evaluation, *, from_cutoffs: Sequence[int
         curves["all"] = (np.mean([c for c, _ in curves.values()], axis=0), np.mean(list(resampled.values()), axis=0))
         cutoffs = np.array(next(iter(tasks.values())).columns)
         for first in from_cutoffs:
-            chosen = (cutoffs >= first) & (cutoffs < run.n_layers)
             for name, values in by_predictor.items():
+                # Undefined at the end for what compares a layer with later ones.
+                chosen = (cutoffs >= first) & (cutoffs < run.n_layers) & np.isfinite(values[cutoffs - 1])
                 predicted = values[cutoffs[chosen] - 1]
                 for task, (curve, samples) in curves.items():
                     rho = spearman(predicted, curve[None, chosen])[0]
@@ -97,7 +98,8 @@ def correlations(run: Run, evaluation: Evaluation, *, from_cutoffs: Sequence[int
                     spread = spread[np.isfinite(spread)]
                     low, high = np.quantile(spread, [0.025, 0.975]) if len(spread) else (np.nan, np.nan)
                     row = {"from_cutoff": first, "measure": measure, "task": task, "predictor": name}
-                    rows.append(row | {"rho": rho, "low": low, "high": high})
+                    r = _correlation(predicted - predicted.mean(), (curve - curve[chosen].mean())[None, chosen])[0]
+                    rows.append(row | {"rho": rho, "low": low, "high": high, "pearson": r})
     return pd.DataFrame(rows)
 
 
@@ -105,8 +107,12 @@ def spearman(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return the rank correlation of ``values`` [n] with each of ``rows`` [m, n]; NaN where either does not vary."""
     mine, theirs = stats.rankdata(values) - (len(values) + 1) / 2, stats.rankdata(rows, axis=1)
     theirs -= (len(values) + 1) / 2
+    return _correlation(mine, theirs)
+
+
+def _correlation(centred: np.ndarray, rows: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
-        return theirs @ mine / np.sqrt((theirs**2).sum(axis=1) * (mine**2).sum())
+        return rows @ centred / np.sqrt((rows**2).sum(axis=1) * (centred**2).sum())
 
 
 def price(run: Run, evaluation: Evaluation) -> pd.DataFrame:

@@ -16,7 +16,8 @@ def headline(entry: Entry) -> None:
     at = data["evidence"][recommendation.cutoff - 1]
     savings = headline_savings(data)
     st.subheader(f"{md(run.manifest['model'])}: cutoff {recommendation.cutoff} of {run.n_layers} layers")
-    goals = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in data["criterion"].items())
+    asked = {name.replace("_", " "): value for name, value in data["criterion"].items()}
+    goals = ", ".join(name if value is True else f"{name} {value:g}" for name, value in asked.items())
     st.caption(f"{len(run.prompts)} prompts of {md(run.manifest.get('prompt_set', ''))}; goal: {md(goals)}")
     bound = "" if at["kl_bound"] is None else f", bound {at['kl_bound']:.3f}"
     figures = {

@@ -55,7 +55,8 @@ def choose_goals(entry: Entry) -> dict[str, float]:
     if not limits:
         st.info("Choose a goal.")
         st.stop()
-    return limits | {"confidence": saved["confidence"]}
+    kept = ["confidence"] if "kv_budget" in limits else ["confidence", "every_category"]
+    return limits | {name: saved[name] for name in kept if name in saved}
 
 
 def choose_cutoff(entry: Entry, run: Run, recommended: int) -> int:

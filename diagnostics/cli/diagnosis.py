@@ -86,6 +86,9 @@ def recommend(
         float | None, typer.Option(help="largest cutoff whose KV fits this share of full, 0..1")
     ] = None,
     confidence: Annotated[float, typer.Option(help="of the bound that must meet the goal")] = 0.95,
+    every_category: Annotated[
+        bool, typer.Option("--every-category", help="the mean of every category of prompts must meet the goal, too")
+    ] = False,
     region_rule: Annotated[
         list[str] | None,
         typer.Option(help="change a threshold of the regions, e.g. max_drift=0.2; repeatable"),
@@ -111,7 +114,7 @@ def recommend(
     rules = _region_rules(region_rule or [])
     del arguments["context"]
     # Before the model runs for minutes: these say in one line what is wrong with the goals.
-    Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence)
+    Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence, every_category)
     # os.path, unlike pathlib, takes a name that is too long for one that is not there.
     if os.path.isfile(os.path.join(model, MANIFEST)):
         _refuse_measuring_options(context)
@@ -129,6 +132,7 @@ def recommend(
             min_agreement=min_agreement,
             kv_budget=kv_budget,
             confidence=confidence,
+            every_category=every_category,
             rules=rules,
             seed=seed,
         )

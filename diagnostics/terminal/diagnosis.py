@@ -134,6 +134,7 @@ def _loss_table(recommendation: Recommendation) -> Table:
     criterion = recommendation.data["criterion"]
     confidence = f"{100 * criterion['confidence']:g}%"
     goals = " and ".join(f"{label} {criterion[name]:g}" for name, label in GOALS.items() if name in criterion)
+    goals += ", in every category" if criterion.get("every_category") else ""
     table = Table(
         title=f"Measured loss of SPEED around the cutoff ({recommendation.data['n_prompts']} prompts; goal: {goals})",
         title_justify="left",
