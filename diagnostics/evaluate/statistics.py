@@ -16,7 +16,7 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 9999
-# Resamples drawn at once: they need this many numbers per item.
+# Resamples drawn at once: they need this many numbers per different score.
 BLOCK = 500
 
 Scores = Sequence[float] | np.ndarray
@@ -154,10 +154,12 @@ def _resampled(tasks: Sequence[np.ndarray], seed: int) -> np.ndarray | None:
     rng = np.random.default_rng(seed)
     means = np.zeros(N_RESAMPLES)
     for values in tasks:
+        # How often each value is drawn, rather than which items: the same draws, and most scores are 0 or 1.
+        different, counts = np.unique(values, return_counts=True)
         for start in range(0, N_RESAMPLES, BLOCK):
             block = slice(start, min(start + BLOCK, N_RESAMPLES))
-            drawn = rng.integers(len(values), size=(block.stop - block.start, len(values)))
-            means[block] += values[drawn].mean(axis=1) / len(tasks)
+            drawn = rng.multinomial(len(values), counts / len(values), size=block.stop - block.start)
+            means[block] += drawn @ different / len(values) / len(tasks)
     return means
 
 

@@ -58,4 +58,5 @@ def attention_mask(
     visible = (visible | (key == query))[:, None]
     if implementation == "sdpa":
         return visible
-    return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+    # In the type itself: the smallest float64 would not fit into torch's default type on the way.
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
