@@ -1,0 +1,97 @@
+"""Losses of fine-tuning: the targets' likelihood, the full-depth teacher's distribution, or both.
+
+Logits are the largest tensors of a training step. Here the positions that count are taken out first, in the logits' own
+type; the rest goes in chunks that the backward pass computes again, so that no float32 copy of the whole is ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from diagnostics.errors import UserError
+from diagnostics.finetune.plan import IGNORED
+
+CHUNK = 256
+
+
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, n_items: Tensor | int | None = None
+) -> Tensor:
+    """Mean KL(teacher || student) in nats over the positions in ``mask``; a scalar, float32 or better.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits
+        [batch, tokens, vocabulary]; no gradient reaches the teacher.
+    mask
+        bool [batch, tokens]: positions that count, such as ``predicting(labels)``.
+    n_items
+        Divide the sum by this instead of the number of positions, as with gradient accumulation.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise UserError(
+            f"student and teacher differ in their logits: {list(student_logits.shape)}, {list(teacher_logits.shape)}"
+        )
+    return _mean(_divergence, student_logits[mask], teacher_logits.detach()[mask], n_items)
+
+
+def supervised_loss(logits: Tensor, labels: Tensor, *, n_items: Tensor | int | None = None) -> Tensor:
+    """Mean cross-entropy in nats of the targets in ``labels`` [batch, tokens], -100 where there is none.
+
+    ``logits`` [batch, tokens, vocabulary] of a position are for the label after it, as in transformers; ``n_items`` as
+    in `distillation_loss`. Without any target the loss is 0.
+    """
+    mask = predicting(labels)
+    return _mean(_cross_entropy, logits[mask], labels.roll(-1, dims=1)[mask], n_items)
+
+
+def mixed_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    supervised: float,
+    n_items: Tensor | int | None = None,
+) -> Tensor:
+    """``supervised`` times the cross-entropy of the targets plus the rest times the distillation at their positions.
+
+    Raises UserError if ``supervised`` is not from 0 to 1.
+    """
+    if not 0 <= supervised <= 1:
+        raise UserError(f"the share of the supervised loss is {supervised}: give 0 to 1")
+    taught = distillation_loss(student_logits, teacher_logits, predicting(labels), n_items=n_items)
+    return supervised * supervised_loss(student_logits, labels, n_items=n_items) + (1 - supervised) * taught
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Positions whose logits are for a target, the label after them; bool [batch, tokens]."""
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != IGNORED
+    return mask
+
+
+def _mean(
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, wanted: Tensor, n_items: Tensor | int | None
+) -> Tensor:
+    """Sum a loss over positions, chunk by chunk, and divide."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    total = logits[:0].sum(dtype=exact)  # without any position still a loss that can go backward
+    for chunk in zip(logits.split(CHUNK), wanted.split(CHUNK), strict=True):
+        total = total + checkpoint(loss, *chunk, use_reentrant=False)
+    return total / (max(len(logits), 1) if n_items is None else n_items)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    exact = torch.promote_types(student.dtype, torch.float32)
+    ours, theirs = student.log_softmax(-1, dtype=exact), teacher.log_softmax(-1, dtype=exact)
+    return functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return functional.cross_entropy(logits.to(exact), targets, reduction="sum")

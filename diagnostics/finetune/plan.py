@@ -1,0 +1,145 @@
+"""Which tokens of a training batch run above the cutoff, read from its labels, and how they are picked and put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.errors import UserError
+from diagnostics.policies.columns import Piece, span
+from diagnostics.policies.masks import attention_mask
+
+IGNORED = -100
+PACKED = (
+    "this batch holds several texts in one row (packing, padding_free): tokens would see other texts; "
+    "pad instead, one text per row"
+)
+
+
+def decode_phase(labels: Tensor, attention_mask: Tensor | None = None, boundary: int = 1) -> Tensor:
+    """Find the decode-phase tokens of conversations by their labels; bool [batch, tokens].
+
+    A token is decode phase if it is a target (``labels`` [batch, tokens] is not -100 there) or predicts one: the last
+    token before each answer does. ``boundary`` counts the tokens before each answer that are, 1 or more. Padding, 0 in
+    ``attention_mask``, is not.
+    """
+    target = labels != IGNORED
+    phase = target.clone()
+    for distance in range(1, boundary + 1):
+        phase[:, :-distance] |= target[:, distance:]
+    return phase if attention_mask is None else phase & (attention_mask != 0)
+
+
+class Plan:
+    """The deep tokens of one forward pass.
+
+    ``columns``: int64 [batch, slots], ascending places in the row. Unused slots hold columns past the end, so that
+    causal order alone hides them from tokens, and yet they see something: a softmax over nothing would be NaN.
+    ``padding``: columns before the first token of each row, int64 [batch], None where there are none.
+    """
+
+    # Not a dataclass: FSDP makes copies of those that it finds among a layer's arguments.
+
+    def __init__(self, columns: Tensor, n_columns: int, padding: Tensor | None, implementation: str) -> None:
+        self.columns, self.n_columns, self.padding = columns, n_columns, padding
+        self.implementation = implementation
+        self.entered = False
+        self._masks: dict[Any, Tensor | None] = {}
+
+    def mask(self, deep: bool, window: int | None, like: Tensor) -> Tensor | None:
+        """Return the mask of a layer for a residual ``like``, or None where causal order of its slots says it all."""
+        same = deep, window, like.dtype, like.device
+        if same not in self._masks:
+            slots = (Piece(0, self.n_columns, self.columns),) if deep else span(0, self.n_columns)
+            self._masks[same] = attention_mask(
+                slots,
+                slots,
+                padding=None if deep else self.padding,
+                window=window,
+                implementation=self.implementation,
+                dtype=like.dtype,
+                device=like.device,
+            )
+        return self._masks[same]
+
+    def gather(self, values: Any) -> Any:
+        """Pick the deep tokens' out of values [1 or batch, tokens, ...], or out of a tuple of such."""
+        if isinstance(values, tuple):
+            return tuple(self.gather(part) for part in values)
+        if not isinstance(values, Tensor):
+            return values
+        columns = self.columns.clamp(max=self.n_columns - 1).to(values.device)
+        if values.shape[0] > 1:
+            columns = columns + self._row_starts(values.device)
+        picked = values.flatten(0, 1).index_select(0, columns.flatten())
+        return picked.view(*columns.shape, *values.shape[2:])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Put values [batch, slots, width] back to columns of deep tokens, [batch, tokens, width], zeros elsewhere."""
+        # Not NaN: a loss weighs these places with 0, and 0 times NaN would reach every gradient.
+        batch, _, width = values.shape
+        columns = self.columns.to(values.device)
+        places = columns + self._row_starts(values.device)
+        places = places.masked_fill(columns >= self.n_columns, batch * self.n_columns)  # one row more, for unused slots
+        whole = values.new_zeros(batch * self.n_columns + 1, width)
+        return whole.index_copy_(0, places.flatten(), values.flatten(0, 1))[:-1].view(batch, self.n_columns, width)
+
+    def _row_starts(self, device: torch.device) -> Tensor:
+        return torch.arange(self.columns.shape[0], device=device)[:, None] * self.n_columns
+
+
+def make_plan(
+    real: Tensor,
+    phase: Tensor,
+    *,
+    anchors: int,
+    labels: Tensor | None,
+    position_ids: Tensor | None,
+    implementation: str,
+) -> tuple[Plan, bool]:
+    """Find the deep tokens of a batch: those of its decode phase and the first ``anchors`` of each row.
+
+    Parameters
+    ----------
+    real, phase
+        Which columns hold tokens and which of these are decode phase, bool [batch, tokens].
+    anchors
+        Leading tokens of each row that run through all layers.
+    labels, position_ids
+        What came with the batch, [batch, tokens], or None.
+    implementation
+        Of the attention.
+
+    Returns
+    -------
+    plan, shallow
+        And whether any token stays below the cutoff.
+
+    Raises
+    ------
+    UserError
+        If a row holds several texts, or padding between tokens, or if a label asks for logits of a shallow token.
+    """
+    n_columns, columns = real.shape[1], torch.arange(real.shape[1], device=real.device)
+    seen = real.cumsum(1)
+    deep = real & (phase | (seen <= anchors))
+    gap = (~real & (seen > 0) & (seen < seen[:, -1:])).any()
+    restart = outside = gap.new_zeros(())
+    if position_ids is not None:
+        restart = (real[:, 1:] & real[:, :-1] & (position_ids.diff() != 1)).any()
+    if labels is not None:
+        outside = ((labels[:, 1:] != IGNORED) & real[:, :-1] & ~deep[:, :-1]).any()
+    padding = (seen == 0).sum(1)
+    # One copy from the device for all questions.
+    asked = [deep.sum(1).max(), restart, gap, outside, padding.any(), (real & ~deep).any()]
+    most, has_restart, has_gap, has_outside, is_padded, shallow = torch.stack([*map(Tensor.long, asked)]).tolist()
+    if has_restart:
+        raise UserError(PACKED)
+    if has_gap:
+        raise UserError("attention_mask has padding between tokens of a row: pad on one side, one text per row")
+    if has_outside:
+        raise UserError("labels ask for logits of tokens that decode_mask leaves out: set them to -100")
+    slots = torch.where(deep, columns, columns + n_columns).sort(dim=1).values[:, : max(1, most)]
+    return Plan(slots, n_columns, padding if is_padded else None, implementation), bool(shallow)

@@ -1,0 +1,296 @@
+"""Training under SPEED: every token sees in each layer what it will see in inference, and no layer runs more tokens.
+
+A batch comes whole, prompt and targets of all turns in one forward pass without a KV cache. Below the cutoff the layers
+run as they are. Before the layer at the cutoff the anchors and decode-phase tokens of each row, its *deep* tokens, are
+gathered; the layers above run these alone, and after the last one they are put back to their places. What is then
+wanted of visibility is plain causal order among deep tokens, with sliding windows by original position.
+
+Layers under gradient checkpointing may run again in the backward pass, their hooks too, when the model has begun
+another forward pass. So a layer's hook reads nothing but its arguments: the plan of a pass travels among them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics.anatomy import PER_POSITION, Anatomy, dissect, parameter_names
+from diagnostics.capture.attention_tap import PREFIX
+from diagnostics.errors import UserError
+from diagnostics.finetune.plan import IGNORED, PACKED, Plan, decode_phase, make_plan
+from diagnostics.libraries import TRANSFORMERS, library_of, stock_model
+from diagnostics.policies.masks import SERVED
+from diagnostics.policies.runtime import _ACTIVE
+from diagnostics.policies.speed import SpeedPolicy
+
+# What collators add to batches of several texts in one row.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+_PLAN = "speed_plan"
+
+
+@contextmanager
+def train_under(policy: SpeedPolicy, model: Any) -> Iterator[Visibility]:
+    """Train ``model``, a transformers causal language model or a PEFT wrapper, as ``policy`` will run it.
+
+    Inside the block ``model(**batch)`` with ``labels`` is a forward pass under the policy; put the block around
+    ``trainer.train()``. Which tokens are decode phase is read from the labels, see `decode_phase`; a batch without
+    labels, because the loss is computed elsewhere, needs ``decode_mask``, bool [batch, tokens], taken as it is. Logits
+    of prompt tokens are zeros. At a cutoff of L the model is the stock one.
+
+    Raises
+    ------
+    UserError
+        If the policy is not SPEED or does not fit, the model cannot be served, or another block holds it; inside the
+        block, from the model, if a batch is packed or says nothing of its decode phase.
+    """
+    if not isinstance(policy, SpeedPolicy):
+        raise UserError(f"training runs under SPEED, not {policy}: give a SpeedPolicy")
+    if library_of(model) != TRANSFORMERS:
+        raise UserError(f"training needs the transformers model itself, not a {type(model).__name__}")
+    inner = stock_model(model)
+    if not hasattr(getattr(inner, "config", None), "get_text_config"):
+        raise UserError(f"training under a policy needs a transformers model, not {type(model).__name__}")
+    anatomy = dissect(inner, inner.config._name_or_path or type(inner).__name__)
+    if inner in _ACTIVE:
+        raise UserError(f"this model runs under {_ACTIVE[inner].policy} already: leave that `with` block first")
+    implementation = inner.config._attn_implementation
+    if implementation not in SERVED:
+        tapped = implementation.startswith(PREFIX)
+        raise UserError(
+            "the attention of this model is tapped: leave that block first"
+            if tapped
+            else f"attention implementation {implementation!r} takes no mask per layer: "
+            'use model.set_attn_implementation("sdpa")'
+        )
+    policy.check(anatomy)
+    if "chunked_attention" in anatomy.layer_types:
+        raise UserError(f"{policy}: training does not serve chunked attention")
+    with ExitStack() as stack:
+        visibility = Visibility(policy, inner, anatomy)
+        visibility.attach(model, stack)
+        _ACTIVE[inner] = _Occupied(visibility)  # type: ignore[assignment]
+        stack.callback(_ACTIVE.pop, inner)
+        yield visibility
+
+
+@contextmanager
+def full_depth(model: Any) -> Iterator[None]:
+    """Run ``model`` as the stock model inside the block, within `train_under`: for the teacher of a distillation.
+
+    Raises UserError if ``model`` is not in such a block.
+    """
+    held: Any = _ACTIVE.get(stock_model(model))
+    if not isinstance(held, _Occupied):
+        raise UserError("full_depth is for a model inside `with train_under(...)`")
+    before, held.visibility.at_full_depth = held.visibility.at_full_depth, True
+    try:
+        yield
+    finally:
+        held.visibility.at_full_depth = before
+
+
+class _Occupied:
+    """Holds a model's place among those that run under a policy; whoever wants to use it is turned away."""
+
+    def __init__(self, visibility: Visibility) -> None:
+        self.visibility = visibility
+
+    def __getattr__(self, name: str) -> Any:
+        raise UserError(
+            f"this model is being trained under {self.visibility.policy}: leave the `with train_under(...)` block first"
+        )
+
+
+class Visibility:
+    """The hooks of `train_under` on one model.
+
+    Attributes
+    ----------
+    n_positions, n_deep
+        Positions that ran below and above the cutoff so far, padding and unused slots included: what was computed.
+    at_full_depth
+        Whether forward passes are those of the stock model at present.
+    """
+
+    def __init__(self, policy: SpeedPolicy, model: Any, anatomy: Anatomy) -> None:
+        self.policy, self.model, self.anatomy = policy, model, anatomy
+        self.at_full_depth = False
+        self.n_positions = self.n_deep = 0
+        self._labels: Tensor | None = None
+        self._decode_mask: Tensor | None = None
+        self._plan: Plan | None = None  # between the start of the stack and the final norm: never in a backward pass
+        self._head: Plan | None = None
+        self._warned = False
+
+    def attach(self, model: nn.Module, stack: ExitStack) -> None:
+        """Add all hooks; ``model`` is what the user calls: the model itself, or a wrapper of it."""
+
+        def before(module: nn.Module, edit: _Edit) -> None:
+            stack.callback(module.register_forward_pre_hook(_Before(module, edit), with_kwargs=True).remove)
+
+        anatomy, cutoff = self.anatomy, self.policy.cutoff
+        for module in {model, self.model}:  # a wrapper may call the forward method of the model, past its hooks
+            before(module, self._before_model)
+            stack.callback(module.register_forward_hook(self._after_model, always_call=True).remove)
+        before(anatomy.stack, self._before_stack)
+        if cutoff == anatomy.n_layers:
+            return
+        for index, layer in enumerate(anatomy.layers):
+            before(layer, partial(_before_layer, index, cutoff, anatomy.window(index)))
+        stack.callback(anatomy.final_norm.register_forward_pre_hook(self._before_final_norm).remove)
+        stack.callback(anatomy.unembedding.register_forward_pre_hook(self._before_head).remove)
+        stack.callback(anatomy.unembedding.register_forward_hook(self._after_head).remove)
+
+    @property
+    def _stock(self) -> bool:
+        return self.at_full_depth or self.policy.cutoff == self.anatomy.n_layers
+
+    # --- Hooks, in the order in which they run ---
+
+    def _before_model(self, module: nn.Module, given: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):
+            raise UserError("torch.nn.DataParallel cannot train under a policy: launch with accelerate or torchrun")
+        self._decode_mask = given.pop("decode_mask", self._decode_mask)
+        labels, mask = given.get("labels"), given.get("attention_mask")
+        if labels is None or self._stock:
+            return
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            # The first token after padding on the left is predicted by padding, which inference never asks.
+            labels = labels.clone()
+            labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)
+            given["labels"] = labels
+        self._labels = labels
+
+    def _before_stack(self, _: nn.Module, given: dict[str, Any]) -> None:
+        decode_mask = given.pop("decode_mask", self._decode_mask)
+        if given.get("use_cache") is None:
+            given["use_cache"] = False
+        inputs = given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        self._plan = self._head = None
+        if self._stock or inputs is None:
+            return
+        self._refuse(given)
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != inputs.shape[:2]):
+            raise UserError(
+                "training makes the attention masks itself: give attention_mask as [batch, tokens], or none"
+            )
+        real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if mask is None else mask != 0
+        phase = decode_mask
+        if phase is None:
+            if self._labels is None:
+                raise UserError(
+                    "this batch does not say which tokens are decode phase: call the model that train_under was given "
+                    "with labels, or with decode_mask, bool [batch, tokens]; to generate, use `with policy(model)`"
+                )
+            phase = decode_phase(self._labels, boundary=self.policy.boundary)
+        if phase.shape != real.shape:
+            raise UserError(f"labels or decode_mask are {list(phase.shape)}, the tokens {list(real.shape)}")
+        position_ids = given.get("position_ids")
+        plan, shallow = make_plan(
+            real,
+            phase.to(real.device) != 0,
+            anchors=self.policy.anchors,
+            labels=None if self._labels is None else self._labels.to(real.device),
+            position_ids=position_ids,
+            implementation=self.model.config._attn_implementation,
+        )
+        if not shallow and not self._warned:
+            self._warned = True
+            warnings.warn(_NO_PROMPT, stacklevel=2)
+        if position_ids is None:
+            columns = torch.arange(plan.n_columns, device=inputs.device)[None]
+            if plan.padding is not None:
+                columns = (columns - plan.padding[:, None]).clamp_(min=0)
+            given["position_ids"] = columns
+        # A mask of four dimensions is passed on as it is: the model builds none. Layers get theirs in `_before_layer`.
+        given["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs.device)
+        given["use_cache"] = False
+        given[_PLAN] = self._plan = plan
+        self.n_positions += real.numel()
+        self.n_deep += plan.columns.numel()
+
+    def _refuse(self, given: dict[str, Any]) -> None:
+        """Refuse what a batch may bring along that training does not serve."""
+        if given.get("past_key_values") is not None:
+            raise UserError(
+                "training under a policy takes no KV cache: leave out past_key_values; "
+                "to generate, use `with policy(model)` instead of train_under"
+            )
+        if any(given.get(name) is not None for name in PACKING):
+            raise UserError(PACKED)
+        if (positions := given.get("position_ids")) is not None and positions.ndim != 2:
+            raise UserError("training under a policy takes position_ids as [batch, tokens]")
+        if given.get("output_router_logits", getattr(self.model.config, "output_router_logits", False)):
+            raise UserError(
+                "the auxiliary loss of experts counts tokens that do not run under a policy: output_router_logits=False"
+            )
+
+    def _before_final_norm(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return None
+        if not plan.entered:
+            raise UserError(
+                f"the decoder layers of {type(self.model).__name__} do not get the keyword arguments of its forward "
+                "pass: it cannot be trained under a policy"
+            )
+        self._head = plan
+        return (plan.spread(args[0]), *args[1:])
+
+    def _before_head(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
+        # Logits of shallow tokens mean nothing; the head is often a fifth of a small model.
+        plan = self._head
+        if plan is None or args[0].shape[:-1] != (len(plan.columns), plan.n_columns):
+            self._head = None  # only some logits are asked for
+            return None
+        return (plan.gather(args[0]), *args[1:])
+
+    def _after_head(self, _: nn.Module, __: Any, logits: Tensor) -> Tensor | None:
+        plan, self._head = self._head, None
+        return None if plan is None else plan.spread(logits)
+
+    def _after_model(self, *_: Any) -> None:
+        self._labels = self._decode_mask = self._plan = self._head = None
+
+
+_NO_PROMPT = (
+    "every token of this batch is decode phase, so it trains at full depth: give the tokens of prompts the label -100 "
+    "(SFTTrainer: assistant_only_loss or completion_only_loss)"
+)
+_Edit = Callable[[nn.Module, dict[str, Any]], None]
+
+
+class _Before:
+    """Pre-hook of a module; edits its arguments by name, wherever in the call they are."""
+
+    def __init__(self, module: nn.Module, edit: _Edit) -> None:
+        self.names, self.edit = parameter_names(module), edit
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = dict(zip(self.names, args, strict=False)) | kwargs
+        self.edit(module, named)
+        # What came by position stays so: reentrant checkpoints pass gradients to these alone.
+        positional = tuple(named.pop(name) for name, _ in zip(self.names, args, strict=False))
+        return (*positional, *args[len(self.names) :]), named
+
+
+def _before_layer(index: int, cutoff: int, window: int | None, _: nn.Module, given: dict[str, Any]) -> None:
+    """Give a layer its mask, and above the cutoff its positions; the first such layer also its deep tokens."""
+    plan: Plan | None = given.pop(_PLAN, None)
+    if plan is None:
+        return
+    if index == cutoff:
+        plan.entered = True
+        given["hidden_states"] = plan.gather(given["hidden_states"])
+    if index >= cutoff:
+        for name in PER_POSITION & given.keys():
+            given[name] = plan.gather(given[name])
+    given["attention_mask"] = plan.mask(index >= cutoff, window, given["hidden_states"])
