@@ -8,7 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads():
-    torch.set_num_threads(2)
+    # Workers beside each other would wait for each other's threads.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="module")
