@@ -279,7 +279,7 @@ def test_the_embedded_model_finds_needles_at_full_depth(smollm):
         ("needle@0", "length '0' of a task"),
         ("hay@4K", "task 'hay' is not one of: needle"),
         ("arc", "task 'arc' is not one of: arc_easy"),
-        ("missing.jsonl", "cannot read task 'missing.jsonl'"),
+        ("missing.jsonl", "cannot read tasks 'missing.jsonl'"),
     ],
 )
 def test_names_of_tasks(lm, name, said):

@@ -40,6 +40,9 @@ def test_generation_items_of_a_file(tmp_path):
     task = read_jsonl(path, metric="number", max_new_tokens=5, stop=("\n",))
     assert task.items == (GenerationItem("line-1", Context("1 + 1 ="), ("2", "two")),)
     assert (task.is_choice, task.metric, task.max_new_tokens, task.stop) == (False, "number", 5, ("\n",))
+    words = write(tmp_path / "words.jsonl", {"query": "1 + 1 =", "answers": ["two"]})
+    with pytest.raises(UserError, match="item 'line-1' of task 'words' needs a number as answer"):
+        read_jsonl(words, metric="number")
 
 
 CHOICE = {"query": "q", "continuations": ["a", "b"], "gold": 0}
@@ -70,7 +73,7 @@ def test_bad_files_are_refused_with_their_line(tmp_path, records, said):
 
 
 def test_files_that_are_no_tasks(tmp_path):
-    with pytest.raises(UserError, match="cannot read task"):
+    with pytest.raises(UserError, match="cannot read tasks"):
         read_jsonl(tmp_path / "missing.jsonl")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a UTF-8 text file"):

@@ -110,7 +110,7 @@ def test_compressed_files_are_read_by_name(tmp_path):
 def test_damaged_compressed_files_are_refused(tmp_path, data):
     path = tmp_path / "sums.jsonl.gz"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"cannot read task|has no items"):
+    with pytest.raises(UserError, match=r"cannot read tasks|has no items"):
         read_jsonl(path)
     path.write_bytes(gzip.compress(b"\xff\xfe"))
     with pytest.raises(UserError, match="not a UTF-8 text file"):
@@ -122,7 +122,7 @@ def test_damage_inside_is_refused(tmp_path):
     data[12:30] = bytes(18)
     path = tmp_path / "sums.jsonl.gz"
     path.write_bytes(data)
-    with pytest.raises(UserError, match="cannot read task"):
+    with pytest.raises(UserError, match="cannot read tasks"):
         read_jsonl(path)
 
 

@@ -6,16 +6,15 @@ about it. Where there is no document the query is the whole prompt.
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from diagnostics.errors import UserError
 from diagnostics.evaluate.answers import last_number
-from diagnostics.fields import check_name, check_text, kind, parse_object, wrong
+from diagnostics.fields import check_name, check_text, kind, wrong
+from diagnostics.jsonl import read_records
 
 # Where a summary has the mean over tasks, in place of a task's name.
 AVERAGE = "average"
@@ -104,8 +103,8 @@ class Task:
                 break
             if self.metric == "passes" and len(item.answers) != 1:
                 raise UserError(f"item {item.id!r} of task {self.name!r} needs one answer: the source of its tests")
-            if self.metric == "number" and any(last_number(answer) is None for answer in item.answers):
-                raise UserError(f"item {item.id!r} of task {self.name!r} needs numbers as answers")
+            if self.metric == "number" and all(last_number(answer) is None for answer in item.answers):
+                raise UserError(f"item {item.id!r} of task {self.name!r} needs a number as answer")
 
     @property
     def is_choice(self) -> bool:
@@ -125,25 +124,17 @@ def read_jsonl(path: Path, *, metric: str | None = None, **settings: Any) -> Tas
     items: list[Any] = []
     header: dict[str, Any] = {}
     header_line = 0
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        record = parse_object(line)
-                        if "task" not in record:
-                            items.append(_item(record, f"line-{number}"))
-                        elif items or header_line:
-                            raise UserError('only the first line may have "task"')
-                        else:
-                            header, header_line = _settings(record), number
-                    except UserError as error:
-                        raise UserError(f"{path}:{number}: {error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a UTF-8 text file: tasks are one JSON object per line") from None
-    except (OSError, EOFError, zlib.error) as error:
-        said = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read task {str(path)!r}: {said}") from None
+
+    def take(record: dict[str, Any], number: int) -> None:
+        nonlocal header, header_line
+        if "task" not in record:
+            items.append(_item(record, f"line-{number}"))
+        elif items or header_line:
+            raise UserError('only the first line may have "task"')
+        else:
+            header, header_line = _settings(record), number
+
+    read_records(path, "tasks", take)
     if not items:
         raise UserError(f"{path} has no items: write one JSON object per line")
     if len({type(item) for item in items}) > 1:
@@ -157,12 +148,6 @@ def read_jsonl(path: Path, *, metric: str | None = None, **settings: Any) -> Tas
     if metric is not None:
         given["metric"] = metric
     return Task(path.name.removesuffix(".gz").removesuffix(".jsonl"), tuple(items), **given)
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,154 @@
+"""The model's own answers at full depth, to distil from: no labelled data is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from diagnostics.encoding import PromptTooLong, encode_prompt
+from diagnostics.errors import UserError
+from diagnostics.finetune.chat_tokens import encode_conversation
+from diagnostics.finetune.conversations import Conversation
+from diagnostics.finetune.data import Counts, Example
+from diagnostics.finetune.plan import IGNORED
+from diagnostics.generate import end_tokens, generate
+from diagnostics.policies.full import FullPolicy
+from diagnostics.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from diagnostics.models import LoadedModel
+
+Progress = Callable[[int, int, str], None]
+
+
+def with_answers(
+    lm: LoadedModel,
+    source: Sequence[Conversation] | PromptSet,
+    *,
+    max_new_tokens: int = 256,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[list[Example], Counts]:
+    """Let the model at full depth answer, in place of a last answer given, and count what became of the prompts.
+
+    Parameters
+    ----------
+    lm
+        The model.
+    source
+        Conversations, or prompts, whose documents are cut to fit as they are for a diagnosis.
+    max_new_tokens
+        Tokens of an answer at most; one that has not ended by then counts as cut.
+    max_length
+        Tokens of prompt and answer at most; the model's positions unless given. Prompts are dropped where
+        ``max_new_tokens`` would not fit after them.
+    batch_size
+        Prompts at a time, of similar length.
+    temperature, top_p
+        As for `generate`: 0 takes the most likely token.
+    seed
+        Of the draws; the same prompts in the same batches give the same answers.
+    progress
+        Called as ``progress(done, total, what)`` before each batch and at the end.
+
+    Returns
+    -------
+    examples, counts
+        In the order of ``source``. The labels of the last answer are the tokens generated, with the one that ends the
+        text if it came; earlier answers of a conversation are targets too.
+
+    Raises
+    ------
+    UserError
+        If a number is out of range, or for what `encode_conversation`, `encode_prompt` and `generate` refuse.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}: give 1 or more")
+    lengths = [length for length in (max_length, lm.anatomy.max_positions) if length is not None]
+    limit = min(lengths) - max_new_tokens if lengths else None
+    if limit is not None and limit < 1:
+        raise UserError(f"{max_new_tokens} new tokens leave no room for a prompt in {min(lengths)}")
+    openings = (
+        _encode_prompts(source, lm.tokenizer, limit)
+        if isinstance(source, PromptSet)
+        else [_encode_opening(conversation, lm.tokenizer, limit) for conversation in source]
+    )
+    fitting = [opening for opening in openings if opening is not None]
+    ends = set(end_tokens(lm.model).tolist())
+    answers: dict[int, list[int]] = {}
+    # Longest first: what does not fit into memory fails at once.
+    order = sorted(range(len(fitting)), key=lambda place: -len(fitting[place][0]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        batch = [fitting[place][0] for place in places]
+        if progress:
+            progress(start, len(order), batch[0]["id"])
+        drawing = Random(f"{seed}/{[example['id'] for example in batch]}").getrandbits(63)
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        for place, row in zip(places, _generate(lm, batch, drawing, **settings), strict=True):
+            # After its end a row is filled up.
+            stop = next((n for n, token in enumerate(row, 1) if token in ends), len(row))
+            answers[place] = row[:stop]
+    if progress:
+        progress(len(order), len(order), "")
+    examples = []
+    too_long = len(openings) - len(fitting)
+    counts = Counts(loaded=too_long, dropped_too_long=too_long)
+    for place, (opening, document_cut) in enumerate(fitting):
+        answer = answers[place]
+        ids, labels = opening["input_ids"] + answer, opening["labels"] + answer
+        examples.append(Example(id=opening["id"], input_ids=ids, labels=labels))
+        counts += Counts.of_kept(examples[-1], cut=document_cut or answer[-1] not in ends)
+    return examples, counts
+
+
+def _generate(lm: LoadedModel, batch: Sequence[Example], seed: int, **settings: Any) -> list[list[int]]:
+    rows = [torch.tensor(example["input_ids"], device=lm.device) for example in batch]
+    return generate(
+        lm,
+        pad_sequence(rows, batch_first=True, padding_side="left"),
+        pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"),
+        policy=FullPolicy(),
+        generator=torch.Generator(lm.device).manual_seed(seed),
+        **settings,
+    ).token_ids.tolist()
+
+
+def _encode_opening(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> tuple[Example, bool] | None:
+    """Encode what is to be answered, and say that no document of it was cut; None if it is too long."""
+    messages = conversation.messages
+    asked = messages if messages[-1]["role"] == "user" else messages[:-1]
+    ids, labels = encode_conversation(Conversation(conversation.id, asked), tokenizer)
+    if limit is not None and len(ids) > limit:
+        return None
+    return Example(id=conversation.id, input_ids=ids, labels=labels), False
+
+
+def _encode_prompts(
+    prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> list[tuple[Example, bool] | None]:
+    """Encode prompts, and say of each whether its document was cut; None for those that are too long."""
+    openings: list[tuple[Example, bool] | None] = []
+    for prompt in prompts:
+        try:
+            encoded = encode_prompt(prompt, tokenizer, limit=limit, context_length=prompts.context_length)
+        except PromptTooLong:
+            openings.append(None)
+            continue
+        ids = list(encoded.token_ids)
+        # Documents that are generated are made too long, to be cut to measure.
+        cut = prompts.seed is None and prompt.document not in encoded.text
+        openings.append((Example(id=prompt.id, input_ids=ids, labels=[IGNORED] * len(ids)), cut))
+    return openings

@@ -1,0 +1,99 @@
+"""Rows of tokens to train on: what is kept, cut and dropped of conversations, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from diagnostics.finetune.chat_tokens import encode_conversation
+from diagnostics.finetune.conversations import Conversation
+from diagnostics.finetune.plan import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Example(TypedDict):
+    """A row to train on: ``input_ids`` and ``labels`` of the same length, -100 where there is no target."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of conversations or prompts, and the tokens of those kept.
+
+    ``cut`` of the ``kept`` lack something at their end: turns that did not fit or that nothing answers, part of a
+    document, or the rest of a generated answer. ``target_tokens`` have a label, ``prompt_tokens`` have none.
+    """
+
+    loaded: int = 0
+    kept: int = 0
+    cut: int = 0
+    dropped_too_long: int = 0
+    dropped_without_target: int = 0
+    prompt_tokens: int = 0
+    target_tokens: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
+
+    @classmethod
+    def of_kept(cls, example: Example, *, cut: bool) -> Counts:
+        """Count one row that is kept."""
+        prompt = example["labels"].count(IGNORED)
+        return cls(loaded=1, kept=1, cut=int(cut), prompt_tokens=prompt, target_tokens=len(example["labels"]) - prompt)
+
+    def said(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{self.loaded:,} loaded: {self.kept:,} kept ({self.cut:,} of them cut at the end), "
+            f"{self.dropped_too_long:,} dropped as too long, {self.dropped_without_target:,} without an answer; "
+            f"{self.prompt_tokens:,} prompt tokens, {self.target_tokens:,} target tokens"
+        )
+
+
+def encode_examples(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[Example], Counts]:
+    """Encode conversations to at most ``max_length`` tokens each, and count what became of them.
+
+    What is too long ends with its last answer that fits whole: half an answer would teach to stop anywhere, and what
+    is at the start is the anchor. Turns after the last answer are left out. Raises UserError for what
+    `encode_conversation` refuses.
+    """
+    examples = []
+    counts = Counts()
+    for conversation in conversations:
+        ids, labels = encode_conversation(conversation, tokenizer)
+        ends = [n for n, (one, after) in enumerate(pairwise([*labels, IGNORED]), 1) if after == IGNORED != one]
+        stop = max((end for end in ends if end <= max_length), default=0)
+        if stop:
+            example = Example(id=conversation.id, input_ids=ids[:stop], labels=labels[:stop])
+            examples.append(example)
+            counts += Counts.of_kept(example, cut=stop < len(ids))
+        else:
+            counts += Counts(loaded=1, dropped_too_long=int(bool(ends)), dropped_without_target=int(not ends))
+    return examples, counts
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    """Make a batch, padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, int64 [batch, tokens].
+
+    ``functools.partial(collate, pad_token_id=...)`` is a ``data_collator`` of the transformers Trainer.
+    """
+    rows = [torch.tensor(example["input_ids"]) for example in examples]
+    labels = [torch.tensor(example["labels"]) for example in examples]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
