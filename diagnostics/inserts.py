@@ -12,7 +12,7 @@ _BLOCK_ENDS = re.compile(r"\n\n+(?=\S)")
 _SENTENCE_ENDS = re.compile(r"""\n\n+(?=\S)|(?:(?<=[.!?])|(?<=[.!?]["')]))(?: +|\n)(?=[A-Z])""")
 _LINE_ENDS = re.compile(r"\n(?=\S)")
 _WORD_ENDS = re.compile(r"\s+")
-_REACH = 2000  # characters to look for an end, either way
+_REACH = 2000  # characters to look for an end, either way; paragraphs may be farther apart
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,18 @@ def place_inserts(document: str, inserts: Sequence[Insert]) -> str:
 def _place(document: str, insert: Insert) -> tuple[int, str, str]:
     """Where an insert goes: its position, and what separates it from the text before and after."""
     target = round(insert.depth * len(document))
-    start, stop = max(target - _REACH, 0), min(target + _REACH, len(document))
     outside = [(0, "", "\n\n"), (len(document), "\n\n", "")]
-    several_lines = "\n" in insert.text
+    several_lines, reach = "\n" in insert.text, _REACH
+    while several_lines and not _near(_BLOCK_ENDS, document, target, reach) and reach < len(document):
+        reach *= 2
     for ends in (_BLOCK_ENDS,) if several_lines else (_SENTENCE_ENDS, _LINE_ENDS, _WORD_ENDS):
-        places = [(match.start(), match[0], "") for match in ends.finditer(document, start, stop)]
+        places = _near(ends, document, target, reach)
         if places or several_lines:
             return min(outside + places, key=lambda place: abs(place[0] - target))
     return target, " ", " "
+
+
+def _near(ends: re.Pattern[str], document: str, target: int, reach: int) -> list[tuple[int, str, str]]:
+    """Find places around a target, each with the white space that is there."""
+    found = ends.finditer(document, max(target - reach, 0), min(target + reach, len(document)))
+    return [(match.start(), match[0], "") for match in found]

@@ -189,6 +189,13 @@ def test_an_insert_goes_between_sentences():
     assert place_inserts("abcdefgh", [Insert(0.5, "X")]) == "abcd X efgh"
 
 
+def test_paragraphs_that_end_far_away_are_better_than_the_end_of_the_document():
+    document = "One.\n\nTwo." + "\n\n    indented" * 500 + "\n\nThree." + "\n\n    indented" * 700
+    for depth, follows in ((0.1, "Two."), (0.4, "Three."), (0.6, "Three.")):
+        found = place_inserts(document, [Insert(depth, "New\nlines.")])
+        assert found == document.replace(f"\n\n{follows}", f"\n\nNew\nlines.\n\n{follows}")
+
+
 def test_a_block_goes_between_unindented_paragraphs():
     code = "def f():\n    a = 1\n\n    return a\n\n\ndef g():\n    pass"
     block = "def new():\n    pass"
