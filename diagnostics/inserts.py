@@ -51,14 +51,16 @@ def _place(document: str, insert: Insert) -> tuple[int, str, str]:
     """Where an insert goes: its position, and what separates it from the text before and after."""
     target = round(insert.depth * len(document))
     outside = [(0, "", "\n\n"), (len(document), "\n\n", "")]
-    several_lines, reach = "\n" in insert.text, _REACH
-    while several_lines and not _near(_BLOCK_ENDS, document, target, reach) and reach < len(document):
-        reach *= 2
-    for ends in (_BLOCK_ENDS,) if several_lines else (_SENTENCE_ENDS, _LINE_ENDS, _WORD_ENDS):
-        places = _near(ends, document, target, reach)
-        if places or several_lines:
-            return min(outside + places, key=lambda place: abs(place[0] - target))
-    return target, " ", " "
+    if "\n" in insert.text:
+        reach = _REACH
+        while not (places := _near(_BLOCK_ENDS, document, target, reach)) and reach < len(document):
+            reach *= 2
+    else:
+        tried = (_near(ends, document, target, _REACH) for ends in (_SENTENCE_ENDS, _LINE_ENDS, _WORD_ENDS))
+        places = next(filter(None, tried), [])
+        if not places:
+            return target, " ", " "
+    return min(outside + places, key=lambda place: abs(place[0] - target))
 
 
 def _near(ends: re.Pattern[str], document: str, target: int, reach: int) -> list[tuple[int, str, str]]:

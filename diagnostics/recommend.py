@@ -154,7 +154,8 @@ def recommend(
         cutoff = smallest_admissible(admissible)
         if cutoff == n_layers:
             notes.append("no cutoff below full depth is admissible: run the model as it is, or relax the goal")
-    notes += _above_the_goal(by_category(run, losses["kl"]), cutoff, criterion.max_kl)
+    of_categories = by_category(run, losses["kl"])
+    notes += _above_the_goal(of_categories, cutoff, criterion.max_kl)
     regions = find_regions(run, rules, seed=seed)
     shape, positions = run.manifest["shape"], run.manifest["max_positions"]
     predicted = predict_savings(shape, cutoff, anchors=anchors, lengths=lengths, max_positions=positions)
@@ -172,7 +173,7 @@ def recommend(
         "region_rules": vars(regions.rules),
         "agreement": _agreement(cutoff, regions, n_layers),
         "retention": retention_at(run, cutoff),
-        "by_category": loss_by_category(run, cutoff),
+        "by_category": of_categories[cutoff].to_dict(),
         "evidence": [_evidence(k, means, bounds, admissible) for k in range(1, n_layers + 1)],
         "predicted": [savings.to_dict() for savings in predicted],
         "notes": notes,
@@ -262,8 +263,7 @@ def _above_the_goal(kl: pd.DataFrame, cutoff: int, max_kl: float | None) -> list
 
 def loss_by_category(run: Run, cutoff: int) -> dict[str, float]:
     """Return the mean KL at the cutoff for each category of prompts, nats per token."""
-    rows = run.cutoffs[run.cutoffs["cutoff"] == cutoff].merge(run.prompts[["prompt_id", "category"]])
-    return {str(category): float(kl) for category, kl in rows.groupby("category")["kl"].mean().items()}
+    return {str(name): float(kl) for name, kl in by_category(run, _losses(run)["kl"])[cutoff].items()}
 
 
 def _evidence(

@@ -101,16 +101,16 @@ class Continuation:
 
     def __init__(self, tokenizer: Any, context: Sequence[int]) -> None:
         self.tokenizer, self.before = tokenizer, list(context[-LEAD_TOKENS:])
-        self.lead = self._decode([])
+        self.lead = self._decode(self.before)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return what the tokens add to the context's text."""
-        whole = self._decode(ids)
+        whole = self._decode([*self.before, *ids])
         # The last token before may be part of a character that these tokens end.
-        return whole[len(self.lead) :] if whole.startswith(self.lead) else self.tokenizer.decode(ids)
+        return whole[len(self.lead) :] if whole.startswith(self.lead) else self._decode(ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode([*self.before, *ids], skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _encode(lm: LoadedModel, context: Context, chat: bool) -> Encoded:

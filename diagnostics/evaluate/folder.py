@@ -69,7 +69,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
 
 
 class EvaluationFolder:
-    """The folder of an evaluation: one file for each task and policy that is finished."""
+    """The folder of an evaluation: one file for each task, until all are finished."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, resume: bool) -> None:
         self.path, self.manifest = path, manifest
