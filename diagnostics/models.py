@@ -1,4 +1,4 @@
-"""Name, folder, GGUF file or built-in -> a loaded model with its tokenizer and what is known about it."""
+"""Name, folder, adapter, GGUF file or built-in -> a loaded model with its tokenizer and what is known about it."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diagnostics.adapters import is_adapter, merge, read_adapter
 from diagnostics.anatomy import Anatomy, dissect, refuse_config
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError
@@ -88,14 +89,17 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a decoder-only model from a hub id, a folder, a ``.gguf`` file or the built-in name.
+    """Load a decoder-only model from a hub id, a folder, a LoRA adapter's, a ``.gguf`` file or the built-in name.
 
     ``device``: ``auto`` (cuda, else mps, else cpu; spread over all GPUs when one is too small), ``map`` (always
     spread, needs accelerate), or any torch device. ``dtype``: ``auto`` (bfloat16 on cuda and mps, float32 on cpu) or
     a name. Weights are read from safetensors or GGUF only, never from pickles; remote code is off unless asked for.
-    Raises UserError for anything that cannot be found, read or served.
+    An adapter is merged into the base that it names: options, and ``revision`` before the adapter's own, are for the
+    base, which also gives the tokenizer. Raises UserError for anything that cannot be found, read or served.
     """
     name = str(model)
+    if is_adapter(name):
+        return _load_adapter(name, revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     place = _choose_device(device)
     torch_dtype = _choose_dtype(dtype, place)
     source, options = _locate(name)
@@ -103,8 +107,12 @@ def load_model(
     options["trust_remote_code"] = trust_remote_code
 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
 
     try:
+        # transformers would load it unmerged, from a pickle too, and a hub's onto the base that it names.
+        if find_adapter_config_file(source, revision=revision) is not None:
+            raise UserError(f"{name!r} holds an adapter: it can be loaded from a local folder without a model in it")
         config = AutoConfig.from_pretrained(source, **options)
         refuse_config(config, name)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -130,6 +138,21 @@ def load_model(
     except Exception as error:  # a damaged file makes each of the libraries involved raise what it likes
         raise UserError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
     return LoadedModel.wrap(loaded, tokenizer, name)
+
+
+def _load_adapter(name: str, revision: str | None, **options: Any) -> LoadedModel:
+    try:
+        adapter = read_adapter(name)
+        try:
+            base = load_model(adapter.base, revision=revision or adapter.revision, **options)
+        except UserError as error:
+            raise UserError(f"adapter {name!r}, its base_model_name_or_path: {error}") from None
+        merged = merge(adapter, base.model)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(f"adapter {name!r} cannot be merged: {_one_line(error)}") from error
+    return LoadedModel.wrap(merged, base.tokenizer, name)
 
 
 def weight_hash(model: nn.Module) -> str:
