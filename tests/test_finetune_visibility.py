@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from diagnostics import FullPolicy, ProjectedPolicy, SpeedPolicy, UserError, decode, generate, prefill
 from diagnostics.finetune import decode_phase, full_depth, train_under
-from diagnostics.policies import runtime
+from diagnostics.policies import occupancy
 from tests.policy_cases import assert_close, letters_of, load, masked_pass
 from tests.policy_reference import ANCHOR, DECODE, PROMPT, SlowModel, speed
 from tests.test_policy_undo import Snapshot, fingerprint
@@ -343,7 +343,7 @@ def test_one_block_at_a_time():
     model, policy = tiny_model("llama").model, SpeedPolicy(2)
     with train_under(policy, model):
         for other in (lambda: train_under(policy, model).__enter__(), lambda: policy(model).__enter__()):
-            with pytest.raises(UserError, match=r"being trained under speed:2: leave"):
+            with pytest.raises(UserError, match=r"runs under speed:2 already: leave"):
                 other()
         for call in (
             lambda: generate(model, tokens_of(12), max_new_tokens=2),
@@ -358,7 +358,7 @@ def test_one_block_at_a_time():
         train_under(policy, model).__enter__()
     with pytest.raises(UserError, match="inside `with train_under"):
         full_depth(model).__enter__()
-    assert not runtime._ACTIVE
+    assert not occupancy._HELD
 
 
 def tokens_of(n):

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from diagnostics import FastKVPolicy, FullPolicy, SpeedPolicy, UserError, generate
 from diagnostics.capture import attention_tap
-from diagnostics.policies import runtime
+from diagnostics.policies import occupancy
 from tests.policy_cases import FASTKV, POLICIES, each, served, tokens
 from tests.tiny import N_LAYERS, tiny_config, tiny_model
 
@@ -35,7 +35,7 @@ def fingerprint(model):
 
 
 def assert_nothing_is_left():
-    assert not runtime._ACTIVE
+    assert not occupancy._HELD
     assert not attention_tap._RECORDERS
 
 

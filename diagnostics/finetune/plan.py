@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import UserError
+from diagnostics.finetune.examples import IGNORED
 from diagnostics.policies.columns import Piece, span
 from diagnostics.policies.masks import attention_mask
 
-IGNORED = -100
 PACKED = (
     "this batch holds several texts in one row (packing, padding_free): tokens would see other texts; "
     "pad instead, one text per row"
@@ -42,9 +42,11 @@ class Plan:
 
     # Not a dataclass: FSDP makes copies of those that it finds among a layer's arguments.
 
-    def __init__(self, columns: Tensor, n_columns: int, padding: Tensor | None, implementation: str) -> None:
+    def __init__(
+        self, columns: Tensor, n_columns: int, padding: Tensor | None, *, cutoff: int, implementation: str
+    ) -> None:
         self.columns, self.n_columns, self.padding = columns, n_columns, padding
-        self.implementation = implementation
+        self.cutoff, self.implementation = cutoff, implementation
         self.entered = False
         self._masks: dict[Any, Tensor | None] = {}
 
@@ -94,6 +96,7 @@ def make_plan(
     real: Tensor,
     phase: Tensor,
     *,
+    cutoff: int,
     anchors: int,
     labels: Tensor | None,
     position_ids: Tensor | None,
@@ -105,6 +108,8 @@ def make_plan(
     ----------
     real, phase
         Which columns hold tokens and which of these are decode phase, bool [batch, tokens].
+    cutoff
+        Layers that all tokens run through.
     anchors
         Leading tokens of each row that run through all layers.
     labels, position_ids
@@ -142,4 +147,5 @@ def make_plan(
     if has_outside:
         raise UserError("labels ask for logits of tokens that decode_mask leaves out: set them to -100")
     slots = torch.where(deep, columns, columns + n_columns).sort(dim=1).values[:, : max(1, most)]
-    return Plan(slots, n_columns, padding if is_padded else None, implementation), bool(shallow)
+    left = padding if is_padded else None
+    return Plan(slots, n_columns, left, cutoff=cutoff, implementation=implementation), bool(shallow)

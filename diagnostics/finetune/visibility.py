@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from diagnostics.anatomy import PER_POSITION, Anatomy, dissect, parameter_names
 from diagnostics.capture.attention_tap import PREFIX
 from diagnostics.errors import UserError
-from diagnostics.finetune.plan import IGNORED, PACKED, Plan, decode_phase, make_plan
+from diagnostics.finetune.examples import IGNORED
+from diagnostics.finetune.plan import PACKED, Plan, decode_phase, make_plan
 from diagnostics.libraries import TRANSFORMERS, library_of, stock_model
 from diagnostics.policies.masks import SERVED
-from diagnostics.policies.runtime import _ACTIVE
+from diagnostics.policies.occupancy import holder_of, occupy, require_free
 from diagnostics.policies.speed import SpeedPolicy
 
 # What collators add to batches of several texts in one row.
@@ -57,8 +58,7 @@ def train_under(policy: SpeedPolicy, model: Any) -> Iterator[Visibility]:
     if not hasattr(getattr(inner, "config", None), "get_text_config"):
         raise UserError(f"training under a policy needs a transformers model, not {type(model).__name__}")
     anatomy = dissect(inner, inner.config._name_or_path or type(inner).__name__)
-    if inner in _ACTIVE:
-        raise UserError(f"this model runs under {_ACTIVE[inner].policy} already: leave that `with` block first")
+    require_free(inner)
     implementation = inner.config._attn_implementation
     if implementation not in SERVED:
         tapped = implementation.startswith(PREFIX)
@@ -74,8 +74,7 @@ def train_under(policy: SpeedPolicy, model: Any) -> Iterator[Visibility]:
     with ExitStack() as stack:
         visibility = Visibility(policy, inner, anatomy)
         visibility.attach(model, stack)
-        _ACTIVE[inner] = _Occupied(visibility)  # type: ignore[assignment]
-        stack.callback(_ACTIVE.pop, inner)
+        stack.enter_context(occupy(inner, _Training(visibility)))
         yield visibility
 
 
@@ -85,8 +84,8 @@ def full_depth(model: Any) -> Iterator[None]:
 
     Raises UserError if ``model`` is not in such a block.
     """
-    held: Any = _ACTIVE.get(stock_model(model))
-    if not isinstance(held, _Occupied):
+    held = holder_of(stock_model(model))
+    if not isinstance(held, _Training):
         raise UserError("full_depth is for a model inside `with train_under(...)`")
     before, held.visibility.at_full_depth = held.visibility.at_full_depth, True
     try:
@@ -95,11 +94,15 @@ def full_depth(model: Any) -> Iterator[None]:
         held.visibility.at_full_depth = before
 
 
-class _Occupied:
+class _Training:
     """Holds a model's place among those that run under a policy; whoever wants to use it is turned away."""
 
     def __init__(self, visibility: Visibility) -> None:
         self.visibility = visibility
+
+    @property
+    def policy(self) -> SpeedPolicy:
+        return self.visibility.policy
 
     def __getattr__(self, name: str) -> Any:
         raise UserError(
@@ -112,6 +115,8 @@ class Visibility:
 
     Attributes
     ----------
+    policy
+        May be changed between steps, such as to lower the cutoff.
     n_positions, n_deep
         Positions that ran below and above the cutoff so far, padding and unused slots included: what was computed.
     at_full_depth
@@ -134,15 +139,13 @@ class Visibility:
         def before(module: nn.Module, edit: _Edit) -> None:
             stack.callback(module.register_forward_pre_hook(_Before(module, edit), with_kwargs=True).remove)
 
-        anatomy, cutoff = self.anatomy, self.policy.cutoff
+        anatomy = self.anatomy
         for module in {model, self.model}:  # a wrapper may call the forward method of the model, past its hooks
             before(module, self._before_model)
             stack.callback(module.register_forward_hook(self._after_model, always_call=True).remove)
         before(anatomy.stack, self._before_stack)
-        if cutoff == anatomy.n_layers:
-            return
         for index, layer in enumerate(anatomy.layers):
-            before(layer, partial(_before_layer, index, cutoff, anatomy.window(index)))
+            before(layer, partial(_before_layer, index, anatomy.window(index)))
         stack.callback(anatomy.final_norm.register_forward_pre_hook(self._before_final_norm).remove)
         stack.callback(anatomy.unembedding.register_forward_pre_hook(self._before_head).remove)
         stack.callback(anatomy.unembedding.register_forward_hook(self._after_head).remove)
@@ -197,6 +200,7 @@ class Visibility:
         plan, shallow = make_plan(
             real,
             phase.to(real.device) != 0,
+            cutoff=self.policy.cutoff,
             anchors=self.policy.anchors,
             labels=None if self._labels is None else self._labels.to(real.device),
             position_ids=position_ids,
@@ -282,15 +286,15 @@ class _Before:
         return (*positional, *args[len(self.names) :]), named
 
 
-def _before_layer(index: int, cutoff: int, window: int | None, _: nn.Module, given: dict[str, Any]) -> None:
+def _before_layer(index: int, window: int | None, _: nn.Module, given: dict[str, Any]) -> None:
     """Give a layer its mask, and above the cutoff its positions; the first such layer also its deep tokens."""
     plan: Plan | None = given.pop(_PLAN, None)
     if plan is None:
         return
-    if index == cutoff:
+    if index == plan.cutoff:
         plan.entered = True
         given["hidden_states"] = plan.gather(given["hidden_states"])
-    if index >= cutoff:
+    if index >= plan.cutoff:
         for name in PER_POSITION & given.keys():
             given[name] = plan.gather(given[name])
-    given["attention_mask"] = plan.mask(index >= cutoff, window, given["hidden_states"])
+    given["attention_mask"] = plan.mask(index >= plan.cutoff, window, given["hidden_states"])

@@ -30,8 +30,7 @@ from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.call import Call, take_positions
 from diagnostics.policies.columns import as_tensor, join, span, take
 from diagnostics.policies.masks import SERVED
-
-_ACTIVE: dict[nn.Module, Runtime] = {}
+from diagnostics.policies.occupancy import holder_of, occupy, require_free
 
 
 class ShallowCallDone(Exception):
@@ -46,8 +45,7 @@ def running(policy: Policy, model: Any) -> Iterator[Runtime]:
     if not hasattr(inner, "config") or not hasattr(inner.config, "get_text_config"):
         raise UserError(f"a policy runs transformers models, not {type(model).__name__}")
     anatomy = dissect(inner, name)
-    if inner in _ACTIVE:
-        raise UserError(f"this model runs under {_ACTIVE[inner].policy} already: leave that `with` block first")
+    require_free(inner)
     implementation = inner.config._attn_implementation
     if implementation.startswith(PREFIX):
         raise UserError(
@@ -67,14 +65,13 @@ def running(policy: Policy, model: Any) -> Iterator[Runtime]:
     with ExitStack() as stack:
         runtime = Runtime(policy, inner, anatomy, implementation, stack)
         runtime.attach(model)
-        _ACTIVE[inner] = runtime
-        stack.callback(_ACTIVE.pop, inner)
+        stack.enter_context(occupy(inner, runtime))
         yield runtime
 
 
 def active(model: Any) -> Runtime | None:
     """Return the runtime of a model that is inside a policy's block, else None."""
-    return _ACTIVE.get(stock_model(model))
+    return holder_of(stock_model(model))
 
 
 class Runtime:

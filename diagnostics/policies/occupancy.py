@@ -1,0 +1,43 @@
+"""Which models run under a policy at present: each under one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+from diagnostics.errors import UserError
+from diagnostics.policies.base import Policy
+
+_HELD: dict[nn.Module, Holder] = {}
+
+
+class Holder(Protocol):
+    """What runs a model under a policy."""
+
+    @property
+    def policy(self) -> Policy:
+        """The policy."""
+
+
+def require_free(model: nn.Module) -> None:
+    """Raise UserError if a model runs under a policy already."""
+    if model in _HELD:
+        raise UserError(f"this model runs under {_HELD[model].policy} already: leave that `with` block first")
+
+
+@contextmanager
+def occupy(model: nn.Module, holder: Holder) -> Iterator[None]:
+    """Hold a model inside the block."""
+    _HELD[model] = holder
+    try:
+        yield
+    finally:
+        del _HELD[model]
+
+
+def holder_of(model: nn.Module) -> Any:
+    """Return what runs a model under a policy, or None."""
+    return _HELD.get(model)
