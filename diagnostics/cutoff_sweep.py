@@ -12,13 +12,18 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from diagnostics.capture.base import ContextRows, DecodeRows, Outcome
 from diagnostics.probes.base import Measured, PromptContext
+from diagnostics.readout import wide
 
 
 class CutoffSweep:
-    """Observer that measures KL, agreement and likelihood under SPEED at every cutoff 1..L."""
+    """Observer that measures KL, agreement and likelihood under SPEED at every cutoff 1..L.
+
+    They are measured against full depth, that of the model itself or, where the context has one, of a teacher.
+    """
 
     name = "cutoff_sweep"
     describes: ClassVar[Mapping[str, str]] = {
@@ -51,18 +56,23 @@ class CutoffSweep:
             self.final = rows.residual_out
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Compare the distributions of every branch with the full model's."""
+        """Compare the distributions of every branch with the full model's, or the teacher's."""
         assert self.branches is not None
         assert self.final is not None
         candidates = torch.cat([self.branches, self.final[None]]).transpose(0, 1)  # cutoff L is the full model
         readout, targets = self.context.readout, outcome.reference_ids.to(self.final.device)
-        compared = readout.compare(readout.logits(self.final), candidates, targets)
+        teacher = self.context.teacher
+        full = readout.logits(self.final) if teacher is None else teacher.to(self.final.device)
+        compared = readout.compare(full, candidates, targets)
         nll = compared.nll.cpu().double().mean(0).numpy()
+        own = nll[-1]
+        if teacher is not None:
+            own = float(cross_entropy(full.to(wide(full.device)), targets))
         self.columns = {
             "kl": compared.kl.cpu().double().mean(0).numpy(),
             "top1_agreement": (compared.rank == 0).cpu().double().mean(0).numpy(),
             "nll": nll,
-            "nll_full": np.full_like(nll, nll[-1]),
+            "nll_full": np.full_like(nll, own),
         }
 
     def measured(self) -> Measured:

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,9 @@ from diagnostics.schema import SCHEMA_VERSION, Tables
 from diagnostics.segments import Segments
 from diagnostics.versions import hardware, versions
 
+if TYPE_CHECKING:
+    from diagnostics.teacher import Teacher  # which needs this module
+
 DECODE_TOKENS = 48
 DETAIL_PROMPTS = 7
 
@@ -43,6 +47,7 @@ def diagnose(
     remote: bool | str = False,
     out: str | Path | None = None,
     resume: bool = False,
+    teacher: "Teacher | None" = None,
     progress: Progress | None = None,
     arguments: dict[str, Any] | None = None,
 ) -> Run:
@@ -71,6 +76,9 @@ def diagnose(
         Run folder to write; without it the run stays in memory.
     resume
         Continue an interrupted run in ``out``: the numbers are those of an undisturbed one.
+    teacher
+        From `diagnostics.teacher.observe_teacher` on the same prompts: every cutoff, full depth too, is compared with
+        that model's full depth, on its references. Of a fine-tuned model this says what is lost of the first one.
     progress
         Called as ``progress(done, total, prompt_id)`` before each prompt and once at the end.
     arguments
@@ -91,16 +99,18 @@ def diagnose(
         raise UserError(f"detail prompts is {detail_prompts}: give 0 or more")
     lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
     capture = make_capture(backend, lm, remote)
-    encoded = encode_prompts(
-        prompts, lm.tokenizer, limit=_prompt_limit(lm, decode_tokens), max_reference_tokens=decode_tokens
-    )
+    encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
+    if teacher is not None:
+        if unknown := {prompt.prompt_id for prompt in encoded} - set(teacher.references):
+            raise UserError(f"the teacher has not seen prompt {min(unknown)!r}: give observe_teacher the same prompts")
+        encoded = [replace(prompt, reference_ids=teacher.references[prompt.prompt_id]) for prompt in encoded]
     numbers = {
         "anchors": anchors,
         "decode_tokens": decode_tokens,
         "lens_positions": lens_positions,
         "detail_prompts": detail_prompts,
     }
-    manifest = _manifest(lm, prompts, encoded, capture, numbers) | {"arguments": arguments or {}}
+    manifest = _manifest(lm, prompts, encoded, capture, numbers, teacher) | {"arguments": arguments or {}}
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -111,7 +121,15 @@ def diagnose(
         if progress:
             progress(index, len(encoded), prompt.prompt_id)
         tables = _diagnose_prompt(
-            lm, prompt, capture, readout, decode_tokens, anchors, lens_positions, detail=index < detail_prompts
+            lm,
+            prompt,
+            capture,
+            readout,
+            decode_tokens,
+            anchors,
+            lens_positions,
+            detail=index < detail_prompts,
+            teacher=None if teacher is None else teacher.logits[prompt.prompt_id],
         )
         if writer:
             writer.write(index, tables)
@@ -139,6 +157,7 @@ def _diagnose_prompt(
     anchors: int,
     lens_positions: int,
     detail: bool,
+    teacher: torch.Tensor | None,
 ) -> Tables:
     n_prompt = prompt.n_prompt
     segments = Segments.of(torch.ones(1, n_prompt), n_prompt, anchors)
@@ -153,6 +172,7 @@ def _diagnose_prompt(
         evidence=tuple((a, b) for a, b in evidence if a < b),
         lens_positions=lens_positions,
         detail=detail,
+        teacher=teacher,
     )
     watching = [observer(context) for observer in observers().values()]
     outcome = capture.run(
@@ -245,15 +265,13 @@ def _detail_tables(
     return {"tokens": tokens, "lens": shown}
 
 
-def _prompt_limit(lm: LoadedModel, decode_tokens: int) -> int | None:
-    """Prompt tokens that leave room for the decode tokens within the model's positions."""
+def encode_for_diagnosis(lm: LoadedModel, prompts: PromptSet, decode_tokens: int) -> list[EncodedPrompt]:
+    """Encode prompts so that they leave room for the decode tokens within the model's positions."""
     positions = lm.anatomy.max_positions
-    if positions is None:
-        return None
-    limit = positions - decode_tokens + 1
-    if limit < 1:
+    limit = None if positions is None else positions - decode_tokens + 1
+    if limit is not None and limit < 1:
         raise UserError(f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}")
-    return limit
+    return encode_prompts(prompts, lm.tokenizer, limit=limit, max_reference_tokens=decode_tokens)
 
 
 def _manifest(
@@ -262,6 +280,7 @@ def _manifest(
     encoded: Sequence[EncodedPrompt],
     capture: Capture,
     numbers: dict[str, int],
+    teacher: "Teacher | None",
 ) -> dict[str, Any]:
     """Say what this run is. ``identity`` is what a resumed run must share for its numbers to be the same."""
     without_bos = [prompt.prompt_id for prompt in encoded if not prompt.has_bos]
@@ -273,6 +292,8 @@ def _manifest(
         )
     if cut := sum("model's limit" in note for prompt in encoded for note in prompt.notes):
         notes.append(f"{cut} prompts were cut, at the document, to fit the model's positions")
+    if teacher is not None:
+        notes.append(f"every cutoff, full depth too, is compared with {teacher.name} at full depth")
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "running",
@@ -298,6 +319,7 @@ def _manifest(
             "backend": capture.name,
             "context_length": prompts.context_length,
             "prompts": prompts.fingerprint,
+            "teacher": None if teacher is None else teacher.weight_hash,
         }
         | numbers,
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from diagnostics.capture.base import ContextRows, DecodeRows, Layout, Outcome
 from diagnostics.readout import Readout
@@ -26,7 +27,8 @@ class PromptContext:
 
     ``evidence`` are half-open token spans inside the prompt segment; ``lens_positions`` bounds the decode positions,
     evenly spaced, that the logit lens reads; ``model_name`` is for messages. With ``detail`` probes also keep what a
-    close look at this one prompt needs, token by token.
+    close look at this one prompt needs, token by token. ``teacher`` [n_decode, vocabulary] are logits to compare every
+    cutoff with instead of the model's own at full depth.
     """
 
     layout: Layout
@@ -36,6 +38,7 @@ class PromptContext:
     evidence: tuple[tuple[int, int], ...] = ()
     lens_positions: int = LENS_POSITIONS
     detail: bool = False
+    teacher: Tensor | None = None
 
 
 @dataclass(frozen=True)
