@@ -59,7 +59,7 @@ def question(rng: Random, number: int, size: int) -> Prompt:
     known = [topic for topic in QUESTIONS if topic in _reference()]  # not the same in all versions of Python
     topic = rng.choice(known[number::PROMPTS_PER_CATEGORY])
     title, paragraph = _reference()[topic].split("\n\n")[:2]
-    return _ask(
+    return ask(
         "Read this part of the Python reference.",
         f'Question: according to the section "{title}" above, {QUESTIONS[topic]} Answer in your own words.',
         document=documentation(rng, size, without=paragraph),
@@ -73,7 +73,7 @@ def needle(rng: Random, number: int, size: int) -> Prompt:
     cities = rng.sample(CITIES, 4)
     needles = [f"The secret access code for {city} is {rng.randrange(100_000, 10**6)}." for city in cities]
     depths = [_depth(number), *(rng.random() for _ in cities[1:])]
-    return _ask(
+    return ask(
         "Some secret access codes are hidden in the following text. Remember them.",
         f"Question: what is the secret access code for {cities[0]}? Answer with one sentence.",
         document=documentation(rng, size),
@@ -84,7 +84,7 @@ def needle(rng: Random, number: int, size: int) -> Prompt:
 
 def summary(rng: Random, number: int, size: int) -> Prompt:
     """A summary of all of the document."""
-    return _ask("Here is a text about Python.", SUMMARIES[number], document=documentation(rng, size))
+    return ask("Here is a text about Python.", SUMMARIES[number], document=documentation(rng, size))
 
 
 def variables(rng: Random, number: int, size: int) -> Prompt:
@@ -94,7 +94,7 @@ def variables(rng: Random, number: int, size: int) -> Prompt:
     other = assignments(names[4:], rng.randrange(10_000, 100_000))
     inserts = [Insert((step + 0.5) / len(chain), line) for step, line in enumerate(chain)]
     inserts += [Insert(step / len(other) + 0.4, line) for step, line in enumerate(other)]
-    return _ask(
+    return ask(
         "The following text has assignments of variables in it. Keep track of their values.",
         f"Question: what is the value of {names[len(chain) - 1]}? Follow the assignments one by one.",
         document=documentation(rng, size),
@@ -107,10 +107,10 @@ def code(rng: Random, number: int, size: int) -> Prompt:
     """What a small function returns, which stands among many others."""
     name = f"{rng.choice(VERBS)}_{rng.choice(THINGS)}"
     function = FUNCTIONS[number].format(name=name, a=rng.randrange(2, 10), b=rng.randrange(2, 10)).strip()
-    return _ask(
+    return ask(
         "Here is a Python module.",
         f"Question: what does {name}({rng.randrange(3, 7)}) return? Explain the function step by step.",
-        document=_source_code(rng, size),
+        document=source_code(rng, size),
         cut="line",
         inserts=(Insert(_depth(number), function),),
         evidence=(function,),
@@ -119,7 +119,7 @@ def code(rng: Random, number: int, size: int) -> Prompt:
 
 def instructions(rng: Random, number: int, size: int) -> Prompt:
     """Strict rules for the form of the answer, after the text that it is about."""
-    return _ask("Here is a text about Python.", INSTRUCTIONS[number], document=documentation(rng, size))
+    return ask("Here is a text about Python.", INSTRUCTIONS[number], document=documentation(rng, size))
 
 
 def arithmetic(rng: Random, number: int, size: int) -> Prompt:
@@ -129,7 +129,7 @@ def arithmetic(rng: Random, number: int, size: int) -> Prompt:
         shots.append("Problem: {}\nAnswer: {}".format(*_word_problem(rng)))
         size -= len(shots[-1])
     problem, _ = _word_problem(rng)
-    return _ask(
+    return ask(
         "Here are word problems with their answers.",
         f"Now answer this one in the same way.\n\nProblem: {problem}",
         document="\n\n".join(shots),
@@ -261,7 +261,7 @@ MODULES = (
 # --- Parts ---
 
 
-def _ask(
+def ask(
     before: str,
     after: str,
     *,
@@ -325,7 +325,7 @@ def documentation(rng: Random, size: int, without: str | None = None) -> str:
     return _fill(rng, [text for text in _reference().values() if without is None or without not in text], size)
 
 
-def _source_code(rng: Random, size: int) -> str:
+def source_code(rng: Random, size: int) -> str:
     """``size`` characters of functions of the standard library, in random order."""
     # A Python without source files still has its reference.
     return _fill(rng, _library() or list(_reference().values()), size)

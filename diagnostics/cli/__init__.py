@@ -12,6 +12,7 @@ from diagnostics.cli.common import INTERRUPTED, fail
 from diagnostics.cli.dashboard import dashboard
 from diagnostics.cli.diagnosis import diagnose, recommend
 from diagnostics.cli.evaluation import evaluate
+from diagnostics.cli.finetuning import finetune
 from diagnostics.cli.generation import generate
 from diagnostics.cli.report import report
 from diagnostics.errors import UserError
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (recommend, diagnose, generate, bench, evaluate, report, dashboard):
+for command in (recommend, diagnose, generate, bench, evaluate, finetune, report, dashboard):
     app.command()(command)
 
 

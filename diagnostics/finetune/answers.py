@@ -13,8 +13,7 @@ from diagnostics.encoding import PromptTooLong, encode_prompt
 from diagnostics.errors import UserError
 from diagnostics.finetune.chat_tokens import encode_conversation
 from diagnostics.finetune.conversations import Conversation
-from diagnostics.finetune.data import Counts, Example
-from diagnostics.finetune.plan import IGNORED
+from diagnostics.finetune.examples import IGNORED, Counts, Example
 from diagnostics.generate import end_tokens, generate
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts import PromptSet

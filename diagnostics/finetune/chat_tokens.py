@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from diagnostics.encoding import Span
 from diagnostics.errors import UserError
 from diagnostics.finetune.conversations import Conversation
-from diagnostics.finetune.plan import IGNORED
+from diagnostics.finetune.examples import IGNORED
 from diagnostics.prompts import Message
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from diagnostics.errors import UserError
-from diagnostics.finetune.plan import IGNORED
+from diagnostics.finetune.examples import IGNORED
 
 CHUNK = 256
 

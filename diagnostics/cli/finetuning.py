@@ -1,0 +1,130 @@
+"""``finetune``: an adapter that lets prompts stop lower, and what it costs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from diagnostics.cli.common import INTERRUPTED, fail, load, new_folder, plain, progress
+from diagnostics.cli.options import Anchors, Device, Dtype, Model, RemoteCode, Resume, Revision
+from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.errors import UserError
+
+
+def finetune(
+    model: Model = EMBEDDED_MODEL,
+    *,
+    cutoff: Annotated[int, typer.Option(help="layers that prompts are to run through, 1 to L")],
+    data: Annotated[str, typer.Option(help="'builtin', or a .jsonl file of conversations or prompts")] = "builtin",
+    examples: Annotated[int | None, typer.Option(help="rows to train on at most  [built-in prompts: 384]")] = None,
+    supervised: Annotated[
+        float, typer.Option(help="share of given answers in the loss, 0 to 1; the rest is self-distillation")
+    ] = 0.0,
+    own_answers: Annotated[
+        bool | None,
+        typer.Option(help="distil on the model's own answers at full depth  [if nothing is supervised]"),
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(help="tokens of an own answer at most")] = 64,
+    context_length: Annotated[int | None, typer.Option(help="tokens per prompt  [built-in prompts: 256]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens per row; longer ones are cut or dropped")] = None,
+    held_out: Annotated[str, typer.Option(help="prompts to measure on: 'builtin' or a .jsonl file")] = "builtin",
+    held_out_categories: Annotated[
+        str | None, typer.Option(help="kinds of prompts to measure on only  [built-in data: question,variables,code]")
+    ] = None,
+    held_out_prompts: Annotated[int | None, typer.Option(help="so many at most  [built-in prompts: 24]")] = None,
+    start_cutoff: Annotated[int | None, typer.Option(help="lower the cutoff from here over half the training")] = None,
+    anchors: Anchors = 1,
+    method: Annotated[Literal["lora", "full"], typer.Option(help="train an adapter or all weights")] = "lora",
+    rank: Annotated[int | None, typer.Option(help="of the adapter  [16]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="at its highest  [by the model's size]")] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 160,
+    batch_size: Annotated[int, typer.Option(help="rows per forward pass")] = 1,
+    accumulate: Annotated[int, typer.Option(help="forward passes per step")] = 4,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="compute activations again to save memory  [from 1B parameters]")
+    ] = None,
+    against: Annotated[
+        Literal["base", "itself"] | None,
+        typer.Option(help="full depth to measure against: of the model before, or after  [before, if it distils]"),
+    ] = None,
+    decode_tokens: Annotated[int, typer.Option(help="reference tokens per held-out prompt")] = 32,
+    max_kl: Annotated[float, typer.Option(help="goal of the recommendation, nats per token")] = 0.1,
+    sweep_every: Annotated[int, typer.Option(help="steps between measurements of all cutoffs")] = 40,
+    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="of the adapter, the built-in data and its order")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    out: Annotated[Path | None, typer.Option(help="folder  [runs/MODEL-finetune_TIME]")] = None,
+    resume: Resume = False,
+    json: Annotated[bool, typer.Option("--json", help="print the table alone, as JSON")] = False,
+) -> None:
+    """Train a model to lose less at a cutoff, and measure all cutoffs before, during and after."""
+    arguments = dict(locals())
+    if resume and out is None:
+        raise UserError("--resume needs --out: the folder of the fine-tuning to continue")
+    out = out or new_folder(model, "-finetune")
+    from diagnostics.finetune.settings import Settings
+    from diagnostics.finetune.sources import BUILTIN, HELD_OUT, Source, load_data, load_held_out
+
+    kinds = tuple(filter(None, map(str.strip, (held_out_categories or "").split(","))))
+    if not kinds and Path(data).resolve() == Path(held_out).resolve():
+        if data != BUILTIN:
+            raise UserError("the model would be measured on what it learns: give --held-out or --held-out-categories")
+        kinds = HELD_OUT
+    measured = load_held_out(held_out, n_prompts=held_out_prompts, context_length=context_length, only=kinds)
+    source = Source(
+        load_data(data, examples=examples, context_length=context_length, without=kinds, seed=seed),
+        Path(data).name,
+        own_answers=not supervised if own_answers is None else own_answers,
+        answer_tokens=answer_tokens,
+        max_length=max_length,
+    )
+    settings = Settings(
+        cutoff=cutoff,
+        start_cutoff=start_cutoff,
+        anchors=anchors,
+        supervised=supervised,
+        against=against,
+        method=method,
+        rank=rank,
+        learning_rate=learning_rate,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        gradient_checkpointing=gradient_checkpointing,
+        decode_tokens=decode_tokens,
+        sweep_every=sweep_every,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+    lm = load(arguments)
+    from diagnostics.finetune.training import finetune as run_finetuning
+
+    try:
+        with progress(f"fine-tuning {lm.name}") as advance:
+            made = run_finetuning(
+                lm,
+                source,
+                measured,
+                settings,
+                out=out,
+                resume=resume,
+                goals={"max_kl": max_kl},
+                progress=advance,
+                arguments=plain(arguments),
+            )
+    except KeyboardInterrupt:
+        fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
+    from diagnostics.finetune.summary import compare_cutoffs
+
+    table = compare_cutoffs(made)
+    if json:
+        print(table.to_json(orient="records", indent=1))
+    else:
+        from diagnostics.terminal.finetuning import show_finetuning
+
+        show_finetuning(made, table, Console(highlight=False))
+        print(f"Adapter, recommendation and measurements: {out}")

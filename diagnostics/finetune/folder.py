@@ -1,0 +1,175 @@
+"""The folder of a fine-tuning: what it leaves behind, and how it goes on after a kill.
+
+- ``finetuning.json``: what was asked, on what, with which versions; what became of the data
+- ``examples.parquet``: the rows trained on, as token ids; ``parts/`` until all are made
+- ``steps.parquet``: loss, learning rate, gradient norm and cutoff of every step
+- ``sweeps.parquet``: every cutoff on every held-out prompt, before, during and after
+- the adapter, or the whole model, as `load_model` takes it
+- ``before/``, ``after/``: diagnoses of the held-out prompts
+- ``recommendation.json``: of the trained model
+- ``checkpoints/``: until all is finished
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diagnostics.errors import UserError
+from diagnostics.finetune.examples import Counts, Example
+from diagnostics.results import PARTS, require_writable, write_json, write_table
+
+FINETUNING, EXAMPLES, STEPS, SWEEPS = "finetuning.json", "examples.parquet", "steps.parquet", "sweeps.parquet"
+CHECKPOINTS, BEFORE, AFTER = "checkpoints", "before", "after"
+TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuning:
+    """A finished fine-tuning, or what there is of one.
+
+    ``steps``: one row per step, with ``step`` (1, 2, ...), ``loss`` in nats per target, ``learning_rate``,
+    ``grad_norm``, ``cutoff``. ``sweeps``: one row per held-out prompt and cutoff at each measured step, 0 before
+    training: ``step``, ``prompt_id``, ``category``, ``cutoff``, ``kl``, ``top1_agreement``, ``nll``, ``nll_full``, as
+    in a run's table of cutoffs.
+    """
+
+    manifest: dict[str, Any]
+    steps: pd.DataFrame = field(repr=False)
+    sweeps: pd.DataFrame = field(repr=False)
+    path: Path | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it ran to its end."""
+        return bool(self.manifest["status"] == "complete")
+
+    def curve(self, step: int | None = None, column: str = "kl") -> pd.Series:
+        """Return the mean of a column over held-out prompts by cutoff, at a measured step; the last if None."""
+        step = int(self.sweeps["step"].max()) if step is None else step
+        return self.sweeps[self.sweeps["step"] == step].groupby("cutoff")[column].mean()
+
+
+def load_finetuning(path: str | Path) -> FineTuning:
+    """Read a fine-tuning, finished or not; raise UserError where there is none, or nothing was measured yet."""
+    folder = Path(path)
+    manifest = load_manifest(folder)
+    tables: dict[str, pd.DataFrame] = {}
+    for name, columns in ((STEPS, {"step", "loss", "cutoff"}), (SWEEPS, {"step", "prompt_id", "cutoff", "kl"})):
+        try:
+            table = pd.read_parquet(folder / name)
+        except FileNotFoundError:
+            raise UserError(f"fine-tuning {str(path)!r} has not measured anything yet") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"fine-tuning {str(path)!r} is damaged: {name} cannot be read ({error})") from None
+        if columns - set(table):
+            raise UserError(f"fine-tuning {str(path)!r} is damaged: {name} lacks {min(columns - set(table))}")
+        tables[name] = table
+    return FineTuning(manifest, tables[STEPS], tables[SWEEPS], folder)
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    """Read ``finetuning.json``; raise UserError where it is missing or damaged."""
+    try:
+        manifest = json.loads((path / FINETUNING).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"no fine-tuning can be read in {str(path)!r}: {error}") from None
+    fields = {"model": str, "status": str, "n_layers": int, "settings": dict, "identity": dict}
+    for name, kind in fields.items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(name), kind):
+            raise UserError(f"the fine-tuning in {str(path)!r} is damaged: field {name} is missing or wrong")
+    return manifest
+
+
+class FineTuningFolder:
+    """Writes the folder of one fine-tuning."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], *, resume: bool) -> None:
+        self.path, self.manifest = path, manifest
+        if (path / FINETUNING).exists():
+            if not resume:
+                raise UserError(f"folder {str(path)!r} holds a fine-tuning: add --resume or choose another --out")
+            there = load_manifest(path)
+            for key, asked in manifest["identity"].items():
+                if there["identity"].get(key) != asked:
+                    raise UserError(
+                        f"folder {str(path)!r} holds another fine-tuning ({key} differs): choose another --out"
+                    )
+            self.manifest = there
+            return
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{str(path)!r} exists and is no fine-tuning: choose another --out")
+        try:
+            require_writable(path)
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / FINETUNING, manifest)
+        except OSError as error:
+            raise UserError(f"cannot write to {str(path)!r}: {error.strerror or error}") from None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return bool(self.manifest["status"] == "complete")
+
+    def examples(
+        self, n_parts: int, make: Callable[[int], tuple[list[Example], Counts]]
+    ) -> tuple[list[Example], Counts]:
+        """Return the rows to train on: those that are there, and those of the parts that ``make`` has to make."""
+        place = self.path / EXAMPLES
+        if place.exists():
+            return _rows(pd.read_parquet(place)), Counts(**self.manifest["data"])
+        rows: list[Example] = []
+        counts = Counts()
+        parts = self.path / PARTS
+        parts.mkdir(exist_ok=True)
+        for number in range(n_parts):
+            part, counted = parts / f"{number:06d}.parquet", parts / f"{number:06d}.json"
+            if not counted.exists():  # written after its rows
+                made, these = make(number)
+                write_table(part, pd.DataFrame(made, columns=list(Example.__annotations__)))
+                write_json(counted, asdict(these))
+            rows += _rows(pd.read_parquet(part))
+            counts += Counts(**json.loads(counted.read_text(encoding="utf-8")))
+        self.note(data=asdict(counts))
+        write_table(place, pd.DataFrame(rows, columns=list(Example.__annotations__)))
+        shutil.rmtree(parts)
+        return rows, counts
+
+    def checkpoint(self) -> Path | None:
+        """Return the last checkpoint that was written whole."""
+        found = {int(path.name.rpartition("-")[2]): path for path in (self.path / CHECKPOINTS).glob("checkpoint-*")}
+        for _, path in sorted(found.items(), reverse=True):
+            try:
+                json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))  # the last file of one
+            except (OSError, ValueError):
+                continue
+            return path
+        return None
+
+    def write(self, name: str, table: pd.DataFrame) -> None:
+        """Write ``steps.parquet`` or ``sweeps.parquet``."""
+        write_table(self.path / name, table)
+
+    def note(self, **additions: Any) -> None:
+        """Add to the manifest."""
+        self.manifest = self.manifest | additions
+        write_json(self.path / FINETUNING, self.manifest)
+
+    def finish(self, **additions: Any) -> FineTuning:
+        """Say that all is done; checkpoints go."""
+        self.note(status="complete", **additions)
+        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        return load_finetuning(self.path)
+
+
+def _rows(table: pd.DataFrame) -> list[Example]:
+    return [
+        Example(id=row["id"], input_ids=[*map(int, row["input_ids"])], labels=[*map(int, row["labels"])])
+        for row in table.to_dict("records")
+    ]

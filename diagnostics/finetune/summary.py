@@ -1,0 +1,29 @@
+"""What a fine-tuning changed: every cutoff before and after."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from diagnostics.finetune.folder import FineTuning
+
+COLUMNS = ("kl", "top1_agreement", "nll")
+
+
+def compare_cutoffs(made: FineTuning) -> pd.DataFrame:
+    """Return a row per cutoff 1..L: means over the held-out prompts before training and at the last measurement.
+
+    Columns: ``cutoff``, then ``kl_before``, ``kl_after`` (nats per token), and so on for ``top1_agreement`` (0..1) and
+    ``nll`` (nats per token, of the reference).
+    """
+    columns = {
+        f"{name}_{when}": made.curve(step, name) for name in COLUMNS for when, step in (("before", 0), ("after", None))
+    }
+    return pd.DataFrame(columns).rename_axis("cutoff").reset_index()
+
+
+def by_category(made: FineTuning, cutoff: int) -> pd.DataFrame:
+    """Return the mean KL at a cutoff for each category of held-out prompts: columns ``before`` and ``after``."""
+    last = made.sweeps["step"].max()
+    at = made.sweeps[(made.sweeps["cutoff"] == cutoff) & made.sweeps["step"].isin([0, last])]
+    means = at.pivot_table(index="category", columns="step", values="kl")
+    return means.rename(columns={0: "before", last: "after"})[["before", "after"]]

@@ -1,0 +1,46 @@
+"""All cutoffs on the held-out prompts, while the model is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+from diagnostics.anatomy import dissect
+from diagnostics.capture.base import Layout
+from diagnostics.capture.hooks import HooksCapture
+from diagnostics.cutoff_sweep import CutoffSweep
+from diagnostics.encoding import EncodedPrompt
+from diagnostics.models import LoadedModel
+from diagnostics.probes.base import PromptContext
+from diagnostics.readout import Readout
+from diagnostics.teacher import Teacher
+
+
+@torch.no_grad()
+def sweep_cutoffs(
+    lm: LoadedModel, encoded: Sequence[EncodedPrompt], teacher: Teacher, *, anchors: int = 1, own: bool = False
+) -> pd.DataFrame:
+    """Measure every cutoff 1..L on encoded prompts: frame with prompt_id, category, cutoff, and what the sweep gives.
+
+    The tokens that follow each prompt are the teacher's. Cutoffs are compared with the teacher's full depth, or with
+    the model's ``own``. One pass per prompt serves all cutoffs; the probes of a diagnosis are left out.
+    """
+    was_training = lm.model.training
+    lm.model.eval()
+    # Adapters that came since it was loaded have other modules in their places.
+    lm = replace(lm, anatomy=dissect(lm.model, lm.name))
+    capture, readout, n_layers = HooksCapture(lm), Readout(lm.anatomy), lm.anatomy.n_layers
+    frames = []
+    for prompt in encoded:
+        reference = teacher.references[prompt.prompt_id]
+        layout = Layout(min(anchors, prompt.n_prompt - 1), prompt.n_prompt)
+        compared_with = None if own else teacher.logits[prompt.prompt_id]
+        sweep = CutoffSweep(PromptContext(layout, n_layers, readout, lm.name, teacher=compared_with))
+        capture.run(prompt.token_ids, reference, [sweep], n_decode=len(reference), n_anchors=layout.n_anchors)
+        key = {"prompt_id": prompt.prompt_id, "category": prompt.category, "cutoff": range(1, n_layers + 1)}
+        frames.append(pd.DataFrame(key | sweep.measured().cutoffs))
+    lm.model.train(was_training)
+    return pd.concat(frames, ignore_index=True)

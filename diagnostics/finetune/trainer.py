@@ -1,0 +1,132 @@
+"""The transformers Trainer, with every step under SPEED, and the model's own full depth as a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from diagnostics.errors import UserError
+from diagnostics.finetune.examples import IGNORED
+from diagnostics.finetune.objectives import distillation_loss, mixed_loss, predicting, supervised_loss
+from diagnostics.finetune.plan import decode_phase
+from diagnostics.finetune.schedule import CutoffSchedule
+from diagnostics.finetune.visibility import Visibility, full_depth, train_under
+from diagnostics.policies.speed import SpeedPolicy
+
+
+class SpeedTrainer(Trainer):
+    """`transformers.Trainer` whose steps run under SPEED and learn from targets, from a teacher, or from both.
+
+    Parameters
+    ----------
+    schedule
+        The cutoff of every step; a number for one that stays.
+    anchors
+        Leading tokens of each row that run through all layers.
+    supervised
+        Share of the targets' cross-entropy in the loss, 0..1; the rest is KL(teacher || model) at their positions.
+    teacher
+        The model at full depth to learn from. Without one, a PEFT model's own base is it: the adapter is switched off.
+    **trainer
+        As for the Trainer. Batches come with ``labels``, -100 for prompts, as `collate` makes them.
+
+    Raises
+    ------
+    UserError
+        If a number is out of range, there is no teacher where one is needed, or for what `train_under` refuses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        schedule: CutoffSchedule | int,
+        anchors: int = 1,
+        supervised: float = 0.0,
+        teacher: nn.Module | None = None,
+        **trainer: Any,
+    ) -> None:
+        if not 0 <= supervised <= 1:
+            raise UserError(f"the share of the supervised loss is {supervised}: give 0 to 1")
+        if supervised < 1 and teacher is None and not hasattr(model, "disable_adapter"):
+            raise UserError("distillation needs a teacher: give one, or a PEFT model, whose base is taken")
+        super().__init__(model, **trainer)
+        self.schedule = CutoffSchedule(schedule, schedule) if isinstance(schedule, int) else schedule
+        self.anchors, self.supervised = anchors, supervised
+        self._visibility: Visibility | None = None
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        # `compute_loss` below divides by the targets of all batches of a step.
+        self.model_accepts_loss_kwargs = True
+
+    @property
+    def cutoff(self) -> int:
+        """Cutoff of the step that comes next."""
+        return self.schedule.at(self.state.global_step, self.state.max_steps)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does."""
+        # Around all steps: what DDP and FSDP wrap later cannot be looked into.
+        with train_under(self._policy(self.schedule.start), self.model) as self._visibility:
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._visibility = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run one forward and backward pass at the cutoff of this step."""
+        assert self._visibility is not None
+        self._visibility.policy = self._policy(self.cutoff)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _policy(self, cutoff: int) -> SpeedPolicy:
+        return SpeedPolicy(cutoff, anchors=self.anchors)
+
+    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch at the cutoff that training has come to."""
+        if self._visibility is not None:  # between steps of training
+            self._visibility.policy = self._policy(self.cutoff)
+            return super().prediction_step(model, *args, **kwargs)
+        with train_under(self._policy(self.cutoff), model):
+            return super().prediction_step(model, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch, in nats per target."""
+        labels, mask = inputs["labels"], inputs.get("attention_mask")
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        # The head is the largest layer of many models: it runs from the first prediction of any row on.
+        first = int((labels != IGNORED).any(0).int().argmax()) - 1
+        given["logits_to_keep"] = kept = labels.shape[1] - max(0, first)
+        taught = self._teach(model, given) if self.supervised < 1 else None
+        outputs = model(**given, decode_mask=decode_phase(labels, mask))
+        labels = labels[:, -kept:]
+        if taught is None:
+            loss = supervised_loss(outputs.logits, labels, n_items=num_items_in_batch)
+        elif self.supervised:
+            loss = mixed_loss(outputs.logits, taught, labels, supervised=self.supervised, n_items=num_items_in_batch)
+        else:
+            loss = distillation_loss(outputs.logits, taught, predicting(labels), n_items=num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, items were added up
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teach(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
+        """Return the logits of the teacher at full depth."""
+        if self.teacher is not None:
+            return self.teacher(**given).logits
+        with full_depth(self.model), self.accelerator.unwrap_model(model).disable_adapter():
+            was_training = model.training
+            model.eval()  # dropout of the base model, if it has any
+            try:
+                return model(**given).logits
+            finally:
+                model.train(was_training)

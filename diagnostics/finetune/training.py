@@ -1,0 +1,292 @@
+"""Data -> training under SPEED -> adapter, measured before, during and after; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from diagnostics.diagnose import diagnose, encode_for_diagnosis
+from diagnostics.errors import UserError
+from diagnostics.finetune.data import collate
+from diagnostics.finetune.examples import Example
+from diagnostics.finetune.folder import (
+    AFTER,
+    BEFORE,
+    CHECKPOINTS,
+    STEPS,
+    SWEEPS,
+    TRAINER_STATE,
+    FineTuning,
+    FineTuningFolder,
+    load_finetuning,
+)
+from diagnostics.finetune.lora import add_lora, require_peft
+from diagnostics.finetune.settings import Settings
+from diagnostics.finetune.sources import Source
+from diagnostics.finetune.sweeps import sweep_cutoffs
+from diagnostics.finetune.trainer import SpeedTrainer
+from diagnostics.finetune.visibility import full_depth
+from diagnostics.models import LoadedModel
+from diagnostics.prompts import PromptSet
+from diagnostics.recommend import Criterion, recommend
+from diagnostics.results import RECOMMENDATION
+from diagnostics.teacher import Teacher, observe_teacher
+from diagnostics.versions import hardware, versions
+
+Progress = Callable[[int, int, str], None]
+KEPT_CHECKPOINTS = 2
+
+
+def finetune(
+    lm: LoadedModel,
+    source: Source,
+    held_out: PromptSet,
+    settings: Settings,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    goals: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    arguments: dict[str, Any] | None = None,
+) -> FineTuning:
+    """Train a model under SPEED so that it loses less at a cutoff, and measure what it loses at all of them.
+
+    Parameters
+    ----------
+    lm
+        The model; it is trained in place, and is left with what was learnt merged into its weights.
+    source
+        What to train on: see `diagnostics.finetune.sources`.
+    held_out
+        Prompts to measure on, none of which is trained on.
+    settings
+        How to train.
+    out, resume
+        Folder to write, see `diagnostics.finetune.folder`, and whether to go on with a fine-tuning there that asked for
+        the same: losses and weights are then those of an undisturbed one. A finished one is read, and nothing is done.
+    goals
+        Of the recommendation; arguments of `recommend`.
+    progress
+        Called as ``progress(done, total, what)`` at every part of the work.
+    arguments
+        What the user asked for, kept in the manifest as it is.
+
+    Returns
+    -------
+    FineTuning
+        With the diagnoses before and after and ``recommendation.json`` in its folder.
+
+    Raises
+    ------
+    UserError
+        For settings that make no sense, data that cannot be used, a folder that holds something else, a loss that is no
+        longer a number, or for what `train_under` and `diagnose` refuse.
+    """
+    settings = settings.settled(lm)
+    goals = goals or {}
+    Criterion(**{name: goal for name, goal in goals.items() if name in Criterion.__dataclass_fields__})
+    if settings.method == "lora":
+        require_peft()
+    # What is wrong with prompts and numbers is said before any work.
+    encode_for_diagnosis(lm, held_out, settings.decode_tokens)
+    source.make(lm, source.n_parts)  # no row is in this part
+    folder = FineTuningFolder(Path(out), _manifest(lm, source, held_out, settings, arguments), resume=resume)
+    if folder.complete:
+        return load_finetuning(folder.path)
+    report = progress or (lambda done, total, what: None)
+    examples, _ = folder.examples(source.n_parts, partial(_make_part, lm, source, report))
+    if not examples:
+        raise UserError(f"nothing to train on is left of {source.name}: {source.advice}")
+    measured: Any = {"decode_tokens": settings.decode_tokens, "anchors": settings.anchors, "resume": True}
+    diagnose(lm, held_out, out=folder.path / BEFORE, progress=_said(report, "before"), **measured)
+    teacher = observe_teacher(lm, held_out, decode_tokens=settings.decode_tokens, progress=_said(report, "teacher"))
+    tuned = _train(lm, examples, held_out, teacher, settings, folder, report)
+    after = diagnose(
+        tuned,
+        held_out,
+        out=folder.path / AFTER,
+        teacher=teacher if settings.against == "base" else None,
+        progress=_said(report, "after"),
+        **measured,
+    )
+    recommendation = recommend(after, **goals)
+    recommendation.save(folder.path / AFTER / RECOMMENDATION)
+    recommendation.save(folder.path / RECOMMENDATION)
+    return folder.finish()
+
+
+def _make_part(lm: LoadedModel, source: Source, report: Progress, number: int) -> Any:
+    report(number, source.n_parts, "answers")
+    return source.make(lm, number)
+
+
+def _train(
+    lm: LoadedModel,
+    examples: Sequence[Example],
+    held_out: PromptSet,
+    teacher: Teacher,
+    settings: Settings,
+    folder: FineTuningFolder,
+    report: Progress,
+) -> LoadedModel:
+    """Train, save, and return the model with what it learnt in its weights."""
+    frozen = None
+    model: Any = lm.model
+    if settings.rank is not None:
+        model = add_lora(lm, settings.rank, settings.seed)
+    elif settings.supervised < 1:
+        frozen = copy.deepcopy(lm.model)
+    watch = _Watch(lm, held_out, teacher, settings, folder, report)
+    trainer = SpeedTrainer(
+        model,
+        schedule=settings.schedule,
+        anchors=settings.anchors,
+        supervised=settings.supervised,
+        teacher=frozen,
+        args=_training_arguments(lm, settings, folder),
+        train_dataset=list(examples),
+        data_collator=partial(collate, pad_token_id=lm.tokenizer.pad_token_id or 0),
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    last = folder.checkpoint()
+    if last is not None and last.name == f"checkpoint-{settings.steps}":
+        # Resumed after its last step, a Trainer goes on to the end of the epoch.
+        trainer._load_from_checkpoint(str(last))
+        watch.write_steps(TrainerState.load_from_json(str(last / TRAINER_STATE)))
+    else:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if settings.method == "lora":
+        model.save_pretrained(folder.path)
+        model.merge_and_unload()
+    else:
+        model.save_pretrained(folder.path)
+        lm.tokenizer.save_pretrained(folder.path)
+    return LoadedModel.wrap(lm.model, lm.tokenizer, str(folder.path))
+
+
+def _training_arguments(lm: LoadedModel, settings: Settings, folder: FineTuningFolder) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder.path / CHECKPOINTS),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.steps // 10),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=KEPT_CHECKPOINTS,
+        use_cpu=lm.device.type == "cpu",
+        bf16=False,  # the type of the weights is that which the model was loaded with
+        remove_unused_columns=False,
+        dataloader_pin_memory=lm.device.type == "cuda",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+class _Watch(TrainerCallback):
+    """Measures the cutoffs on the way, keeps the curve of the loss, and stops at a loss that is no number."""
+
+    def __init__(
+        self,
+        lm: LoadedModel,
+        held_out: PromptSet,
+        teacher: Teacher,
+        settings: Settings,
+        folder: FineTuningFolder,
+        report: Progress,
+    ) -> None:
+        self.lm, self.teacher, self.settings, self.folder, self.report = lm, teacher, settings, folder, report
+        self.encoded = encode_for_diagnosis(lm, held_out, settings.decode_tokens)
+        self.sweeps: list[pd.DataFrame] = []
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take up what was measured until the checkpoint, or measure the model before its first step."""
+        if state.global_step:
+            there = pd.read_parquet(self.folder.path / SWEEPS)
+            self.sweeps = [there[there["step"] <= state.global_step]]
+        else:
+            self._sweep(0)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure the cutoffs, before the checkpoint of this step is written."""
+        self.report(state.global_step, state.max_steps, "training")
+        if state.global_step % self.settings.sweep_every == 0 or state.global_step == state.max_steps:
+            self._sweep(state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop at a loss that is no number."""
+        loss = state.log_history[-1].get("loss", 0.0)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise UserError(f"the loss is {loss} at step {state.global_step}: lower the learning rate")
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the curve of the loss; a checkpoint needs no pickle of its arguments."""
+        self.write_steps(state)
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "training_args.bin"
+        written.unlink(missing_ok=True)
+
+    def write_steps(self, state: TrainerState) -> None:
+        """Write the curve of the loss so far."""
+        rows = [row for row in state.log_history if "loss" in row]
+        table = pd.DataFrame(rows)[["step", "loss", "learning_rate", "grad_norm"]]
+        schedule = self.settings.schedule
+        table["cutoff"] = [schedule.at(step - 1, state.max_steps) for step in table["step"]]
+        self.folder.write(STEPS, table)
+
+    def _sweep(self, step: int) -> None:
+        own = self.settings.against == "itself"
+        anchors = self.settings.anchors
+        with full_depth(self.lm.model):
+            table = sweep_cutoffs(self.lm, self.encoded, self.teacher, anchors=anchors, own=own)
+        self.sweeps.append(table.assign(step=step))
+        self.folder.write(SWEEPS, pd.concat(self.sweeps, ignore_index=True))
+
+
+def _said(report: Progress, what: str) -> Progress:
+    return lambda done, total, prompt_id: report(done, total, f"{what} {prompt_id}".strip())
+
+
+def _manifest(
+    lm: LoadedModel, source: Source, held_out: PromptSet, settings: Settings, arguments: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Say what this is. ``identity`` is what a resumed fine-tuning must share to be the same."""
+    chosen = asdict(settings)
+    return {
+        "status": "running",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": lm.name,
+        "revision": lm.revision,
+        "n_layers": lm.anatomy.n_layers,
+        "settings": chosen,
+        "source": source.name,
+        "held_out": {"name": held_out.name, "n_prompts": len(held_out)},
+        "hardware": hardware(lm.device),
+        "versions": versions(),
+        "arguments": arguments or {},
+        "identity": {
+            "weights": lm.weight_hash,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "data": source.fingerprint,
+            "held-out prompts": held_out.fingerprint,
+        }
+        | chosen,
+    }

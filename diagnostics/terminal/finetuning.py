@@ -1,0 +1,46 @@
+"""A fine-tuning in the terminal: the cutoffs before and after, and what is recommended now."""
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from diagnostics.finetune.folder import BEFORE, FineTuning
+from diagnostics.finetune.summary import by_category
+from diagnostics.policies.recommendation import read_recommendation
+from diagnostics.recommend import recommend
+from diagnostics.results import load_run
+
+AROUND = 3  # rows of the table on either side of a cutoff
+
+
+def show_finetuning(made: FineTuning, table: pd.DataFrame, console: Console) -> None:
+    """Print the cutoffs around those that matter, the categories at the trained one, and both recommendations."""
+    assert made.path is not None
+    trained, n_layers = int(made.manifest["settings"]["cutoff"]), int(made.manifest["n_layers"])
+    after = read_recommendation(made.path)
+    goal = float(after["criterion"]["max_kl"])
+    before = recommend(load_run(made.path / BEFORE), max_kl=goal).cutoff
+    of = "full depth" if made.manifest["settings"]["against"] == "itself" else "full depth before training"
+    shown = Table(box=SIMPLE_HEAD, title=f"KL from {of}, nats per token, and same top token; held-out prompts")
+    for title in ("cutoff", "before", "after", "same before", "same after"):
+        shown.add_column(title, justify="right")
+    wanted = {trained, before, int(after["cutoff"])}
+    near = {k for place in wanted for k in range(place - AROUND, place + AROUND + 1)} | {n_layers}
+    for row in table[table["cutoff"].isin(near)].to_dict("records"):
+        shown.add_row(
+            str(row["cutoff"]),
+            f"{row['kl_before']:.3f}",
+            f"{row['kl_after']:.3f}",
+            f"{row['top1_agreement_before']:.1%}",
+            f"{row['top1_agreement_after']:.1%}",
+            style="bold" if row["cutoff"] == trained else None,
+        )
+    console.print(shown)
+    for name, kl in by_category(made, trained).iterrows():
+        console.print(f"  {name}: {kl['before']:.3f} -> {kl['after']:.3f} at cutoff {trained}", markup=False)
+    for note in after["notes"]:
+        console.print(f"Note: {note}.", style="yellow", markup=False)
+    console.print(
+        f"Goal of {goal:g} nats per token: cutoff {before} of {n_layers} before training, {after['cutoff']} after it."
+    )
