@@ -18,6 +18,7 @@ PAGES = {
         st.Page("views/cutoff.py", title="Cutoff", icon=":material/content_cut:"),
         st.Page("views/benchmark.py", title="Benchmark", icon=":material/speed:"),
         st.Page("views/quality.py", title="Quality", icon=":material/fact_check:"),
+        st.Page("views/finetuning.py", title="Fine-tuning", icon=":material/tune:"),
         st.Page("views/compare.py", title="Compare", icon=":material/compare_arrows:"),
     ],
     "Run a model": [

@@ -15,6 +15,7 @@ from diagnostics import diagnose, load_prompts, load_run, recommend
 from diagnostics.benchmark import benchmark
 from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.results import RECOMMENDATION
+from tests.test_finetuning_figures import make_finetuning, save_finetuning
 from tests.tiny import tiny_model
 
 PLAYWRIGHTS = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache/ms-playwright"))
@@ -29,6 +30,7 @@ PAGES = {
     "Cutoff": True,
     "Benchmark": True,
     "Quality": False,
+    "Fine-tuning": True,
     "Playground": False,
     "Compare": True,
     "New diagnosis": False,
@@ -39,8 +41,9 @@ PROBES = re.compile(r"/_stcore/(health|host-config)$")
 
 @pytest.fixture(scope="module")
 def runs(smollm, tmp_path_factory):
-    """Runs of the embedded model and of a tiny one, the latter with a benchmark."""
+    """Runs of the embedded model and of a tiny one, the latter with a benchmark; a fine-tuning made by hand."""
     folder = tmp_path_factory.mktemp("browser") / "runs"
+    save_finetuning(folder / "tuned", make_finetuning(start=5))  # the oldest: pages begin with the newest run
     prompts = load_prompts("builtin", context_length=256, max_prompts=5)
     run = diagnose(smollm, prompts, decode_tokens=8, detail_prompts=1, out=folder / "embedded")
     recommend(run).save(folder / "embedded" / RECOMMENDATION)
@@ -130,6 +133,18 @@ def test_the_cutoff_slider_moves_the_evidence(page, address, runs):
     go(page, "Layers")
     go(page, "Cutoff")
     assert int(slider.input_value()) == start - 3
+
+
+def test_a_fine_tuning_leads_to_its_runs_side_by_side(page, address):
+    page.goto(f"{address}/finetuning")
+    page.get_by_role("heading", name="made-model: trained at cutoff 3 of 6 layers").wait_for()
+    settled(page)
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6")  # of each figure two
+    page.get_by_role("button", name="Compare layers before and after").click()
+    page.get_by_role("heading", name="Runs side by side").wait_for()
+    page.locator(".js-plotly-plot .legendtext", has_text="tuned/after").wait_for()
+    legend = page.locator(".js-plotly-plot .legendtext").all_text_contents()
+    assert legend == ["tuned/before", "tuned/after"]
 
 
 def test_generating_beside_full_depth(page, address):

@@ -1,4 +1,7 @@
-"""What lies in a folder of runs: runs, benchmarks, evaluations, and folders that are none, each with its state."""
+"""What lies in a folder of runs, each with its state: runs, benchmarks, evaluations, fine-tunings, and what is none.
+
+The two runs of a fine-tuning are listed beside it, as ``NAME/before`` and ``NAME/after``.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from typing import Any
 
 from diagnostics.errors import UserError
 from diagnostics.evaluate.folder import EVALUATION
+from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING
 from diagnostics.results import BENCHMARK, MANIFEST, PARTS, RECOMMENDATION, read_manifest
 
 # Name, size and time of every file that a folder's content depends on.
@@ -25,16 +29,23 @@ class Entry:
     problem: str | None
     has_benchmark: bool
     has_evaluation: bool
+    has_finetuning: bool
     signature: Signature
 
     @property
     def status(self) -> str:
-        """``complete``, ``3 of 28 prompts``, ``benchmark``, ``evaluation`` or ``not a run``."""
+        """``complete``, ``3 of 28 prompts``, what else the folder is, or ``not a run``."""
         if self.manifest is None:
-            return "benchmark" if self.has_benchmark else "evaluation" if self.has_evaluation else "not a run"
+            return self.kind or "not a run"
         if self.manifest["status"] == "complete":
             return "complete"
         return f"{self.finished_prompts} of {self.manifest['n_prompts']} prompts"
+
+    @property
+    def kind(self) -> str | None:
+        """What the folder has besides or in place of a run: ``benchmark``, ``evaluation``, ``fine-tuning`` or None."""
+        kinds = {"benchmark": self.has_benchmark, "evaluation": self.has_evaluation, "fine-tuning": self.has_finetuning}
+        return next((kind for kind, is_there in kinds.items() if is_there), None)
 
     @property
     def finished_prompts(self) -> int:
@@ -61,30 +72,40 @@ class Entry:
 def find_runs(folder: Path) -> list[Entry]:
     """List the folders in ``folder``, newest first, or ``folder`` itself if it is one; nothing if it is missing."""
     # os.path, unlike pathlib, takes what cannot be looked into for something that is not there.
-    if any(os.path.exists(folder / name) for name in (MANIFEST, BENCHMARK, EVALUATION)):
-        return [_entry(folder)]
+    if any(os.path.exists(folder / name) for name in (MANIFEST, BENCHMARK, EVALUATION, FINETUNING)):
+        return _entries(folder)
     try:
         inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     except (OSError, ValueError):
         return []
-    entries = [_entry(path) for path in inside]
+    entries = [entry for path in inside for entry in _entries(path)]
     return sorted(
         entries, key=lambda entry: (max((f[2] for f in entry.signature), default=0), entry.name), reverse=True
     )
 
 
-def _entry(path: Path) -> Entry:
+def _entries(path: Path) -> list[Entry]:
+    """The entry of a folder, and of the runs that a fine-tuning has in it."""
+    entry = _entry(path, path.name)
+    inside = (BEFORE, AFTER) if entry.has_finetuning else ()
+    return [entry] + [
+        _entry(path / name, f"{path.name}/{name}") for name in inside if os.path.exists(path / name / MANIFEST)
+    ]
+
+
+def _entry(path: Path, name: str) -> Entry:
     manifest: dict[str, Any] | None = None
     problem = None
-    has_benchmark, has_evaluation = os.path.exists(path / BENCHMARK), os.path.exists(path / EVALUATION)
+    has = {file: os.path.exists(path / file) for file in (BENCHMARK, EVALUATION, FINETUNING)}
     try:
         manifest = read_manifest(path)
     except UserError as error:
-        is_other = has_benchmark or has_evaluation
-        problem = None if is_other and not os.path.exists(path / MANIFEST) else str(error)
+        problem = None if any(has.values()) and not os.path.exists(path / MANIFEST) else str(error)
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
-    return Entry(path, path.name, manifest, problem, has_benchmark, has_evaluation, tuple(_signature(path)))
+    return Entry(
+        path, name, manifest, problem, has[BENCHMARK], has[EVALUATION], has[FINETUNING], tuple(_signature(path))
+    )
 
 
 def _signature(path: Path) -> Iterator[tuple[str, int, int]]:

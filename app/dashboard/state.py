@@ -16,6 +16,9 @@ from diagnostics.errors import UserError
 from diagnostics.recommend import Recommendation, recommend
 from diagnostics.results import Run, load_run
 
+# Key of the session's state: the names of the runs that are compared.
+COMPARED = "compared_runs"
+
 
 def runs_folder() -> Path:
     """Return the folder whose runs are shown."""

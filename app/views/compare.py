@@ -1,10 +1,13 @@
 """Compare: several models or runs on relative depth."""
 
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 
-from dashboard.state import current_entry, empty_state, entries, open_run, recommendation, show
+from dashboard.state import COMPARED, current_entry, empty_state, entries, open_run, recommendation, show
 from diagnostics import figures
+from diagnostics.figures.style import literal
 
 MEASURES = {
     "kl": "loss: KL from full depth",
@@ -17,18 +20,30 @@ MEASURES = {
     "lens_kl": "logit lens: KL from the end",
 }
 
+
+def choose() -> None:
+    """Keep what is compared; Streamlit forgets a widget's own key when a page is left."""
+    st.session_state[COMPARED] = st.session_state["compared"]
+
+
+def curves(measure: str) -> Any:
+    """Draw a measure of the chosen runs, by their names here: in their folders both of a fine-tuning lie elsewhere."""
+    figure = figures.compare_runs(runs, measure)
+    for trace, run, name in zip(figure.data, runs, chosen, strict=True):
+        trace.hovertemplate = trace.hovertemplate.replace(literal(run.name), literal(name), 1)
+        trace.name = literal(name)
+    return figure
+
+
 st.title("Runs side by side")
 readable = {entry.name: entry for entry in entries() if entry.readable}
 if not readable:
     empty_state()
     st.stop()
 here = current_entry()
-chosen = st.multiselect(
-    "Runs",
-    list(readable),
-    default=list(readable)[:6] if len(readable) > 1 else [here.name] if here else [],
-    key="compared",
-)
+first = list(readable)[:6] if len(readable) > 1 else [here.name] if here else []
+st.session_state["compared"] = [name for name in st.session_state.get(COMPARED, first) if name in readable]
+chosen = st.multiselect("Runs", list(readable), key="compared", on_change=choose)
 left, right = st.columns(2)
 measure = left.selectbox("Measure", list(MEASURES), format_func=MEASURES.__getitem__, key="measure")
 limit = right.slider(
@@ -42,7 +57,7 @@ signatures = tuple((name, readable[name].signature) for name in chosen)
 show(
     readable[chosen[0]],
     "comparison",
-    lambda measure, **_: figures.compare_runs(runs, measure),
+    lambda measure, **_: curves(measure),
     measure=measure,
     runs=signatures,
 )

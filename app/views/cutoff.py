@@ -138,7 +138,7 @@ def export(entry: Entry, rec: Recommendation, cutoff: int, drawn: dict[str, obje
         column.download_button(
             f"{name}.html",
             lambda figure=figure: figure.to_html(include_plotlyjs=True),  # 5 MB: made when it is asked for
-            f"{entry.name}-{name}.html",
+            f"{entry.name.replace('/', '-')}-{name}.html",
             "text/html",
             width="stretch",
             key=f"html {name}",

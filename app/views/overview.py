@@ -107,8 +107,8 @@ def upload() -> None:
 
 
 st.title("How deep must a prompt go?")
-# Folders with a benchmark and nothing else have a page of their own.
-runs = [entry for entry in entries() if entry.status not in ("benchmark", "evaluation")]
+# Folders with a benchmark and nothing else, and the like, have a page of their own.
+runs = [entry for entry in entries() if entry.status != entry.kind]
 if runs:
     table(runs)
 else:

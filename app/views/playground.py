@@ -29,7 +29,9 @@ def choose_model() -> LoadedModel | None:
     # What was loaded stays, whichever run is looked at meanwhile.
     known, place, kind = st.session_state.get("play_loaded", (known, "auto", "auto"))
     left, middle, right, last = st.columns([4, 1, 1, 1], vertical_alignment="bottom")
-    name = left.text_input("Model", known, key="play_model", help="hub id, model or adapter folder, .gguf file or built-in name")
+    name = left.text_input(
+        "Model", known, key="play_model", help="hub id, model or adapter folder, .gguf file or built-in name"
+    )
     device = middle.text_input("Device", place, key="play_device")
     dtype = right.selectbox("Type", TYPES, TYPES.index(kind), key="play_dtype")
     wanted = (name.strip(), device.strip(), str(dtype))

@@ -1,28 +1,28 @@
-"""``report``: a run or an evaluation as one page."""
+"""``report``: a run, an evaluation or a fine-tuning as one page."""
 
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="folder of a run or an evaluation", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="folder of a run, an evaluation or a fine-tuning", show_default=False)],
     html: Annotated[Path, typer.Option(help="file to write")],
 ) -> None:
     """Write one self-contained HTML page of a run, with its recommendation, figures and benchmark if there is one.
 
     The goals are those of the run's ``recommendation.json``, or the default ones. Of an evaluation: its table and
-    figures.
+    figures. Of a fine-tuning: what it changed, and the run of the trained model.
     """
     from diagnostics.benchmark import load_benchmark
     from diagnostics.errors import UserError
     from diagnostics.evaluate.folder import EVALUATION, load_evaluation
-    from diagnostics.policies.recommendation import read_recommendation
-    from diagnostics.recommend import Criterion, recommend
-    from diagnostics.results import BENCHMARK, MANIFEST, RECOMMENDATION, load_run
+    from diagnostics.finetune.folder import AFTER, FINETUNING
+    from diagnostics.recommend import recommend
+    from diagnostics.results import BENCHMARK, MANIFEST, load_run
 
     try:
         from diagnostics import report as pages
@@ -30,16 +30,33 @@ def report(
         if error.name != "plotly":
             raise
         raise UserError("reports need plotly: pip install 'speed-diagnostics[figures]'") from None
-    if os.path.exists(run / EVALUATION) and not os.path.exists(run / MANIFEST):
-        pages.write_report(html, pages.evaluation_report(load_evaluation(run)))
-        print(f"Report: {html}")
-        return
-    loaded = load_run(run)
-    saved = read_recommendation(run).get("criterion") if (run / RECOMMENDATION).exists() else None
+    is_run = os.path.exists(run / MANIFEST)
+    if os.path.exists(run / EVALUATION) and not is_run:
+        page = pages.evaluation_report(load_evaluation(run))
+    elif os.path.exists(run / FINETUNING) and not is_run:
+        made = pages.read_finetuning(run)
+        if not made.complete:
+            raise UserError(f"fine-tuning {str(run)!r} is not finished: continue it with --resume")
+        after = load_run(run / AFTER)
+        page = pages.finetuning_report(made, after, recommend(after, **_saved_goals(run)))
+    else:
+        loaded = load_run(run)
+        benchmark = load_benchmark(run) if os.path.exists(run / BENCHMARK) else None
+        page = pages.report(loaded, recommend(loaded, **_saved_goals(run)), benchmark)
+    pages.write_report(html, page)
+    print(f"Report: {html}")
+
+
+def _saved_goals(folder: Path) -> dict[str, Any]:
+    """Return the goals of the recommendation in a folder; none where there is none."""
+    from diagnostics.errors import UserError
+    from diagnostics.policies.recommendation import read_recommendation
+    from diagnostics.recommend import Criterion
+    from diagnostics.results import RECOMMENDATION
+
+    saved = read_recommendation(folder).get("criterion") if (folder / RECOMMENDATION).exists() else None
     known = {field.name for field in fields(Criterion)}
     goals = {name: value for name, value in saved.items() if name in known} if isinstance(saved, dict) else {}
     if not all(isinstance(value, int | float) for value in goals.values()):
-        raise UserError(f"the goals in {str(run / RECOMMENDATION)!r} are not numbers: make it anew with `recommend`")
-    benchmark = load_benchmark(run) if os.path.exists(run / BENCHMARK) else None
-    pages.write_report(html, pages.report(loaded, recommend(loaded, **goals), benchmark))
-    print(f"Report: {html}")
+        raise UserError(f"the goals in {str(folder / RECOMMENDATION)!r} are not numbers: make it anew with `recommend`")
+    return goals

@@ -6,6 +6,7 @@ pages.
 
 from diagnostics.figures.benchmarks import benchmark_ratios
 from diagnostics.figures.cutoffs import compare_runs, cutoff_loss, retention
+from diagnostics.figures.finetuning import finetuning_categories, finetuning_cutoffs, finetuning_steps
 from diagnostics.figures.layers import head_map, layer_curves, logit_lens
 from diagnostics.figures.quality import quality_by_cutoff, quality_differences, quality_failures, quality_scores
 from diagnostics.figures.style import PALETTE
@@ -15,6 +16,9 @@ __all__ = [
     "benchmark_ratios",
     "compare_runs",
     "cutoff_loss",
+    "finetuning_categories",
+    "finetuning_cutoffs",
+    "finetuning_steps",
     "head_map",
     "layer_curves",
     "logit_lens",

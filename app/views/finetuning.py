@@ -1,0 +1,197 @@
+"""Fine-tuning: what training under SPEED changed at every cutoff, how it went, and for which kinds of prompts."""
+
+import os
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from dashboard.catalog import AFTER, BEFORE, Entry, Signature
+from dashboard.headline import metrics
+from dashboard.state import COMPARED, entries, md, recommendation, runs_folder, show
+from diagnostics import figures
+from diagnostics.errors import UserError
+from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuning, load_manifest
+from diagnostics.finetune.summary import compare_cutoffs
+from diagnostics.recommend import MAX_KL
+from diagnostics.report import finetuning_data, read_finetuning
+
+Runs = dict[str, Entry]
+
+
+@st.cache_resource(max_entries=8, show_spinner="Reading the fine-tuning ...")
+def load(path: str, signature: Signature) -> FineTuning:
+    """Read a fine-tuning, as far as it is."""
+    return read_finetuning(path)
+
+
+def runs_of(entry: Entry, listed: list[Entry]) -> Runs:
+    """Return the runs before and after, as far as there is something of them."""
+    paths = {entry.path / name: name for name in (BEFORE, AFTER)}
+    return {paths[run.path]: run for run in listed if run.path in paths and run.readable}
+
+
+def goals_of(entry: Entry, manifest: dict[str, Any]) -> dict[str, float]:
+    """Return the goals of its recommendation; what was asked for while there is none yet."""
+    arguments = manifest.get("arguments")
+    asked = arguments.get("max_kl") if isinstance(arguments, dict) else None
+    return entry.goals or {"max_kl": float(asked) if isinstance(asked, int | float) and asked > 0 else MAX_KL}
+
+
+def cutoffs_of(runs: Runs, goals: dict[str, float]) -> dict[str, int]:
+    """Recommend a cutoff for the finished runs."""
+    finished = {name: run for name, run in runs.items() if run.status == "complete"}
+    return {name: recommendation(run, goals).cutoff for name, run in finished.items()}
+
+
+def unfinished(entry: Entry, manifest: dict[str, Any], done: int) -> None:
+    """Say how far it is, and how it goes on."""
+    said = f"**{md(entry.name)}** is not finished: step {done} of {md(manifest['settings'].get('steps', '?'))}"
+    st.info(f"{said}. If nothing runs any more, go on with what began it, and add:")
+    st.code(f"--out {entry.path} --resume", language="bash")
+
+
+def about(manifest: dict[str, Any]) -> None:
+    """Say what was trained, and how."""
+    settings, held_out = manifest["settings"], manifest.get("held_out")
+    shares = {0: "self-distillation", 1: "given answers"}
+    share = settings.get("supervised", 0)
+    method = f"LoRA of rank {settings.get('rank')}" if settings.get("method") == "lora" else "all weights"
+    said: list[Any] = [method, shares.get(share, f"{share} given answers, the rest self-distillation")]
+    said += [f"{settings.get('steps')} steps of {settings.get('batch_size')} x {settings.get('accumulate')} rows"]
+    if settings.get("start_cutoff", settings["cutoff"]) != settings["cutoff"]:
+        said += [f"cutoff lowered from {settings['start_cutoff']}"]
+    said += [f"data: {manifest['source']}"] if "source" in manifest else []
+    if isinstance(held_out, dict):
+        said += [f"held out: {held_out.get('n_prompts')} prompts of {held_out.get('name')}"]
+    said += [manifest.get("hardware"), f"made {manifest['created']}" if "created" in manifest else None]
+    st.caption(md(", ".join(str(part) for part in said if part)))
+
+
+def headline(made: FineTuning, table: pd.DataFrame, recommended: dict[str, int], goals: dict[str, float]) -> None:
+    """Show in a few figures what was gained, and what it cost."""
+    m, n_layers = made.manifest, int(made.manifest["n_layers"])
+    trained = int(m["settings"]["cutoff"])
+    rows = table.set_index("cutoff")
+    started = made.sweeps["step"].max() > 0
+    asked = {name.replace("_", " "): value for name, value in goals.items() if name != "confidence"}
+    goal = ", ".join(f"{name} {value:g}" for name, value in asked.items())
+
+    def change(cutoff: int, column: str, form: str, unit: str) -> tuple[str, str]:
+        before, now = (format(rows[f"{column}_{when}"][cutoff], form) for when in (BEFORE, AFTER))
+        return (now, f"{before} before; {unit}") if started else (before, unit)
+
+    st.subheader(f"{md(m['model'])}: trained at cutoff {trained} of {n_layers} layers")
+    shown = {
+        "Recommended cutoff": (
+            " → ".join(str(recommended.get(name, "?")) for name in (BEFORE, AFTER)),
+            f"before → after; goal: {goal}",
+        ),
+        f"KL at cutoff {trained}": change(trained, "kl", ".3f", "nats per token"),
+        f"Same top token at {trained}": change(trained, "top1_agreement", ".1%", "of decode positions"),
+    }
+    if m["settings"].get("against") == "itself":
+        shown["NLL at full depth"] = change(n_layers, "nll", ".3f", "nats per token of the references")
+    else:
+        drift = format(rows[f"kl_{AFTER}"][n_layers], ".3f") if started else "-"
+        shown["Full depth's own drift"] = (drift, "KL from before training, nats per token")
+    metrics(shown)
+
+
+def compare(runs: Runs) -> None:
+    """Lead to the page that shows both runs side by side."""
+    if len(runs) < 2:
+        return
+
+    def preselect() -> None:
+        st.session_state[COMPARED] = [runs[name].name for name in (BEFORE, AFTER)]
+
+    if st.button("Compare layers before and after", icon=":material/compare_arrows:", on_click=preselect, key="both"):
+        st.switch_page("views/compare.py")
+
+
+def drawn(entry: Entry, made: FineTuning, goal: float | None) -> None:
+    """Show the figures."""
+    name, trained, n_layers = entry.name, int(made.manifest["settings"]["cutoff"]), int(made.manifest["n_layers"])
+    show(entry, "finetuning cutoffs", lambda **_: figures.finetuning_cutoffs(made, goal), goal=goal)
+    show(entry, "finetuning steps", lambda **_: figures.finetuning_steps(made))
+    cutoff = st.slider("Cutoff to look at, by kind of prompt", 1, n_layers, trained, key=f"kinds {name}")
+    show(
+        entry,
+        "finetuning kinds",
+        lambda cutoff, **_: figures.finetuning_categories(made, int(cutoff), goal),
+        cutoff=cutoff,
+        goal=goal,
+    )
+
+
+def all_cutoffs(made: FineTuning, table: pd.DataFrame, recommended: dict[str, int]) -> None:
+    """Show what every cutoff loses, before and after; from full depth down, where cutoffs lose little."""
+    st.subheader("Every cutoff")
+    notes = []
+    for cutoff in table["cutoff"]:
+        note = ["trained"] if cutoff == made.manifest["settings"]["cutoff"] else []
+        sides = [name for name, best in recommended.items() if best == cutoff]
+        notes.append(", ".join(note + ([f"recommended {' and '.join(sides)}"] if sides else [])))
+    lines = table.assign(note=notes)
+    now = "after" if made.complete else "now"
+    titles = {"kl": "KL", "top1_agreement": "same token", "nll": "NLL"}
+    columns = {
+        f"{column}_{when}": st.column_config.NumberColumn(f"{title} {said}", format="%.3f")
+        for column, title in titles.items()
+        for when, said in ((BEFORE, "before"), (AFTER, now))
+    }
+    if not made.sweeps["step"].max():  # measured before training only
+        columns = {name: column for name, column in columns.items() if name.endswith(BEFORE)}
+    config = columns | {"note": st.column_config.TextColumn("note", width="medium")}
+    st.dataframe(lines[["cutoff", "note", *columns]][::-1], hide_index=True, column_config=config)
+    st.caption("Means over the held-out prompts; KL and NLL in nats per token. Same token: share of equal top tokens.")
+
+
+def details(manifest: dict[str, Any]) -> None:
+    """Show what became of the data, what was asked for, and with which versions."""
+    with st.expander("Data, settings and versions", icon=":material/info:"):
+        if said := finetuning_data(manifest):
+            st.caption(f"Data: {md(said)}")
+        for column, name in zip(st.columns(2), ("settings", "versions"), strict=True):
+            values = manifest.get(name)
+            if isinstance(values, dict):
+                lines = {key.replace("_", " "): str(value) for key, value in values.items()}
+                shown = pd.Series(lines, name="value", dtype=object).rename_axis(name).reset_index()
+                column.dataframe(shown, hide_index=True, height="content")
+
+
+listed = entries()
+found = {entry.name: entry for entry in listed if entry.has_finetuning}
+st.title("What did fine-tuning change?")
+if not found:
+    st.info(f"There is no fine-tuning in **{md(runs_folder())}** yet. Make one in a terminal:")
+    st.code("speed-diagnostics finetune --cutoff 20", language="bash")
+    st.stop()
+entry = found[st.selectbox("Fine-tuning", list(found), key="finetuning")]
+manifest = load_manifest(entry.path)
+runs = runs_of(entry, listed)
+if not all(os.path.exists(entry.path / name) for name in (STEPS, SWEEPS)):
+    unfinished(entry, manifest, 0)
+    st.caption(f"Nothing of the training was written yet. Before it: {runs[BEFORE].status if BEFORE in runs else '-'}.")
+    details(manifest)
+    st.stop()
+made = load(str(entry.path), entry.signature)
+if not made.complete:
+    unfinished(entry, manifest, int(made.steps["step"].max()))
+goals = goals_of(entry, manifest)
+try:
+    recommended = cutoffs_of(runs, goals)
+except UserError as error:  # a run in it is damaged; what was measured in training is not
+    st.error(md(error))
+    recommended = {}
+table = compare_cutoffs(made)
+headline(made, table, recommended, goals)
+about(manifest)
+compare(runs)
+drawn(entry, made, goals.get("max_kl"))
+all_cutoffs(made, table, recommended)
+details(manifest)
+if AFTER in recommended:
+    for note in recommendation(runs[AFTER], goals).data["notes"]:
+        st.caption(f":material/info: {md(note)}")

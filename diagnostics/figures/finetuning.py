@@ -1,0 +1,219 @@
+"""What a fine-tuning changed: the loss of every cutoff, the course of training, and kinds of prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from diagnostics.errors import UserError
+from diagnostics.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILION, add_line, finished, literal, tick
+
+if TYPE_CHECKING:
+    from diagnostics.finetune.folder import FineTuning
+
+# Curves drawn between the first and the last, however often was measured.
+MOST_BETWEEN = 8
+# Steps to which single points are marked, and the share of all steps that the moving mean is over.
+FEW_STEPS, SMOOTHING = 30, 0.1
+BEFORE = "before"
+
+
+def finetuning_cutoffs(made: FineTuning, goal: float | None = None) -> go.Figure | None:
+    """Draw the loss of every cutoff before training, on the way and after it; None if nothing was measured yet.
+
+    Means over the held-out prompts, on a logarithmic axis; of many measurements on the way eight are drawn, later ones
+    darker. ``goal`` (nats per token) is dashed, the cutoff that was trained is grey. Full depth has no place where it
+    is compared with itself.
+    """
+    measured = _measured(made)
+    if not measured:
+        return None
+    figure = go.Figure()
+    first, last, between = measured[0], measured[-1], _thinned(measured[1:-1])
+    shades = np.linspace(0.2, 0.6, len(between) + 1)[1:]
+    for step, shade in zip(between, shades, strict=True):
+        figure.add_trace(_curve(made, step, f"step {step}"))
+        figure.data[-1].update(
+            mode="lines",
+            line={"color": BLUE, "width": 1.5},
+            opacity=float(shade),
+            legendgroup="between",
+            name=f"steps {between[0]} to {between[-1]}" if len(between) > 1 else f"step {step}",
+            showlegend=step == between[-1],
+        )
+    figure.add_trace(_curve(made, first, BEFORE).update(line={"color": ORANGE}))
+    if last != first:
+        figure.add_trace(_curve(made, last, _last_name(made)).update(line={"color": BLUE, "width": 3}))
+    n_layers = int(made.manifest["n_layers"])
+    if goal:  # 0 has no place on a logarithmic axis
+        figure.add_hline(goal, line={"dash": "dash", "color": VERMILION})
+        # plotly places annotations, unlike lines, by the logarithm
+        place = {"x": 0, "xref": "x domain", "xanchor": "left", "y": np.log10(goal), "yanchor": "top"}
+        figure.add_annotation(text=f"goal {goal:g}", showarrow=False, **place)
+    trained = _trained(made)
+    figure.add_vline(
+        trained,
+        line={"color": GREY, "width": 2},
+        layer="below",
+        annotation_text=f"trained at {trained}",
+        annotation_position="bottom left",
+        annotation_xshift=-4,
+    )
+    figure.update_xaxes(title_text="cutoff: layers that prompt tokens run through", dtick=tick(n_layers))
+    of = "own full depth" if _against_itself(made) else "full depth before training"
+    figure.update_yaxes(title_text=f"KL from {of},<br>nats per token", type="log", exponentformat="power", dtick=1)
+    return _finished(figure, f"Loss of every cutoff: {_about(made)}", height=480)
+
+
+def finetuning_steps(made: FineTuning) -> go.Figure | None:
+    """Draw the loss of every training step with its moving mean, and the KL of held-out prompts at the trained cutoff.
+
+    Both are in nats per token. The moving mean is over the last tenth of the steps that there are. A cutoff that
+    changes on the way has a panel of its own. None where there is neither a step nor a measurement.
+    """
+    steps, measured, trained = made.steps, _measured(made), _trained(made)
+    if steps.empty and not measured:
+        return None
+    lowers = steps["cutoff"].nunique() > 1
+    figure = make_subplots(
+        rows=1 + lowers, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.75, 0.25][: 1 + lowers]
+    )
+    mode = "lines" if len(steps) > FEW_STEPS else "lines+markers"
+    x = steps["step"]
+    if len(steps):
+        _add(figure, y=steps["loss"], name="training loss", colour=GREY, mode=mode, opacity=0.6, width=1, x=x)
+    if (window := round(SMOOTHING * len(steps))) > 1:
+        mean = steps["loss"].rolling(window, min_periods=1).mean()
+        _add(figure, y=mean, name=f"its mean over {window} steps", colour=BLUE, mode="lines", width=2.5, x=x)
+    if measured:
+        # Of a schedule, too: what counts is the cutoff that it ends with.
+        kl = [made.curve(step).get(trained, np.nan) for step in measured]
+        name = f"KL at cutoff {trained}, held-out prompts"
+        add_line(figure, measured, kl, name, VERMILION, "{}<br>step %{{x}}: %{{y:.4f}} nats/token")
+        figure.data[-1].update(line={"width": 2.5}, marker={"size": 9})
+    figure.update_yaxes(title_text="nats per token", rangemode="tozero", row=1, col=1)
+    if lowers:
+        _add(figure, y=steps["cutoff"], name="cutoff of the step", colour=GREEN, mode="lines", x=x, row=2)
+        figure.data[-1].update(line={"shape": "hv"}, hovertemplate="step %{x}: cutoff %{y}<extra></extra>")
+        spread = int(steps["cutoff"].max() - steps["cutoff"].min())
+        figure.update_yaxes(title_text="cutoff", dtick=max(1, -(-spread // 4)), row=2, col=1)
+    figure.update_xaxes(title_text="training step", row=1 + lowers, col=1)
+    if max([*steps["step"], *measured]) <= FEW_STEPS:
+        figure.update_xaxes(dtick=2)  # there are no half steps
+    return _finished(figure, f"Training: {_about(made)}", height=400 + 140 * lowers)
+
+
+def finetuning_categories(made: FineTuning, cutoff: int | None = None, goal: float | None = None) -> go.Figure | None:
+    """Draw the loss at a cutoff by category of held-out prompts, before and after: bars for means, a dot per prompt.
+
+    The trained cutoff unless given; ``goal`` (nats per token) is dashed. None if nothing was measured yet. Raises
+    UserError for a cutoff that the model does not have.
+    """
+    cutoff = _trained(made) if cutoff is None else cutoff
+    if not 1 <= cutoff <= int(made.manifest["n_layers"]):
+        raise UserError(f"cutoff {cutoff} was not measured: give 1 to {made.manifest['n_layers']}")
+    measured = _measured(made)
+    if not measured:
+        return None
+    at = made.sweeps[made.sweeps["cutoff"] == cutoff]
+    categories = list(dict.fromkeys(at["category"]))
+    figure = go.Figure()
+    sides = {measured[0]: (BEFORE, ORANGE, 0.0)}
+    if len(measured) > 1:
+        sides = {measured[0]: (BEFORE, ORANGE, -0.2), measured[-1]: (_last_name(made), BLUE, 0.2)}
+    for step, (name, colour, shift) in sides.items():
+        rows = at[at["step"] == step]
+        grouped = rows.groupby("category")["kl"].agg(["mean", "size"]).reindex(categories)
+        figure.add_trace(
+            go.Bar(
+                x=grouped["mean"],
+                y=np.arange(len(categories)) + shift,
+                width=0.36,
+                orientation="h",
+                name=name,
+                legendgroup=name,
+                marker={"color": colour, "opacity": 0.4},
+                customdata=[[literal(c), n] for c, n in zip(categories, grouped["size"], strict=True)],
+                hovertemplate=f"%{{customdata[0]}}, {name}: KL %{{x:.4f}}, %{{customdata[1]}} prompts<extra></extra>",
+            )
+        )
+        # Beside each other in their bar, in their order, so that equal ones show.
+        within = rows.groupby("category").cumcount() + 0.5
+        of = rows.groupby("category")["kl"].transform("size")
+        figure.add_trace(
+            go.Scatter(
+                x=rows["kl"],
+                y=rows["category"].map(categories.index) + shift + 0.28 * (within / of - 0.5),
+                mode="markers",
+                name=name,
+                legendgroup=name,
+                showlegend=False,
+                marker={"color": colour, "size": 6},
+                text=[literal(prompt_id) for prompt_id in rows["prompt_id"]],
+                hovertemplate=f"%{{text}}, {name}: KL %{{x:.4f}}<extra></extra>",
+            )
+        )
+    if goal:
+        figure.add_vline(goal, line={"dash": "dash", "color": VERMILION})
+    marks = f"dots: prompts; dashed: goal {goal:g}" if goal else "dots: prompts"
+    figure.update_xaxes(title_text=f"KL at cutoff {cutoff}, nats per token ({marks})", rangemode="tozero")
+    figure.update_yaxes(tickvals=list(range(len(categories))), ticktext=[*map(literal, categories)], automargin=True)
+    figure.update_yaxes(range=[len(categories) - 0.5, -0.5])
+    return _finished(figure, f"By kind of prompt: {_about(made)}", height=170 + 64 * len(categories))
+
+
+def _measured(made: FineTuning) -> list[int]:
+    """Steps at which all cutoffs were measured, in order."""
+    return sorted(int(step) for step in made.sweeps["step"].unique())
+
+
+def _thinned(steps: list[int]) -> list[int]:
+    places = np.linspace(0, len(steps) - 1, min(len(steps), MOST_BETWEEN)).round().astype(int)
+    return [steps[place] for place in places]
+
+
+def _curve(made: FineTuning, step: int, name: str) -> go.Scatter:
+    """The mean loss by cutoff at a measured step; what is nothing but rounding has no place on a logarithmic axis."""
+    kl, same = made.curve(step), made.curve(step, "top1_agreement")
+    is_itself = step == 0 or _against_itself(made)
+    shown = kl.where((kl > 1e-6) & ~(is_itself & (kl.index == made.manifest["n_layers"])))
+    return go.Scatter(
+        x=shown.index,
+        y=shown,
+        customdata=same,
+        mode="lines+markers",
+        name=name,
+        hovertemplate=f"{name}<br>cutoff %{{x}}: KL %{{y:.4f}} nats/token"
+        "<br>same top token %{customdata:.1%}<extra></extra>",
+    )
+
+
+def _add(figure: go.Figure, *, name: str, colour: str, row: int = 1, width: float = 2, **more: Any) -> None:
+    """Add a curve over the steps of training."""
+    hover = f"{name}<br>step %{{x}}: %{{y:.4f}}<extra></extra>"
+    trace = go.Scatter(name=name, line={"color": colour, "width": width}, hovertemplate=hover, **more)
+    figure.add_trace(trace, row=row, col=1)
+
+
+def _finished(figure: go.Figure, title: str, height: int) -> go.Figure:
+    return finished(figure, title, height).update_layout(showlegend=True)  # one curve alone has a name, too
+
+
+def _trained(made: FineTuning) -> int:
+    return int(made.manifest["settings"]["cutoff"])
+
+
+def _against_itself(made: FineTuning) -> bool:
+    return bool(made.manifest["settings"].get("against") == "itself")
+
+
+def _last_name(made: FineTuning) -> str:
+    return "after" if made.complete else f"step {_measured(made)[-1]}"
+
+
+def _about(made: FineTuning) -> str:
+    n = made.sweeps["prompt_id"].nunique()
+    return f"{literal(made.manifest['model'])}, {n} held-out prompt{'' if n == 1 else 's'}"
