@@ -70,7 +70,7 @@ class Shared(Source):
 
 
 def main() -> None:
-    """Train what is left to train, and write the tables once all is there."""
+    """Train what is left to train, and write the tables of what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the fine-tunings; those there go on")
     parser.add_argument("--arm", choices=ARMS, help="this one only")
@@ -87,8 +87,8 @@ def main() -> None:
             for arm in ARMS if options.arm is None else (options.arm,):
                 _run(options, arm, seed, bar)
     folders = {(arm, seed): _folder(options.out, arm, seed) for arm in ARMS for seed in SEEDS}
-    if all((folder / RECOMMENDATION).exists() for folder in folders.values()):
-        _write(options.results, {key: load_finetuning(folder) for key, folder in folders.items()})
+    made = {key: load_finetuning(folder) for key, folder in folders.items() if (folder / RECOMMENDATION).exists()}
+    _write(options.results, made)
 
 
 def _folder(out: Path, arm: str, seed: int) -> Path:
@@ -124,7 +124,7 @@ def _write(results: Path, made: dict[tuple[str, int], FineTuning]) -> None:
         outcomes.append({"arm": arm, "seed": seed} | _outcome(one))
     write_text(results / "sweeps.csv", pd.concat(sweeps).to_csv(index=False, float_format="%.5g"))
     write_text(results / "outcomes.csv", pd.DataFrame(outcomes).to_csv(index=False, float_format="%.5g"))
-    one = made["speed", SEEDS[0]]
+    one = next(iter(made.values()))
     about = {"command": "python analyses/finetuning_study.py --out FOLDER", "arms": ARMS, "settings": COMMON}
     write_json(
         results / "study.json",

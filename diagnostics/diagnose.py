@@ -101,8 +101,7 @@ def diagnose(
     capture = make_capture(backend, lm, remote)
     encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
     if teacher is not None:
-        if unknown := {prompt.prompt_id for prompt in encoded} - set(teacher.references):
-            raise UserError(f"the teacher has not seen prompt {min(unknown)!r}: give observe_teacher the same prompts")
+        teacher.require_prompts(encoded, decode_tokens)
         encoded = [replace(prompt, reference_ids=teacher.references[prompt.prompt_id]) for prompt in encoded]
     numbers = {
         "anchors": anchors,

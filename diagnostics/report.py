@@ -9,7 +9,6 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.console import Console
 
 from diagnostics import figures
@@ -98,7 +97,8 @@ def finetuning_report(made: FineTuning, after: Run, recommendation: Recommendati
     m, goal = made.manifest, recommendation.data["criterion"].get("max_kl")
     text = StringIO()
     try:
-        show_finetuning(made, compare_cutoffs(made), Console(file=text, width=COLUMNS, highlight=False, no_color=True))
+        plain = Console(file=text, width=COLUMNS, highlight=False, no_color=True)
+        show_finetuning(made, compare_cutoffs(made), plain, notes=False)  # the recommendation below has them
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"fine-tuning {str(made.path)!r} is damaged: {type(error).__name__} {error}") from None
     drawn = [
@@ -114,45 +114,14 @@ def finetuning_report(made: FineTuning, after: Run, recommendation: Recommendati
     return _page(title, summary, [one for one in drawn if one is not None], [*facts.items(), *_facts(after)])
 
 
-def read_finetuning(path: str | Path) -> FineTuning:
-    """Read a fine-tuning, finished or not, whose tables can be drawn; raise UserError for any other."""
-    from diagnostics.finetune.folder import load_finetuning
-
-    made = load_finetuning(path)
-    if problem := _finetuning_problem(made):
-        raise UserError(f"fine-tuning {os.fspath(path)!r} is damaged: {problem}")
-    return made
-
-
 def finetuning_data(manifest: dict[str, Any]) -> str:
     """Say what became of the data of a fine-tuning; nothing if that is not known yet, or was changed by hand."""
-    from diagnostics.finetune.data import Counts
+    from diagnostics.finetune.examples import Counts
 
     try:
         return Counts(**manifest["data"]).said()
     except (KeyError, TypeError, ValueError):
         return ""
-
-
-def _finetuning_problem(made: FineTuning) -> str | None:
-    n_layers, trained = made.manifest["n_layers"], made.manifest["settings"].get("cutoff")
-    if not isinstance(trained, int) or not 1 <= trained <= n_layers:
-        return f"its cutoff is {trained!r}, not 1 to {n_layers}"
-    numbers = {"steps": ("step", "loss", "cutoff"), "sweeps": ("step", "cutoff", "kl", "top1_agreement", "nll")}
-    for table, columns in numbers.items():
-        frame = getattr(made, table)
-        for column in columns:
-            if column not in frame or not pd.api.types.is_numeric_dtype(frame[column]) or frame[column].isna().any():
-                return f"{table} has no column {column}, or not numbers in it"
-    sweeps = made.sweeps
-    texts = ("prompt_id", "category")
-    if not all(name in sweeps and sweeps[name].map(lambda text: isinstance(text, str)).all() for name in texts):
-        return "sweeps has no names of prompts or categories"
-    counted = sweeps.groupby(["step", "prompt_id"])["cutoff"].agg(["size", "nunique", "min", "max"])
-    whole = counted.eq([n_layers, n_layers, 1, n_layers]).all(axis=None)
-    if not whole or 0 not in counted.index.get_level_values("step"):
-        return "rows of sweeps are missing, or there twice"
-    return None
 
 
 def asked_margin(manifest: dict[str, Any]) -> float:

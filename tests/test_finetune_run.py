@@ -23,6 +23,7 @@ from diagnostics.finetune import (
     sources,
     training,
 )
+from diagnostics.finetune.watch import Watch
 from tests.runs import run_command, save_tiny, write_prompts
 from tests.tiny import N_LAYERS, random_ids
 
@@ -261,14 +262,14 @@ def test_a_checkpoint_that_is_half_written_is_not_used(world, tmp_path, damage):
 def test_a_stop_between_measurement_and_checkpoint(world, tmp_path, monkeypatch):
     """The measurement of step 6 is there, its checkpoint is not."""
     with monkeypatch.context() as patch:
-        plain = training._Watch._sweep
+        plain = Watch._sweep
 
         def sweep(watch, step):
             plain(watch, step)
             if step == 6:
                 raise Stop
 
-        patch.setattr(training._Watch, "_sweep", sweep)
+        patch.setattr(Watch, "_sweep", sweep)
         with pytest.raises(Stop):
             run(world, tmp_path / "out")
     assert pd.read_parquet(tmp_path / "out" / "sweeps.parquet")["step"].max() == 6

@@ -11,10 +11,10 @@ from dashboard.headline import metrics
 from dashboard.state import COMPARED, entries, md, recommendation, runs_folder, show
 from diagnostics import figures
 from diagnostics.errors import UserError
-from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuning, load_manifest
+from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuning, load_finetuning, load_manifest
 from diagnostics.finetune.summary import compare_cutoffs
 from diagnostics.recommend import MAX_KL
-from diagnostics.report import finetuning_data, read_finetuning
+from diagnostics.report import finetuning_data
 
 Runs = dict[str, Entry]
 
@@ -22,7 +22,7 @@ Runs = dict[str, Entry]
 @st.cache_resource(max_entries=8, show_spinner="Reading the fine-tuning ...")
 def load(path: str, signature: Signature) -> FineTuning:
     """Read a fine-tuning, as far as it is."""
-    return read_finetuning(path)
+    return load_finetuning(path)
 
 
 def runs_of(entry: Entry, listed: list[Entry]) -> Runs:
@@ -178,7 +178,7 @@ if not all(os.path.exists(entry.path / name) for name in (STEPS, SWEEPS)):
     st.stop()
 made = load(str(entry.path), entry.signature)
 if not made.complete:
-    unfinished(entry, manifest, int(made.steps["step"].max()))
+    unfinished(entry, manifest, int(max([0, *made.steps["step"]])))
 goals = goals_of(entry, manifest)
 try:
     recommended = cutoffs_of(runs, goals)

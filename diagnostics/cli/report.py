@@ -20,7 +20,7 @@ def report(
     from diagnostics.benchmark import load_benchmark
     from diagnostics.errors import UserError
     from diagnostics.evaluate.folder import EVALUATION, load_evaluation
-    from diagnostics.finetune.folder import AFTER, FINETUNING
+    from diagnostics.finetune.folder import AFTER, FINETUNING, load_finetuning
     from diagnostics.recommend import recommend
     from diagnostics.results import BENCHMARK, MANIFEST, load_run
 
@@ -34,7 +34,7 @@ def report(
     if os.path.exists(run / EVALUATION) and not is_run:
         page = pages.evaluation_report(load_evaluation(run))
     elif os.path.exists(run / FINETUNING) and not is_run:
-        made = pages.read_finetuning(run)
+        made = load_finetuning(run)
         if not made.complete:
             raise UserError(f"fine-tuning {str(run)!r} is not finished: continue it with --resume")
         after = load_run(run / AFTER)

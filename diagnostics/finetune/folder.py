@@ -57,21 +57,24 @@ class FineTuning:
 
 
 def load_finetuning(path: str | Path) -> FineTuning:
-    """Read a fine-tuning, finished or not; raise UserError where there is none, or nothing was measured yet."""
+    """Read a fine-tuning, finished or not; before its first checkpoint ``steps`` is empty.
+
+    Raises UserError where there is none, or it is damaged, or nothing is measured yet.
+    """
     folder = Path(path)
     manifest = load_manifest(folder)
     tables: dict[str, pd.DataFrame] = {}
-    for name, columns in ((STEPS, {"step", "loss", "cutoff"}), (SWEEPS, {"step", "prompt_id", "cutoff", "kl"})):
+    for name in (STEPS, SWEEPS):
         try:
-            table = pd.read_parquet(folder / name)
+            tables[name] = pd.read_parquet(folder / name)
         except FileNotFoundError:
             raise UserError(f"fine-tuning {str(path)!r} has not measured anything yet") from None
         except (OSError, ValueError) as error:
             raise UserError(f"fine-tuning {str(path)!r} is damaged: {name} cannot be read ({error})") from None
-        if columns - set(table):
-            raise UserError(f"fine-tuning {str(path)!r} is damaged: {name} lacks {min(columns - set(table))}")
-        tables[name] = table
-    return FineTuning(manifest, tables[STEPS], tables[SWEEPS], folder)
+    made = FineTuning(manifest, tables[STEPS], tables[SWEEPS], folder)
+    if problem := _problem(made):
+        raise UserError(f"fine-tuning {str(path)!r} is damaged: {problem}")
+    return made
 
 
 def load_manifest(path: Path) -> dict[str, Any]:
@@ -173,3 +176,25 @@ def _rows(table: pd.DataFrame) -> list[Example]:
         Example(id=row["id"], input_ids=[*map(int, row["input_ids"])], labels=[*map(int, row["labels"])])
         for row in table.to_dict("records")
     ]
+
+
+def _problem(made: FineTuning) -> str | None:
+    """Say what is wrong with the tables; None if nothing is."""
+    n_layers, trained = made.manifest["n_layers"], made.manifest["settings"].get("cutoff")
+    if not isinstance(trained, int) or not 1 <= trained <= n_layers:
+        return f"its cutoff is {trained!r}, not 1 to {n_layers}"
+    numbers = {"steps": ("step", "loss", "cutoff"), "sweeps": ("step", "cutoff", "kl", "top1_agreement", "nll")}
+    for table, columns in numbers.items():
+        frame = getattr(made, table)
+        for column in columns:
+            if column not in frame or not pd.api.types.is_numeric_dtype(frame[column]) or frame[column].isna().any():
+                return f"{table} has no column {column}, or not numbers in it"
+    sweeps = made.sweeps
+    texts = ("prompt_id", "category")
+    if not all(name in sweeps and sweeps[name].map(lambda text: isinstance(text, str)).all() for name in texts):
+        return "sweeps has no names of prompts or categories"
+    counted = sweeps.groupby(["step", "prompt_id"])["cutoff"].agg(["size", "nunique", "min", "max"])
+    whole = counted.eq([n_layers, n_layers, 1, n_layers]).all(axis=None)
+    if not whole or 0 not in counted.index.get_level_values("step"):
+        return "rows of sweeps are missing, or there twice"
+    return None

@@ -83,7 +83,7 @@ def _mean(
     total = logits[:0].sum(dtype=exact)  # without any position still a loss that can go backward
     for chunk in zip(logits.split(CHUNK), wanted.split(CHUNK), strict=True):
         total = total + checkpoint(loss, *chunk, use_reentrant=False)
-    return total / (max(len(logits), 1) if n_items is None else n_items)
+    return total / _at_least_one(len(logits) if n_items is None else n_items)
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -95,3 +95,8 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     exact = torch.promote_types(logits.dtype, torch.float32)
     return functional.cross_entropy(logits.to(exact), targets, reduction="sum")
+
+
+def _at_least_one(n_items: Tensor | int) -> Tensor | int:
+    """A step without any target has a loss of 0, not of 0/0."""
+    return n_items.clamp(min=1) if isinstance(n_items, Tensor) else max(n_items, 1)

@@ -23,7 +23,6 @@ def compare_cutoffs(made: FineTuning) -> pd.DataFrame:
 
 def by_category(made: FineTuning, cutoff: int) -> pd.DataFrame:
     """Return the mean KL at a cutoff for each category of held-out prompts: columns ``before`` and ``after``."""
-    last = made.sweeps["step"].max()
-    at = made.sweeps[(made.sweeps["cutoff"] == cutoff) & made.sweeps["step"].isin([0, last])]
+    at = made.sweeps[made.sweeps["cutoff"] == cutoff]
     means = at.pivot_table(index="category", columns="step", values="kl")
-    return means.rename(columns={0: "before", last: "after"})[["before", "after"]]
+    return pd.DataFrame({"before": means[0], "after": means[means.columns.max()]})

@@ -53,6 +53,8 @@ class SpeedTrainer(Trainer):
             raise UserError(f"the share of the supervised loss is {supervised}: give 0 to 1")
         if supervised < 1 and teacher is None and not hasattr(model, "disable_adapter"):
             raise UserError("distillation needs a teacher: give one, or a PEFT model, whose base is taken")
+        if teacher is not None and teacher is model:
+            raise UserError("the teacher is the model itself and would be frozen: give a copy, or a PEFT model alone")
         super().__init__(model, **trainer)
         self.schedule = CutoffSchedule(schedule, schedule) if isinstance(schedule, int) else schedule
         self.anchors, self.supervised = anchors, supervised
@@ -101,6 +103,10 @@ class SpeedTrainer(Trainer):
     ) -> Any:
         """Return the loss of a batch, in nats per target."""
         labels, mask = inputs["labels"], inputs.get("attention_mask")
+        if mask is not None:
+            # What padding on the left would predict, inference never asks; `train_under` leaves it out as well.
+            labels = labels.clone()
+            labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)
         given = {name: value for name, value in inputs.items() if name != "labels"}
         # The head is the largest layer of many models: it runs from the first prediction of any row on.
         first = int((labels != IGNORED).any(0).int().argmax()) - 1

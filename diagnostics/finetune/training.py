@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from diagnostics.diagnose import diagnose, encode_for_diagnosis
 from diagnostics.errors import UserError
+from diagnostics.finetune.card import CARD, model_card
 from diagnostics.finetune.data import collate
-from diagnostics.finetune.examples import Example
+from diagnostics.finetune.examples import IGNORED, Example
 from diagnostics.finetune.folder import (
     AFTER,
     BEFORE,
     CHECKPOINTS,
-    STEPS,
-    SWEEPS,
     TRAINER_STATE,
     FineTuning,
     FineTuningFolder,
@@ -32,17 +30,15 @@ from diagnostics.finetune.folder import (
 from diagnostics.finetune.lora import add_lora, require_peft
 from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sources import Source
-from diagnostics.finetune.sweeps import sweep_cutoffs
 from diagnostics.finetune.trainer import SpeedTrainer
-from diagnostics.finetune.visibility import full_depth
+from diagnostics.finetune.watch import Progress, Watch
 from diagnostics.models import LoadedModel
 from diagnostics.prompts import PromptSet
 from diagnostics.recommend import Criterion, recommend
-from diagnostics.results import RECOMMENDATION
+from diagnostics.results import RECOMMENDATION, write_text
 from diagnostics.teacher import Teacher, observe_teacher
 from diagnostics.versions import hardware, versions
 
-Progress = Callable[[int, int, str], None]
 KEPT_CHECKPOINTS = 2
 
 
@@ -91,19 +87,22 @@ def finetune(
         For settings that make no sense, data that cannot be used, a folder that holds something else, a loss that is no
         longer a number, or for what `train_under` and `diagnose` refuse.
     """
+    _require_trainable(lm)
     settings = settings.settled(lm)
     goals = goals or {}
     Criterion(**{name: goal for name, goal in goals.items() if name in Criterion.__dataclass_fields__})
     if settings.method == "lora":
         require_peft()
     # What is wrong with prompts and numbers is said before any work.
-    encode_for_diagnosis(lm, held_out, settings.decode_tokens)
+    encoded = encode_for_diagnosis(lm, held_out, settings.decode_tokens)
     source.make(lm, source.n_parts)  # no row is in this part
     folder = FineTuningFolder(Path(out), _manifest(lm, source, held_out, settings, arguments), resume=resume)
     if folder.complete:
         return load_finetuning(folder.path)
     report = progress or (lambda done, total, what: None)
-    examples, _ = folder.examples(source.n_parts, partial(_make_part, lm, source, report))
+    rows, _ = folder.examples(source.n_parts, partial(_make_part, lm, source, report))
+    examples = _without(rows, {prompt.token_ids for prompt in encoded})
+    folder.note(held_out_dropped=len(rows) - len(examples))
     if not examples:
         raise UserError(f"nothing to train on is left of {source.name}: {source.advice}")
     measured: Any = {"decode_tokens": settings.decode_tokens, "anchors": settings.anchors, "resume": True}
@@ -121,12 +120,29 @@ def finetune(
     recommendation = recommend(after, **goals)
     recommendation.save(folder.path / AFTER / RECOMMENDATION)
     recommendation.save(folder.path / RECOMMENDATION)
+    write_text(folder.path / CARD, model_card(load_finetuning(folder.path), lm.name))
     return folder.finish()
+
+
+def _require_trainable(lm: LoadedModel) -> None:
+    """Refuse, before any work, what would fail after hours."""
+    if getattr(lm.model, "is_quantized", False):
+        raise UserError(f"the weights of {lm.name!r} are quantised: an adapter could not be merged into them")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a fine-tuning is one process: launch SpeedTrainer in a script of your own instead")
+    if lm.device.type == "cuda" and lm.device.index and not hasattr(lm.model, "hf_device_map"):
+        raise UserError(f"training takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={lm.device.index}")
 
 
 def _make_part(lm: LoadedModel, source: Source, report: Progress, number: int) -> Any:
     report(number, source.n_parts, "answers")
     return source.make(lm, number)
+
+
+def _without(rows: Sequence[Example], prompts: Collection[tuple[int, ...]]) -> list[Example]:
+    """Leave out rows that begin with one of the prompts and its answer."""
+    starts = [row["labels"].index(next(label for label in row["labels"] if label != IGNORED)) for row in rows]
+    return [row for row, start in zip(rows, starts, strict=True) if tuple(row["input_ids"][:start]) not in prompts]
 
 
 def _train(
@@ -145,7 +161,7 @@ def _train(
         model = add_lora(lm, settings.rank, settings.seed)
     elif settings.supervised < 1:
         frozen = copy.deepcopy(lm.model)
-    watch = _Watch(lm, held_out, teacher, settings, folder, report)
+    watch = Watch(lm, held_out, teacher, settings, folder, report)
     trainer = SpeedTrainer(
         model,
         schedule=settings.schedule,
@@ -171,11 +187,11 @@ def _train(
     else:
         model.save_pretrained(folder.path)
         lm.tokenizer.save_pretrained(folder.path)
-    return LoadedModel.wrap(lm.model, lm.tokenizer, str(folder.path))
+    return LoadedModel.wrap(lm.model, lm.tokenizer, folder.path.name)
 
 
 def _training_arguments(lm: LoadedModel, settings: Settings, folder: FineTuningFolder) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder.path / CHECKPOINTS),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -200,65 +216,9 @@ def _training_arguments(lm: LoadedModel, settings: Settings, folder: FineTuningF
         report_to=[],
         disable_tqdm=True,
     )
-
-
-class _Watch(TrainerCallback):
-    """Measures the cutoffs on the way, keeps the curve of the loss, and stops at a loss that is no number."""
-
-    def __init__(
-        self,
-        lm: LoadedModel,
-        held_out: PromptSet,
-        teacher: Teacher,
-        settings: Settings,
-        folder: FineTuningFolder,
-        report: Progress,
-    ) -> None:
-        self.lm, self.teacher, self.settings, self.folder, self.report = lm, teacher, settings, folder, report
-        self.encoded = encode_for_diagnosis(lm, held_out, settings.decode_tokens)
-        self.sweeps: list[pd.DataFrame] = []
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take up what was measured until the checkpoint, or measure the model before its first step."""
-        if state.global_step:
-            there = pd.read_parquet(self.folder.path / SWEEPS)
-            self.sweeps = [there[there["step"] <= state.global_step]]
-        else:
-            self._sweep(0)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure the cutoffs, before the checkpoint of this step is written."""
-        self.report(state.global_step, state.max_steps, "training")
-        if state.global_step % self.settings.sweep_every == 0 or state.global_step == state.max_steps:
-            self._sweep(state.global_step)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop at a loss that is no number."""
-        loss = state.log_history[-1].get("loss", 0.0)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise UserError(f"the loss is {loss} at step {state.global_step}: lower the learning rate")
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the curve of the loss; a checkpoint needs no pickle of its arguments."""
-        self.write_steps(state)
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "training_args.bin"
-        written.unlink(missing_ok=True)
-
-    def write_steps(self, state: TrainerState) -> None:
-        """Write the curve of the loss so far."""
-        rows = [row for row in state.log_history if "loss" in row]
-        table = pd.DataFrame(rows)[["step", "loss", "learning_rate", "grad_norm"]]
-        schedule = self.settings.schedule
-        table["cutoff"] = [schedule.at(step - 1, state.max_steps) for step in table["step"]]
-        self.folder.write(STEPS, table)
-
-    def _sweep(self, step: int) -> None:
-        own = self.settings.against == "itself"
-        anchors = self.settings.anchors
-        with full_depth(self.lm.model):
-            table = sweep_cutoffs(self.lm, self.encoded, self.teacher, anchors=anchors, own=own)
-        self.sweeps.append(table.assign(step=step))
-        self.folder.write(SWEEPS, pd.concat(self.sweeps, ignore_index=True))
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # the others would be used by DataParallel, under which no policy runs
+    return arguments
 
 
 def _said(report: Progress, what: str) -> Progress:

@@ -14,7 +14,7 @@ from diagnostics.results import load_run
 AROUND = 3  # rows of the table on either side of a cutoff
 
 
-def show_finetuning(made: FineTuning, table: pd.DataFrame, console: Console) -> None:
+def show_finetuning(made: FineTuning, table: pd.DataFrame, console: Console, *, notes: bool = True) -> None:
     """Print the cutoffs around those that matter, the categories at the trained one, and both recommendations."""
     assert made.path is not None
     trained, n_layers = int(made.manifest["settings"]["cutoff"]), int(made.manifest["n_layers"])
@@ -39,7 +39,7 @@ def show_finetuning(made: FineTuning, table: pd.DataFrame, console: Console) -> 
     console.print(shown)
     for name, kl in by_category(made, trained).iterrows():
         console.print(f"  {name}: {kl['before']:.3f} -> {kl['after']:.3f} at cutoff {trained}", markup=False)
-    for note in after["notes"]:
+    for note in after["notes"] if notes else ():
         console.print(f"Note: {note}.", style="yellow", markup=False)
     console.print(
         f"Goal of {goal:g} nats per token: cutoff {before} of {n_layers} before training, {after['cutoff']} after it."

@@ -1,0 +1,50 @@
+"""The README.md of a fine-tuned model, as the hub shows it: what it is for, what it loses, how to load it."""
+
+from __future__ import annotations
+
+from diagnostics.finetune.folder import FineTuning
+
+CARD = "README.md"
+
+
+def model_card(made: FineTuning, base: str) -> str:
+    """Return the card of a finished fine-tuning of ``base``, in Markdown."""
+    asked, n_layers = made.manifest["settings"], int(made.manifest["n_layers"])
+    cutoff, lora = int(asked["cutoff"]), asked["method"] == "lora"
+    before, after = made.curve(0), made.curve()
+    of = "its own full depth" if asked["against"] == "itself" else "the base model at full depth"
+    rows = [
+        f"| {k}{' (trained)' if k == cutoff else ' (full depth)' if k == n_layers else ''} "
+        f"| {before[k]:.3f} | {after[k]:.3f} |"
+        for k in sorted({*range(max(1, cutoff - 2), min(n_layers, cutoff + 4) + 1), n_layers})
+    ]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {base}",
+            *(["library_name: peft"] if lora else []),
+            "tags: [speed, shallow-prefill]",
+            "---",
+            "",
+            f"# {base} for prompts of {cutoff} of {n_layers} layers",
+            "",
+            "Trained so that prompt tokens can stop at a lower layer (SPEED: Shallow Prefill, dEEp Decode,",
+            "arXiv 2605.06105).",
+            f"Mean KL from {of} on {made.manifest['held_out']['n_prompts']} held-out prompts, nats per token:",
+            "",
+            "| cutoff | before | after |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+            "```python",
+            "from diagnostics import SpeedPolicy, load_model",
+            "",
+            "lm = load_model(FOLDER)",
+            f"with SpeedPolicy({cutoff}, anchors={asked['anchors']})(lm.model):",
+            "    lm.model.generate(**inputs)",
+            "```",
+            "",
+            "`recommendation.json` has the cutoff recommended for it, `finetuning.json` what it was made with.",
+            "",
+        ]
+    )
