@@ -9,6 +9,7 @@ rounds. ``distillation`` adds the teacher's forward pass at full depth. The resu
 
 import argparse
 import json
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -72,7 +73,11 @@ def main() -> None:
                     }
                 )
                 print(json.dumps(rows[-1]))
-    about: dict[str, Any] = {"command": "python analyses/bench_finetuning.py", "model": lm.name, "n_layers": n_layers}
+    about: dict[str, Any] = {
+        "command": " ".join(["python analyses/bench_finetuning.py", *sys.argv[1:]]),
+        "model": lm.name,
+        "n_layers": n_layers,
+    }
     about |= {"rounds": options.rounds, "threads": torch.get_num_threads(), "dtype": str(lm.dtype)}
     about |= {"hardware": hardware(lm.device), "versions": versions()}
     write_json(options.results / f"bench_finetuning_{lm.device.type}.json", about | {"rows": rows})
