@@ -3,9 +3,10 @@
     python analyses/finetuning_study.py --out FOLDER                        # all; run it again to go on
     python analyses/finetuning_study.py --out FOLDER --arm speed --seed 0   # one run, to share them among cores
 
-Two arms, three seeds each, the same rows: the model's own answers at full depth to built-in prompts.
+Three arms, three seeds each, the same rows: the model's own answers at full depth to built-in prompts.
 
 - ``speed``: self-distillation at the cutoff
+- ``hold``: the same with every fourth step at full depth, so that it stays what it was
 - ``control``: the same rows, steps and rows per step without the policy. Distillation from itself at full depth has
   nothing to learn, so that it learns its own answers as targets (cross-entropy) instead.
 
@@ -47,6 +48,7 @@ CUTOFF, SEEDS = 20, (0, 1, 2)
 EXAMPLES = 384
 ARMS: dict[str, dict[str, Any]] = {
     "speed": {"cutoff": CUTOFF, "supervised": 0.0},
+    "hold": {"cutoff": CUTOFF, "supervised": 0.0, "hold": 0.25},
     "control": {"cutoff": 30, "supervised": 1.0},
 }
 COMMON: dict[str, Any] = {"against": "base", "steps": 160}

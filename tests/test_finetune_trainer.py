@@ -1,6 +1,7 @@
 """Steps of the trainer against slow masked passes in float64, and what decides its cutoffs."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -389,7 +390,24 @@ def test_a_schedule_falls_evenly_and_ends_where_it_should(ends, share, n_steps):
         assert max(counts) - min(counts) <= 1
 
 
-@pytest.mark.parametrize("wrong", [(2, 3), (0, 0), (3, 0), (3, 2, 1.5), (3, 2, -0.1)])
+@given(ends=schedules, hold=st.floats(0, 0.5), n_steps=st.integers(1, 300))
+def test_a_schedule_holds_full_depth_evenly_and_leaves_the_other_steps_as_they_are(ends, hold, n_steps):
+    end, start = ends
+    plain, held = CutoffSchedule(start, end), CutoffSchedule(start, end, hold=hold, full_depth=61)
+    cutoffs = [held.at(step, n_steps) for step in range(n_steps)]
+    places = [step for step, cutoff in enumerate(cutoffs) if cutoff == 61]
+    assert all(cutoff == plain.at(step, n_steps) for step, cutoff in enumerate(cutoffs) if cutoff != 61)
+    assert cutoffs[0] == plain.at(0, n_steps)
+    assert cutoffs[-1] == end
+    assert abs(len(places) - hold * n_steps) < 2
+    gaps = {later - earlier for earlier, later in pairwise(places)}
+    assert len(gaps) <= 2
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [(2, 3), (0, 0), (3, 0), (3, 2, 1.5), (3, 2, -0.1), (3, 2, 1, 0.6, 5), (3, 2, 1, -0.1, 5), (3, 2, 1, 0.2)]
+)
 def test_a_schedule_that_makes_no_sense(wrong):
     with pytest.raises(UserError):
         CutoffSchedule(*wrong)

@@ -31,6 +31,8 @@ class Settings:
     ----------
     cutoff, start_cutoff
         Layers that prompts run through, 1..L, at the end and at the start of training; the same unless given.
+    hold
+        Share of the steps, 0..0.5, that run at full depth: they hold the model there where it was.
     anchors
         Leading tokens that run through all layers.
     supervised
@@ -59,6 +61,7 @@ class Settings:
 
     cutoff: int
     start_cutoff: int | None = None
+    hold: float = 0.0
     anchors: int = 1
     supervised: float = 0.0
     against: Literal["base", "itself"] | None = None
@@ -74,10 +77,10 @@ class Settings:
     checkpoint_every: int = 20
     seed: int = 0
 
-    @property
-    def schedule(self) -> CutoffSchedule:
+    def schedule(self, n_layers: int) -> CutoffSchedule:
         """The cutoff of every step."""
-        return CutoffSchedule(self.cutoff if self.start_cutoff is None else self.start_cutoff, self.cutoff)
+        start = self.cutoff if self.start_cutoff is None else self.start_cutoff
+        return CutoffSchedule(start, self.cutoff, hold=self.hold, full_depth=n_layers)
 
     def settled(self, lm: LoadedModel) -> Settings:
         """Return the same with every choice made for a model; raise UserError for one that makes no sense."""
@@ -103,7 +106,7 @@ class Settings:
                 f"cutoff {self.cutoff} is full depth, where the model is its own teacher: there is nothing to learn; "
                 "give a smaller cutoff, or given answers (supervised)"
             )
-        assert self.schedule  # refuses one that rises
+        assert self.schedule(lm.anatomy.n_layers)  # refuses one that rises
         size = sum(parameter.numel() for parameter in lm.model.parameters())
         rate = next(rate for limit, rate in LEARNING_RATES.items() if size <= limit)
         rate *= FULL_SHARE if self.method == "full" else 1

@@ -164,7 +164,7 @@ def _train(
     watch = Watch(lm, held_out, teacher, settings, folder, report)
     trainer = SpeedTrainer(
         model,
-        schedule=settings.schedule,
+        schedule=settings.schedule(lm.anatomy.n_layers),
         anchors=settings.anchors,
         supervised=settings.supervised,
         teacher=frozen,

@@ -69,7 +69,7 @@ class Watch(TrainerCallback):
         rows = [row for row in state.log_history if "loss" in row]
         table = pd.DataFrame(rows, columns=["step", "loss", "learning_rate", "grad_norm"])
         table = table.astype({name: int if name == "step" else float for name in table})
-        schedule = self.settings.schedule
+        schedule = self.settings.schedule(self.lm.anatomy.n_layers)
         table["cutoff"] = pd.Series([schedule.at(n - 1, state.max_steps) for n in table["step"]], dtype=int)
         self.folder.write(STEPS, table)
 
