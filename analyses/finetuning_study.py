@@ -152,7 +152,6 @@ def _outcome(one: FineTuning) -> dict[str, Any]:
         "train_loss_first": one.steps["loss"].head(5).mean(),
         "train_loss_last": one.steps["loss"].tail(5).mean(),
         "recommended": json.loads((one.path / RECOMMENDATION).read_text())["cutoff"],
-        "training_seconds": one.manifest.get("training_seconds"),
     }
 
 
