@@ -84,8 +84,11 @@ def read_adapter(name: str) -> Adapter:
         pickled = (folder / PICKLE).exists()
         found = "has pickled weights only; convert them to safetensors first" if pickled else f"has no {WEIGHTS}"
         raise UserError(f"adapter {name!r} {found}")
-    beside = os.path.join(folder, os.path.expanduser(base))
-    if base.lower() != EMBEDDED_MODEL and not os.path.exists(os.path.expanduser(base)) and os.path.exists(beside):
+    here = os.path.expanduser(base)
+    # A folder of that name in the working folder may be anything.
+    there = os.path.isfile(here) or os.path.isfile(os.path.join(here, "config.json")) or is_adapter(here)
+    beside = os.path.join(folder, here)
+    if base.lower() != EMBEDDED_MODEL and not there and os.path.exists(beside):
         base = beside
     if is_adapter(base):
         raise UserError(f"adapter {name!r} cannot be merged: its base {base!r} is itself an adapter")

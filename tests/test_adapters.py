@@ -175,12 +175,15 @@ def test_embedded_model_is_named_as_a_base(smollm, tmp_path):
 def test_base_beside_the_adapter_and_in_the_working_folder(bases, tmp_path, monkeypatch):
     shutil.copytree(bases("llama"), tmp_path / "out" / "base")
     folder = save_adapter(tmp_path / "out" / "adapter", bases("llama"), wrote="../base")
+    # A folder of that name that holds no model is not in the way.
+    for place in ("elsewhere/base", "elsewhere/here"):
+        (tmp_path / place).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "here")
     found = load_model(folder).weight_hash
     monkeypatch.chdir(tmp_path / "out" / "adapter")
     assert load_model(".").weight_hash == found
     # Another model of that name in the working folder comes first.
-    shutil.copytree(bases("qwen3"), tmp_path / "elsewhere" / "base")
-    (tmp_path / "elsewhere" / "here").mkdir()
+    shutil.copytree(bases("qwen3"), tmp_path / "elsewhere" / "base", dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path / "elsewhere" / "here")
     assert adapters.read_adapter(str(folder)).base == "../base"
     assert load_model("../base").model.config.model_type == "qwen3"
@@ -241,7 +244,7 @@ def test_settings_of_other_programs_change_nothing(folder):
         (lambda f: edit(f, base_model_name_or_path=3), "names no base model"),
         (lambda f: edit(f, revision=3), "names no base model"),
         (lambda f: edit(f, base_model_name_or_path="/nowhere/base"), "no model folder '/nowhere/base'"),
-        (lambda f: edit(f, base_model_name_or_path="."), "folder '.' holds no model"),
+        (lambda f: edit(f, base_model_name_or_path="."), "its base '.*' is itself an adapter"),
         (lambda f: edit(f, base_model_name_or_path="../adapter"), "its base '.*/../adapter' is itself an adapter"),
         (lambda f: edit(f, base_model_name_or_path=str(f)), "is itself an adapter"),
         (lambda f: edit(f, base_model_name_or_path="org/name"), "base_model_name_or_path: model 'org/name' cannot be"),
