@@ -41,6 +41,11 @@ def show_finetuning(made: FineTuning, table: pd.DataFrame, console: Console, *, 
         console.print(f"  {name}: {kl['before']:.3f} -> {kl['after']:.3f} at cutoff {trained}", markup=False)
     for note in after["notes"] if notes else ():
         console.print(f"Note: {note}.", style="yellow", markup=False)
+    if (drift := float(table["kl_after"].iloc[-1])) > goal:
+        console.print(
+            f"At full depth the trained model is {drift:.3f} nats per token away, more than the goal: "
+            "steps at full depth hold it there (--hold 0.25)."
+        )
     console.print(
         f"Goal of {goal:g} nats per token: cutoff {before} of {n_layers} before training, {after['cutoff']} after it."
     )
