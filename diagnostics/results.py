@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -174,6 +174,34 @@ def require_writable(path: Path) -> None:
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     with _scratch_folder(nearest):
         pass
+
+
+def claim_folder(
+    path: Path, name: str, manifest: dict[str, Any], kind: str, read: Callable[[Path], dict[str, Any]], *, resume: bool
+) -> dict[str, Any] | None:
+    """Make ``path`` the folder of a ``kind`` of result, with its manifest in the file ``name``, or go on with one.
+
+    Returns the manifest that ``read`` finds, None for a new folder. Raises UserError if the folder is in the way,
+    cannot be written, or holds another one: what must be the same is ``manifest["identity"]``.
+    """
+    article = "an" if kind[0] in "aeiou" else "a"
+    if (path / name).exists():
+        if not resume:
+            raise UserError(f"folder {str(path)!r} holds {article} {kind}: add --resume or choose another --out")
+        there = read(path)
+        for key, asked in manifest["identity"].items():
+            if there.get("identity", {}).get(key) != asked:
+                raise UserError(f"folder {str(path)!r} holds another {kind} ({key} differs): choose another --out")
+        return there
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{str(path)!r} exists and is no {kind}: choose another --out")
+    try:
+        require_writable(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / name, manifest)
+    except OSError as error:
+        raise UserError(f"cannot write to {str(path)!r}: {error.strerror or error}") from None
+    return None
 
 
 class RunWriter:

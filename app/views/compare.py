@@ -1,13 +1,10 @@
 """Compare: several models or runs on relative depth."""
 
-from typing import Any
-
 import pandas as pd
 import streamlit as st
 
 from dashboard.state import COMPARED, current_entry, empty_state, entries, open_run, recommendation, show
 from diagnostics import figures
-from diagnostics.figures.style import literal
 
 MEASURES = {
     "kl": "loss: KL from full depth",
@@ -24,15 +21,6 @@ MEASURES = {
 def choose() -> None:
     """Keep what is compared; Streamlit forgets a widget's own key when a page is left."""
     st.session_state[COMPARED] = st.session_state["compared"]
-
-
-def curves(measure: str) -> Any:
-    """Draw a measure of the chosen runs, by their names here: in their folders both of a fine-tuning lie elsewhere."""
-    figure = figures.compare_runs(runs, measure)
-    for trace, run, name in zip(figure.data, runs, chosen, strict=True):
-        trace.hovertemplate = trace.hovertemplate.replace(literal(run.name), literal(name), 1)
-        trace.name = literal(name)
-    return figure
 
 
 st.title("Runs side by side")
@@ -57,7 +45,8 @@ signatures = tuple((name, readable[name].signature) for name in chosen)
 show(
     readable[chosen[0]],
     "comparison",
-    lambda measure, **_: curves(measure),
+    # By their names here: in their own folders those of every fine-tuning are called the same.
+    lambda measure, **_: figures.compare_runs(runs, measure, chosen),
     measure=measure,
     runs=signatures,
 )

@@ -21,7 +21,7 @@ import pandas as pd
 
 from diagnostics.errors import UserError
 from diagnostics.evaluate.items import ChoiceItem, GenerationItem, Task
-from diagnostics.results import PARTS, require_writable, write_json, write_table
+from diagnostics.results import PARTS, claim_folder, write_json, write_table
 
 if TYPE_CHECKING:
     from diagnostics.policies.base import Policy
@@ -73,26 +73,7 @@ class EvaluationFolder:
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, resume: bool) -> None:
         self.path, self.manifest = path, manifest
-        found = path / EVALUATION
-        if found.exists():
-            if not resume:
-                raise UserError(f"folder {str(path)!r} holds an evaluation: add --resume or choose another --out")
-            there = load_manifest(path)
-            for key, asked in manifest["identity"].items():
-                if there.get("identity", {}).get(key) != asked:
-                    raise UserError(
-                        f"folder {str(path)!r} holds another evaluation ({key} differ): choose another --out"
-                    )
-            return
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{str(path)!r} exists and is no evaluation: choose another --out")
-        try:
-            require_writable(path)
-            path.mkdir(parents=True, exist_ok=True)
-            (path / PARTS).mkdir(exist_ok=True)
-            write_json(found, manifest | {"errors": []})
-        except OSError as error:
-            raise UserError(f"cannot write to {str(path)!r}: {error.strerror or error}") from None
+        claim_folder(path, EVALUATION, manifest | {"errors": []}, "evaluation", load_manifest, resume=resume)
 
     def read(self, task: Task) -> pd.DataFrame:
         """Return the rows that there are of a task."""

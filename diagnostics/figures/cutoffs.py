@@ -104,17 +104,21 @@ def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figu
     return finished(figure, f"What a cutoff keeps of the prompt: {about(run)}", height=420)
 
 
-def compare_runs(runs: Sequence[Run], column: str = "kl") -> go.Figure:
-    """Draw a measure of several runs against relative depth: of a loss, cutoff / layers; else (layer + 1) / layers."""
+def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] | None = None) -> go.Figure:
+    """Draw a measure of several runs against relative depth: of a loss, cutoff / layers; else (layer + 1) / layers.
+
+    Runs are called by ``names``, unless given by their own.
+    """
+    names = [run.name for run in runs] if names is None else names
     figure = go.Figure()
     is_loss = column in runs[0].cutoffs
-    for number, run in enumerate(runs):
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         mean = finite_mean(per_layer(run, column), axis=0)
         if column == "kl":
             mean = np.where((mean > 1e-6) & (np.arange(1, run.n_layers + 1) < run.n_layers), mean, np.nan)
         depth = np.arange(1, run.n_layers + 1) / run.n_layers
         hover = f"{{}}: {column} %{{{{y:.4f}}}} at %{{{{x:.0%}}}}"
-        add_line(figure, depth, mean, literal(run.name), PALETTE[number % len(PALETTE)], hover)
+        add_line(figure, depth, mean, literal(name), PALETTE[number % len(PALETTE)], hover)
     figure.update_xaxes(title_text="cutoff / layers" if is_loss else "depth: (layer + 1) / layers", tickformat=".0%")
     if column == "kl":
         unit = "KL from full depth, nats per token"

@@ -23,7 +23,7 @@ import pandas as pd
 
 from diagnostics.errors import UserError
 from diagnostics.finetune.examples import Counts, Example
-from diagnostics.results import PARTS, require_writable, write_json, write_table
+from diagnostics.results import PARTS, claim_folder, write_json, write_table
 
 FINETUNING, EXAMPLES, STEPS, SWEEPS = "finetuning.json", "examples.parquet", "steps.parquet", "sweeps.parquet"
 CHECKPOINTS, BEFORE, AFTER = "checkpoints", "before", "after"
@@ -94,26 +94,8 @@ class FineTuningFolder:
     """Writes the folder of one fine-tuning."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, resume: bool) -> None:
-        self.path, self.manifest = path, manifest
-        if (path / FINETUNING).exists():
-            if not resume:
-                raise UserError(f"folder {str(path)!r} holds a fine-tuning: add --resume or choose another --out")
-            there = load_manifest(path)
-            for key, asked in manifest["identity"].items():
-                if there["identity"].get(key) != asked:
-                    raise UserError(
-                        f"folder {str(path)!r} holds another fine-tuning ({key} differs): choose another --out"
-                    )
-            self.manifest = there
-            return
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{str(path)!r} exists and is no fine-tuning: choose another --out")
-        try:
-            require_writable(path)
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / FINETUNING, manifest)
-        except OSError as error:
-            raise UserError(f"cannot write to {str(path)!r}: {error.strerror or error}") from None
+        there = claim_folder(path, FINETUNING, manifest, "fine-tuning", load_manifest, resume=resume)
+        self.path, self.manifest = path, there or manifest
 
     @property
     def complete(self) -> bool:

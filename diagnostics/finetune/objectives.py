@@ -62,10 +62,15 @@ def mixed_loss(
 
     Raises UserError if ``supervised`` is not from 0 to 1.
     """
-    if not 0 <= supervised <= 1:
-        raise UserError(f"the share of the supervised loss is {supervised}: give 0 to 1")
+    require_share(supervised)
     taught = distillation_loss(student_logits, teacher_logits, predicting(labels), n_items=n_items)
     return supervised * supervised_loss(student_logits, labels, n_items=n_items) + (1 - supervised) * taught
+
+
+def require_share(supervised: float) -> None:
+    """Raise UserError unless the share of the supervised loss is one."""
+    if not 0 <= supervised <= 1:
+        raise UserError(f"the share of the supervised loss is {supervised}: give 0 to 1")
 
 
 def predicting(labels: Tensor) -> Tensor:

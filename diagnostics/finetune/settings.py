@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from diagnostics.adapters import is_adapter
 from diagnostics.errors import UserError
+from diagnostics.finetune.objectives import require_share
 from diagnostics.finetune.schedule import CutoffSchedule
 from diagnostics.policies.speed import SpeedPolicy
 
@@ -94,8 +95,7 @@ class Settings:
                 raise UserError(f"{name} is {getattr(self, name)!r}: give {' or '.join(filter(None, allowed))}")
         if self.method == "full" and self.rank is not None:
             raise UserError("a rank is of an adapter: leave it out, or train one (lora)")
-        if not 0 <= self.supervised <= 1:
-            raise UserError(f"the share of the supervised loss is {self.supervised}: give 0 to 1")
+        require_share(self.supervised)
         start = self.cutoff if self.start_cutoff is None else self.start_cutoff
         if self.method == "lora" and is_adapter(lm.name):
             raise UserError(f"{lm.name!r} is an adapter, and adapters of adapters do not load: give its base, or full")

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from diagnostics.errors import UserError
 from diagnostics.finetune.examples import IGNORED
-from diagnostics.finetune.objectives import distillation_loss, mixed_loss, predicting, supervised_loss
+from diagnostics.finetune.objectives import distillation_loss, mixed_loss, predicting, require_share, supervised_loss
 from diagnostics.finetune.plan import decode_phase
 from diagnostics.finetune.schedule import CutoffSchedule
 from diagnostics.finetune.visibility import Visibility, full_depth, train_under
@@ -49,8 +49,7 @@ class SpeedTrainer(Trainer):
         teacher: nn.Module | None = None,
         **trainer: Any,
     ) -> None:
-        if not 0 <= supervised <= 1:
-            raise UserError(f"the share of the supervised loss is {supervised}: give 0 to 1")
+        require_share(supervised)
         if supervised < 1 and teacher is None and not hasattr(model, "disable_adapter"):
             raise UserError("distillation needs a teacher: give one, or a PEFT model, whose base is taken")
         if teacher is not None and teacher is model:

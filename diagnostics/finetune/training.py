@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from diagnostics.diagnose import diagnose, encode_for_diagnosis
+from diagnostics.encoding import EncodedPrompt
 from diagnostics.errors import UserError
 from diagnostics.finetune.card import CARD, model_card
 from diagnostics.finetune.data import collate
@@ -108,7 +109,7 @@ def finetune(
     measured: Any = {"decode_tokens": settings.decode_tokens, "anchors": settings.anchors, "resume": True}
     diagnose(lm, held_out, out=folder.path / BEFORE, progress=_said(report, "before"), **measured)
     teacher = observe_teacher(lm, held_out, decode_tokens=settings.decode_tokens, progress=_said(report, "teacher"))
-    tuned = _train(lm, examples, held_out, teacher, settings, folder, report)
+    tuned = _train(lm, examples, encoded, teacher, settings, folder, report)
     after = diagnose(
         tuned,
         held_out,
@@ -148,7 +149,7 @@ def _without(rows: Sequence[Example], prompts: Collection[tuple[int, ...]]) -> l
 def _train(
     lm: LoadedModel,
     examples: Sequence[Example],
-    held_out: PromptSet,
+    held_out: Sequence[EncodedPrompt],
     teacher: Teacher,
     settings: Settings,
     folder: FineTuningFolder,

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from diagnostics.diagnose import encode_for_diagnosis
+from diagnostics.encoding import EncodedPrompt
 from diagnostics.errors import UserError
 from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuningFolder
 from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sweeps import sweep_cutoffs
 from diagnostics.finetune.visibility import full_depth
 from diagnostics.models import LoadedModel
-from diagnostics.prompts import PromptSet
 from diagnostics.teacher import Teacher
 
 Progress = Callable[[int, int, str], None]
@@ -29,14 +28,14 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         lm: LoadedModel,
-        held_out: PromptSet,
+        held_out: Sequence[EncodedPrompt],
         teacher: Teacher,
         settings: Settings,
         folder: FineTuningFolder,
         report: Progress,
     ) -> None:
         self.lm, self.teacher, self.settings, self.folder, self.report = lm, teacher, settings, folder, report
-        self.encoded = encode_for_diagnosis(lm, held_out, settings.decode_tokens)
+        self.held_out = held_out
         self.sweeps: list[pd.DataFrame] = []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -77,7 +76,7 @@ class Watch(TrainerCallback):
         own = self.settings.against == "itself"
         anchors = self.settings.anchors
         with full_depth(self.lm.model):
-            table = sweep_cutoffs(self.lm, self.encoded, self.teacher, anchors=anchors, own=own)
+            table = sweep_cutoffs(self.lm, self.held_out, self.teacher, anchors=anchors, own=own)
         self._require_number(table["kl"].sum(skipna=False), step)
         self.sweeps.append(table.assign(step=step))
         self.folder.write(SWEEPS, pd.concat(self.sweeps, ignore_index=True))
