@@ -185,6 +185,17 @@ def test_runs_compared_on_relative_depth():
         assert drawn.name == run.name
         np.testing.assert_allclose(drawn.x, np.arange(1, run.n_layers + 1) / run.n_layers)
         np.testing.assert_allclose(np.array(drawn.y, float)[:-1], run.array("kl").mean(axis=0)[:-1])
+        assert drawn.y[-1] is None or np.isnan(drawn.y[-1])  # full depth against itself
+    assert [line.name for line in figures.compare_runs(runs, names=["<b>", "y"]).data] == ["&lt;b&gt;", "y"]
+
+
+def test_full_depth_is_drawn_where_it_is_compared_with_a_teacher():
+    run = make_run(falling(3, 8) + 0.05)
+    run.manifest["identity"] = run.manifest.get("identity", {}) | {"teacher": "0123"}
+    wanted = run.array("kl").mean(axis=0)
+    np.testing.assert_allclose(np.array(figures.compare_runs([run]).data[0].y, float), wanted)
+    drawn = trace(figures.cutoff_loss(run, recommend(run)), "KL from full depth").y
+    np.testing.assert_allclose(np.array(drawn, float), wanted)
 
 
 def test_what_is_missing_or_infinite_leaves_a_gap():

@@ -382,6 +382,7 @@ def test_rows_that_are_all_too_long(world, tmp_path):
     source = Source(load_data(world.data), "data.jsonl", answer_tokens=5, max_length=12)
     with pytest.raises(UserError, match=r"nothing to train on is left of data.jsonl: allow longer rows"):
         run(world, tmp_path / "out", source=source)
+    assert not list(tmp_path.iterdir())
 
 
 # --- The command ---
@@ -419,6 +420,19 @@ def test_the_command(world, tmp_path, command):
     status, out, err = command("--out", tmp_path / "out")
     assert (status, out) == (2, "")
     assert "holds a fine-tuning: add --resume" in err
+
+
+def test_all_weights_are_not_trained_in_half_precision(tmp_path, command):
+    """A step of a few millionths is lost where a weight has 8 bits."""
+    given = ("--method", "full", "--out", tmp_path / "out", "--dtype")
+    status, _, err = command(*given, "bfloat16", without=["--rank"])
+    assert status == 2
+    assert "bfloat16" in err
+    assert "--dtype float32" in err
+    assert not list(tmp_path.iterdir())
+    status, out, _ = command(*given, "float32", without=["--rank"])
+    assert status == 0
+    assert "Goal of" in out
 
 
 def test_the_table_alone(world, tmp_path, command):

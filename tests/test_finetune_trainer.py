@@ -289,6 +289,27 @@ def test_evaluation_is_under_the_policy_and_leaves_the_weights(tmp_path):
     assert not model.training
 
 
+def test_metrics_get_a_prediction_beside_every_label(tmp_path):
+    model = with_adapter(tiny_model("llama"))
+    trainer = make(model, tmp_path, schedule=2)
+    trainer.args.per_device_eval_batch_size = 1
+    seen = []
+    trainer.compute_metrics = lambda found: seen.append(found) or {"accuracy": 0.5}
+    row = ROWS[0]
+    found = trainer.evaluate(eval_dataset=[row])
+    assert found["eval_accuracy"] == 0.5
+    (given,) = seen
+    assert given.predictions.shape[:2] == given.label_ids.shape == (1, len(row["labels"]))
+    batch = collate([row], 0)
+    with torch.no_grad(), train_under(SpeedPolicy(2), model):
+        wanted = model(input_ids=batch["input_ids"], decode_mask=decode_phase(batch["labels"], None)).logits
+    targets = given.label_ids[0] != -100
+    before = targets.nonzero()[0] - 1
+    torch.testing.assert_close(torch.tensor(given.predictions[0, before]), wanted[0, before])
+    trainer.compute_metrics = None
+    assert trainer.evaluate(eval_dataset=[row])["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
+
+
 def test_evaluation_between_steps(tmp_path):
     trainer = make(with_adapter(tiny_model("llama")), tmp_path, schedule=2, steps=2, learning_rate=1e-12)
     trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, 1

@@ -59,6 +59,7 @@ def about(manifest: dict[str, Any]) -> None:
     method = f"LoRA of rank {settings.get('rank')}" if settings.get("method") == "lora" else "all weights"
     said: list[Any] = [method, shares.get(share, f"{share} given answers, the rest self-distillation")]
     said += [f"{settings.get('steps')} steps of {settings.get('batch_size')} x {settings.get('accumulate')} rows"]
+    said += [f"{settings['hold']:.0%} of them at full depth"] if settings.get("hold") else []
     if settings.get("start_cutoff", settings["cutoff"]) != settings["cutoff"]:
         said += [f"cutoff lowered from {settings['start_cutoff']}"]
     said += [f"data: {manifest['source']}"] if "source" in manifest else []

@@ -1,6 +1,7 @@
 """What a cutoff costs and saves: loss, savings, retention, and several runs beside each other."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,8 +40,7 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
     evidence = pd.DataFrame(recommendation.evidence)
     cutoffs = evidence["cutoff"].to_numpy()
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
-    # The loss of full depth is 0, up to rounding, which a logarithmic axis does not have.
-    has_place = (evidence["kl"] > 1e-6) & (evidence["cutoff"] < run.n_layers)
+    has_place = _has_place(run, evidence["kl"], evidence["cutoff"])
     shown = evidence["kl"].where(has_place)
     if "kl_bound" in evidence and evidence["kl_bound"].notna().any():
         bound = evidence["kl_bound"].astype(float).where(has_place)
@@ -115,7 +115,7 @@ def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] |
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         mean = finite_mean(per_layer(run, column), axis=0)
         if column == "kl":
-            mean = np.where((mean > 1e-6) & (np.arange(1, run.n_layers + 1) < run.n_layers), mean, np.nan)
+            mean = np.where(_has_place(run, mean, np.arange(1, run.n_layers + 1)), mean, np.nan)
         depth = np.arange(1, run.n_layers + 1) / run.n_layers
         hover = f"{{}}: {column} %{{{{y:.4f}}}} at %{{{{x:.0%}}}}"
         add_line(figure, depth, mean, literal(name), PALETTE[number % len(PALETTE)], hover)
@@ -126,6 +126,12 @@ def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] |
     else:
         figure.update_yaxes(title_text=column, rangemode="tozero")
     return finished(figure, f"{'Loss' if column == 'kl' else column} at relative depth", height=460)
+
+
+def _has_place(run: Run, kl: Any, cutoffs: Any) -> Any:
+    """Say which losses a logarithmic axis has: that of full depth is 0, up to rounding, unless against a teacher."""
+    taught = bool(run.manifest.get("identity", {}).get("teacher"))
+    return (kl > 1e-6) & (taught | (cutoffs < run.n_layers))
 
 
 def _predicted(run: Run, n_prompt: int) -> pd.DataFrame:

@@ -146,6 +146,10 @@ class FineTuningFolder:
         self.manifest = self.manifest | additions
         write_json(self.path / FINETUNING, self.manifest)
 
+    def discard(self) -> None:
+        """Remove the folder: nothing can come of it."""
+        shutil.rmtree(self.path)
+
     def finish(self, **additions: Any) -> FineTuning:
         """Say that all is done; checkpoints go."""
         self.note(status="complete", **additions)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from diagnostics.adapters import is_adapter
 from diagnostics.errors import UserError
 from diagnostics.finetune.objectives import require_share
@@ -95,6 +97,11 @@ class Settings:
                 raise UserError(f"{name} is {getattr(self, name)!r}: give {' or '.join(filter(None, allowed))}")
         if self.method == "full" and self.rank is not None:
             raise UserError("a rank is of an adapter: leave it out, or train one (lora)")
+        if self.method == "full" and lm.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"steps of training are smaller than what {str(lm.dtype).removeprefix('torch.')} rounds to: "
+                "give --dtype float32, or train an adapter (lora), whose own weights are float32"
+            )
         require_share(self.supervised)
         start = self.cutoff if self.start_cutoff is None else self.start_cutoff
         if self.method == "lora" and is_adapter(lm.name):

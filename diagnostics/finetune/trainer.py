@@ -109,6 +109,8 @@ class SpeedTrainer(Trainer):
         given = {name: value for name, value in inputs.items() if name != "labels"}
         # The head is the largest layer of many models: it runs from the first prediction of any row on.
         first = int((labels != IGNORED).any(0).int().argmax()) - 1
+        if return_outputs and self.compute_metrics is not None:  # which gets all labels beside the logits
+            first = 0
         given["logits_to_keep"] = kept = labels.shape[1] - max(0, first)
         taught = self._teach(model, given) if self.supervised < 1 else None
         outputs = model(**given, decode_mask=decode_phase(labels, mask))

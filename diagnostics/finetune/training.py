@@ -103,9 +103,10 @@ def finetune(
     report = progress or (lambda done, total, what: None)
     rows, _ = folder.examples(source.n_parts, partial(_make_part, lm, source, report))
     examples = _without(rows, {prompt.token_ids for prompt in encoded})
-    folder.note(held_out_dropped=len(rows) - len(examples))
     if not examples:
+        folder.discard()
         raise UserError(f"nothing to train on is left of {source.name}: {source.advice}")
+    folder.note(held_out_dropped=len(rows) - len(examples))
     measured: Any = {"decode_tokens": settings.decode_tokens, "anchors": settings.anchors, "resume": True}
     diagnose(lm, held_out, out=folder.path / BEFORE, progress=_said(report, "before"), **measured)
     teacher = observe_teacher(lm, held_out, decode_tokens=settings.decode_tokens, progress=_said(report, "teacher"))
