@@ -1,7 +1,8 @@
 """LoRA adapter folders as peft writes them -> the base model with the adapter merged into its weights.
 
 peft never sees the folder: of ``adapter_config.json`` it gets settings known to be plain LoRA and nothing else, and
-tensors come from safetensors. So no file names code to import, a pickle to read, or a place on the hub to ask.
+tensors come from safetensors. So no file names code to import or a pickle to read. Of an adapter on the hub these two
+files are fetched, and nothing else.
 """
 
 import os
@@ -48,8 +49,23 @@ def is_adapter(name: str) -> bool:
     return found and name.lower() != EMBEDDED_MODEL
 
 
-def read_adapter(name: str) -> Adapter:
-    """Read what an adapter folder says of itself.
+def is_on_hub(name: str, revision: str | None = None) -> bool:
+    """Say whether a name, which is no folder, is that of a hub repository with an adapter; errors are the hub's."""
+    from transformers.utils import find_adapter_config_file
+
+    return not os.path.exists(name) and find_adapter_config_file(name, revision=revision) is not None
+
+
+def fetch_adapter(name: str, revision: str | None = None) -> Path | None:
+    """Fetch what is not here yet of an adapter on the hub; return its folder, None if there is a model beside it."""
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, "config.json"])
+    return Path(folder) if is_adapter(folder) else None
+
+
+def read_adapter(name: str, folder: Path) -> Adapter:
+    """Read what an adapter says of itself in its folder; errors call it by its name.
 
     A base that is a relative path is looked for from the working folder, then from the adapter's. Raises UserError
     without peft, and for damaged files, pickled weights, a base that is itself an adapter, and anything but plain LoRA
@@ -59,7 +75,6 @@ def read_adapter(name: str) -> Adapter:
         from peft import LoraConfig
     except ImportError:
         raise UserError("adapters need peft 0.17: pip install 'speed-diagnostics[finetune]'") from None
-    folder = Path(os.path.expanduser(name))
     try:
         settings = parse_object((folder / CONFIG).read_text(encoding="utf-8"))
     except (UserError, OSError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diagnostics.adapters import is_adapter, merge, read_adapter
+from diagnostics.adapters import fetch_adapter, is_adapter, is_on_hub, merge, read_adapter
 from diagnostics.anatomy import Anatomy, dissect, refuse_config
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError
@@ -89,17 +89,19 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a decoder-only model from a hub id, a folder, a LoRA adapter's, a ``.gguf`` file or the built-in name.
+    """Load a decoder-only model from a hub id, a folder, a ``.gguf`` file or the built-in name; LoRA adapters too.
 
     ``device``: ``auto`` (cuda, else mps, else cpu; spread over all GPUs when one is too small), ``map`` (always
     spread, needs accelerate), or any torch device. ``dtype``: ``auto`` (bfloat16 on cuda and mps, float32 on cpu) or
     a name. Weights are read from safetensors or GGUF only, never from pickles; remote code is off unless asked for.
-    An adapter is merged into the base that it names: options, and ``revision`` before the adapter's own, are for the
-    base, which also gives the tokenizer. Raises UserError for anything that cannot be found, read or served.
+    An adapter is merged into the base that it names: options are for the base, which also gives the tokenizer.
+    ``revision`` is that of the base, before the one that the adapter names; of an adapter on the hub it is its own.
+    Raises UserError for anything that cannot be found, read or served.
     """
     name = str(model)
+    for_base = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if is_adapter(name):
-        return _load_adapter(name, revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return _load_adapter(name, Path(os.path.expanduser(name)), revision, **for_base)
     place = _choose_device(device)
     torch_dtype = _choose_dtype(dtype, place)
     source, options = _locate(name)
@@ -110,9 +112,11 @@ def load_model(
     from transformers.utils import find_adapter_config_file
 
     try:
-        # transformers would load it unmerged, from a pickle too, and a hub's onto the base that it names.
+        # transformers would load it unmerged, from a pickle too.
+        if is_on_hub(source, revision) and (fetched := fetch_adapter(source, revision)):
+            return _load_adapter(name, fetched, None, **for_base)
         if find_adapter_config_file(source, revision=revision) is not None:
-            raise UserError(f"{name!r} holds an adapter: it can be loaded from a local folder without a model in it")
+            raise UserError(f"{name!r} holds an adapter beside a model: copy one of them to a folder of its own")
         config = AutoConfig.from_pretrained(source, **options)
         refuse_config(config, name)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -140,10 +144,12 @@ def load_model(
     return LoadedModel.wrap(loaded, tokenizer, name)
 
 
-def _load_adapter(name: str, revision: str | None, **options: Any) -> LoadedModel:
+def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any) -> LoadedModel:
     try:
-        adapter = read_adapter(name)
+        adapter = read_adapter(name, folder)
         try:
+            if is_on_hub(_locate(adapter.base)[0], revision or adapter.revision):
+                raise UserError(f"{adapter.base!r} is itself an adapter")
             base = load_model(adapter.base, revision=revision or adapter.revision, **options)
         except UserError as error:
             raise UserError(f"adapter {name!r}, its base_model_name_or_path: {error}") from None

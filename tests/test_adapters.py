@@ -185,7 +185,7 @@ def test_base_beside_the_adapter_and_in_the_working_folder(bases, tmp_path, monk
     # Another model of that name in the working folder comes first.
     shutil.copytree(bases("qwen3"), tmp_path / "elsewhere" / "base", dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path / "elsewhere" / "here")
-    assert adapters.read_adapter(str(folder)).base == "../base"
+    assert adapters.read_adapter("it", folder).base == "../base"
     assert load_model("../base").model.config.model_type == "qwen3"
 
 
@@ -279,7 +279,7 @@ def test_settings_of_other_programs_change_nothing(folder):
         (lambda f: (f / adapters.WEIGHTS).write_bytes(b""), "header"),
         (lambda f: (f / adapters.WEIGHTS).unlink(), "has no adapter_model.safetensors"),
         (lambda f: (f / adapters.WEIGHTS).rename(f / adapters.PICKLE), "has pickled weights only"),
-        (lambda f: shutil.copy(f / adapters.CONFIG, f / "config.json"), "holds an adapter: .* without a model in it"),
+        (lambda f: shutil.copy(f / adapters.CONFIG, f / "config.json"), "holds an adapter beside a model"),
     ],
 )
 def test_adapters_that_cannot_be_merged(folder, damage, said, monkeypatch):
@@ -305,20 +305,65 @@ def test_adapters_on_adapters_are_refused(saved, folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("with_model", [False, True])
-def test_adapters_on_the_hub_are_refused_before_anything_is_read(bases, saved, tmp_path, monkeypatch, with_model):
-    repository, commit = tmp_path / "models--org--name", "a" * 40
-    shutil.copytree(saved, repository / "snapshots" / commit)
-    if with_model:
-        shutil.copytree(bases("qwen3"), repository / "snapshots" / commit, dirs_exist_ok=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Put folders on a hub, of which all was fetched before, and return the snapshot that is made of them."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def publish(name, *folders, revision="main", commit="a" * 40):
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        for folder in folders:
+            shutil.copytree(folder, repository / "snapshots" / commit, dirs_exist_ok=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        return repository / "snapshots" / commit
+
+    return publish
+
+
+def test_an_adapter_on_the_hub(bases, saved, hub, tmp_path):
+    """A revision is the adapter's; that of the base is in its file."""
+    hub("org/base", bases("llama"), revision="v1", commit="b" * 40)
+    edit(hub("org/name", saved), base_model_name_or_path="org/base", revision="v1")
+    other = save_adapter(tmp_path / "other", bases("llama"), target_modules=["q_proj"])
+    edit(hub("org/name", other, revision="v2", commit="c" * 40), base_model_name_or_path="org/base", revision="v1")
+    lm = load_model("org/name")
+    assert lm.name == "org/name"
+    assert lm.weight_hash == load_model(saved).weight_hash
+    assert load_model("org/name", revision="v2").weight_hash == load_model(other).weight_hash != lm.weight_hash
+
+
+def test_an_adapter_on_the_hub_without_its_weights(saved, hub):
+    (hub("org/name", saved) / adapters.WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"adapter 'org/name' has no adapter_model\.safetensors"):
+        load_model("org/name")
+
+
+def test_only_two_files_of_an_adapter_are_fetched(saved, hub, monkeypatch):
+    asked = []
+    place = hub("org/name", saved)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: asked.append((a, k)) or str(place))
+    load_model("org/name", revision="main")
+    (((name,), options),) = asked
+    assert (name, options["revision"]) == ("org/name", "main")
+    assert set(options["allow_patterns"]) == {adapters.CONFIG, adapters.WEIGHTS, "config.json"}
+
+
+def test_adapters_on_the_hub_beside_a_model_are_refused_before_anything_is_read(bases, saved, hub, monkeypatch):
+    hub("org/name", saved, bases("qwen3"))
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained", lambda *_: pytest.fail("weights were read")
     )
-    with pytest.raises(UserError, match="'org/name' holds an adapter: it can be loaded from a local folder"):
+    with pytest.raises(UserError, match="'org/name' holds an adapter beside a model"):
         load_model("org/name")
+
+
+def test_an_adapter_on_the_hub_is_no_base(saved, folder, hub):
+    edit(hub("org/name", saved), base_model_name_or_path="org/name")
+    for name in ("org/name", folder):
+        edit(folder, base_model_name_or_path="org/name")
+        with pytest.raises(UserError, match="its base_model_name_or_path: 'org/name' is itself an adapter"):
+            load_model(name)
 
 
 def test_biases_that_the_file_lacks_are_not_taken_from_the_base(bases, tmp_path):
@@ -352,7 +397,7 @@ def test_bases_that_take_no_merging(bases, saved, change, said):
     else:
         model.is_quantized = True
     with pytest.raises(UserError, match=said):
-        adapters.merge(adapters.read_adapter(str(saved)), model)
+        adapters.merge(adapters.read_adapter("it", saved), model)
 
 
 def test_settings_are_refused_before_the_base_is_loaded(folder, monkeypatch):

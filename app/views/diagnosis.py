@@ -10,7 +10,7 @@ from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
 from diagnostics.models import DTYPES
 
-MODEL_HELP = "hub id, model or adapter folder, .gguf file or built-in name"
+MODEL_HELP = "hub id or folder of a model or adapter, .gguf file or built-in name"
 SYMBOLS = {"running": "progress_activity", "complete": "check", "cancelled": "cancel", "failed": "error"}
 
 

@@ -30,7 +30,7 @@ def choose_model() -> LoadedModel | None:
     known, place, kind = st.session_state.get("play_loaded", (known, "auto", "auto"))
     left, middle, right, last = st.columns([4, 1, 1, 1], vertical_alignment="bottom")
     name = left.text_input(
-        "Model", known, key="play_model", help="hub id, model or adapter folder, .gguf file or built-in name"
+        "Model", known, key="play_model", help="hub id or folder of a model or adapter, .gguf file or built-in name"
     )
     device = middle.text_input("Device", place, key="play_device")
     dtype = right.selectbox("Type", TYPES, TYPES.index(kind), key="play_dtype")

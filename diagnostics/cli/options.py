@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="hub id, model or adapter folder, .gguf file or built-in name")]
+Model = Annotated[str, typer.Argument(help="hub id or folder of a model or adapter, .gguf file or built-in name")]
 ModelOrRun = Annotated[str, typer.Argument(help="the same, or the folder of an existing run")]
 PromptsOption = Annotated[str, typer.Option(help="'builtin' or a .jsonl file")]
 MaxPrompts = Annotated[int | None, typer.Option(help="use only the first N prompts")]
