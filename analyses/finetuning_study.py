@@ -3,12 +3,13 @@
     python analyses/finetuning_study.py --out FOLDER                        # all; run it again to go on
     python analyses/finetuning_study.py --out FOLDER --arm speed --seed 0   # one run, to share them among cores
 
-Three arms, three seeds each, the same rows: the model's own answers at full depth to built-in prompts.
+Four arms, three seeds each, the same rows: the model's own answers at full depth to built-in prompts.
 
-- ``speed``: self-distillation at the cutoff
-- ``hold``: the same with every fourth step at full depth, so that it stays what it was
+- ``hold``: self-distillation at the cutoff, every fourth step at full depth: what the command does by default
+- ``speed``: the same with every step at the cutoff
 - ``control``: the same rows, steps and rows per step without the policy. Distillation from itself at full depth has
-  nothing to learn, so that it learns its own answers as targets (cross-entropy) instead.
+  nothing to learn and leaves the stock model, so that it learns its own answers as targets (cross-entropy) instead.
+- ``targets``: the loss of the control at the cutoff
 
 All are measured on prompts of other categories than those trained on, against full depth of the stock model. The means
 go to ``analyses/results/finetuning/``.
@@ -47,9 +48,10 @@ RESULTS = Path(__file__).parent / "results" / "finetuning"
 CUTOFF, SEEDS = 20, (0, 1, 2)
 EXAMPLES = 384
 ARMS: dict[str, dict[str, Any]] = {
-    "speed": {"cutoff": CUTOFF, "supervised": 0.0},
     "hold": {"cutoff": CUTOFF, "supervised": 0.0, "hold": 0.25},
-    "control": {"cutoff": 30, "supervised": 1.0},
+    "speed": {"cutoff": CUTOFF, "supervised": 0.0, "hold": 0.0},
+    "control": {"cutoff": 30, "supervised": 1.0, "hold": 0.0},
+    "targets": {"cutoff": CUTOFF, "supervised": 1.0, "hold": 0.0},
 }
 COMMON: dict[str, Any] = {"against": "base", "steps": 160}
 

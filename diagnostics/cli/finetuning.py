@@ -34,7 +34,7 @@ def finetune(
     ] = None,
     held_out_prompts: Annotated[int | None, typer.Option(help="so many at most  [built-in prompts: 24]")] = None,
     start_cutoff: Annotated[int | None, typer.Option(help="lower the cutoff from here over half the training")] = None,
-    hold: Annotated[float, typer.Option(help="share of steps at full depth, which hold it, 0 to 0.5")] = 0.0,
+    hold: Annotated[float, typer.Option(help="share of steps at full depth, which hold it, 0 to 0.5")] = 0.25,
     anchors: Anchors = 1,
     method: Annotated[Literal["lora", "full"], typer.Option(help="train an adapter or all weights")] = "lora",
     rank: Annotated[int | None, typer.Option(help="of the adapter  [16]")] = None,

@@ -23,6 +23,7 @@ REFERENCES = ("base", "itself")
 LEARNING_RATES = {5e8: 1e-3, 2e9: 5e-4, 1.5e10: 2e-4, math.inf: 1e-4}
 FULL_SHARE = 0.05
 RANK = 16
+HOLD = 0.25
 CHECKPOINTING_FROM = 1e9  # parameters from which activations cost more than computing them again
 
 
@@ -35,7 +36,8 @@ class Settings:
     cutoff, start_cutoff
         Layers that prompts run through, 1..L, at the end and at the start of training; the same unless given.
     hold
-        Share of the steps, 0..0.5, that run at full depth: they hold the model there where it was.
+        Share of the steps, 0..0.5, that run at full depth: they hold the model there where it was. A quarter
+        halves what full depth loses, for a little of what the cutoff gains.
     anchors
         Leading tokens that run through all layers.
     supervised
@@ -64,7 +66,7 @@ class Settings:
 
     cutoff: int
     start_cutoff: int | None = None
-    hold: float = 0.0
+    hold: float = HOLD
     anchors: int = 1
     supervised: float = 0.0
     against: Literal["base", "itself"] | None = None

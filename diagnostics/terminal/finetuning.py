@@ -44,7 +44,8 @@ def show_finetuning(made: FineTuning, table: pd.DataFrame, console: Console, *, 
     if (drift := float(table["kl_after"].iloc[-1])) > goal:
         console.print(
             f"At full depth the trained model is {drift:.3f} nats per token away, more than the goal: "
-            "steps at full depth hold it there (--hold 0.25)."
+            f"a larger share of steps at full depth (--hold, {made.manifest['settings'].get('hold', 0):g} here) "
+            "keeps it nearer."
         )
     console.print(
         f"Goal of {goal:g} nats per token: cutoff {before} of {n_layers} before training, {after['cutoff']} after it."

@@ -1,0 +1,75 @@
+"""Whether what fine-tuning taught on prompts of 256 tokens holds on longer ones.
+
+    python analyses/finetuning_longer.py --out FOLDER                 # after finetuning_study.py; run it again to go on
+    python analyses/finetuning_longer.py --out FOLDER --only speed-0  # one model, to share them among cores
+
+Measures every cutoff of the stock model, and of every adapter that the study left in FOLDER, against full depth of the
+stock model, on prompts of 1024 tokens of the categories that were not trained on. The means go to
+``analyses/results/finetuning/longer.csv``.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+from finetuning_study import RESULTS
+from rich.console import Console
+from rich.progress import Progress
+
+from diagnostics import UserError, load_model
+from diagnostics.cli.common import fail, quiet
+from diagnostics.diagnose import encode_for_diagnosis
+from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.finetune import Settings, load_held_out
+from diagnostics.finetune.sources import HELD_OUT
+from diagnostics.finetune.sweeps import sweep_cutoffs
+from diagnostics.results import RECOMMENDATION, write_text
+from diagnostics.teacher import observe_teacher
+
+STOCK, MEASURED = "stock", "longer"
+
+
+def main() -> None:
+    """Measure what is left to measure, and write the table of what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--only", help=f"this one only: {STOCK}, or a folder in there")
+    parser.add_argument("--model", default=EMBEDDED_MODEL)
+    parser.add_argument("--context-length", type=int, default=1024, help="tokens per prompt")
+    parser.add_argument("--held-out", type=int, default=24, help="prompts to measure on")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    quiet()
+    names = [STOCK, *sorted(found.parent.name for found in options.out.glob(f"*/{RECOMMENDATION}"))]
+    if options.only and options.only not in names:
+        raise UserError(f"there is no {options.only!r} in {str(options.out)!r}: {', '.join(names)}")
+    tables = {name: options.out / MEASURED / f"{name}_{options.context_length}.csv" for name in names}
+    left = [name for name in names if options.only in (None, name) and not tables[name].exists()]
+    if left:
+        _measure(options, {name: tables[name] for name in left})
+    rows = [pd.read_csv(table).assign(run=name) for name, table in tables.items() if table.exists()]
+    every = pd.concat(rows).groupby(["run", "cutoff"])[["kl", "top1_agreement", "nll"]].mean().reset_index()
+    options.results.mkdir(parents=True, exist_ok=True)
+    write_text(options.results / "longer.csv", every.to_csv(index=False, float_format="%.5g"))
+    print(every.pivot(index="cutoff", columns="run", values="kl").round(3).to_string())
+
+
+def _measure(options: argparse.Namespace, tables: dict[str, Path]) -> None:
+    """Measure every cutoff of some models on the same prompts, and keep a row per prompt and cutoff of each."""
+    stock = load_model(options.model)
+    prompts = load_held_out(n_prompts=options.held_out, context_length=options.context_length, only=HELD_OUT)
+    decode_tokens = Settings.decode_tokens
+    encoded = encode_for_diagnosis(stock, prompts, decode_tokens)
+    teacher = observe_teacher(stock, prompts, decode_tokens=decode_tokens)
+    with Progress(console=Console(stderr=True)) as bar:
+        for name, table in bar.track(tables.items()):
+            lm = stock if name == STOCK else load_model(options.out / name)
+            table.parent.mkdir(exist_ok=True)
+            write_text(table, sweep_cutoffs(lm, encoded, teacher).to_csv(index=False))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
