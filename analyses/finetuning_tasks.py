@@ -27,7 +27,7 @@ from diagnostics.results import write_text
 from quality import TABLES
 
 STOCK = "stock"
-ADAPTERS = ("speed-0", "hold-0", "control-0")
+ADAPTERS = ("hold-0", "speed-0")
 POLICIES = ("full", *(f"speed:{cutoff}" for cutoff in (CUTOFF, 22, 24)))
 TASKS, ITEMS = TABLES["choice"]
 
