@@ -21,6 +21,7 @@ from diagnostics import UserError, load_model, parse_policy
 from diagnostics.cli.common import fail, quiet
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.evaluate import Evaluation, evaluate, load_evaluation, load_task, summarize
+from diagnostics.evaluate.folder import ITEMS
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.statistics import average
 from diagnostics.results import write_text
@@ -29,7 +30,7 @@ from quality import TABLES
 STOCK = "stock"
 ADAPTERS = ("hold-0", "speed-0")
 POLICIES = ("full", *(f"speed:{cutoff}" for cutoff in (CUTOFF, 22, 24)))
-TASKS, ITEMS = TABLES["choice"]
+TASKS, N_ITEMS = TABLES["choice"]
 
 
 def main() -> None:
@@ -38,14 +39,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--only", choices=(STOCK, *ADAPTERS), help="this one only")
     parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--limit", type=int, default=ITEMS, help="items of each task")
+    parser.add_argument("--limit", type=int, default=N_ITEMS, help="items of each task")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     quiet()
     for name in (STOCK, *ADAPTERS) if options.only is None else (options.only,):
         _evaluate(options, name)
     folders = {name: _folder(options.out, name) for name in (STOCK, *ADAPTERS)}
-    found = {name: load_evaluation(folder) for name, folder in folders.items() if (folder / "items.parquet").exists()}
+    found = {name: load_evaluation(folder) for name, folder in folders.items() if (folder / ITEMS).exists()}
     _write(options.results, found)
 
 

@@ -2,7 +2,7 @@
 
 peft never sees the folder: of ``adapter_config.json`` it gets settings known to be plain LoRA and nothing else, and
 tensors come from safetensors. So no file names code to import or a pickle to read. Of an adapter on the hub these two
-files are fetched, and nothing else.
+files are fetched, and ``config.json``, which tells of a model beside it.
 """
 
 import os
@@ -49,11 +49,11 @@ def is_adapter(name: str) -> bool:
     return found and name.lower() != EMBEDDED_MODEL
 
 
-def is_on_hub(name: str, revision: str | None = None) -> bool:
-    """Say whether a name, which is no folder, is that of a hub repository with an adapter; errors are the hub's."""
+def holds_adapter(source: str, revision: str | None = None) -> bool:
+    """Say whether a folder or a repository on the hub has an adapter, with or without a model; errors are the hub's."""
     from transformers.utils import find_adapter_config_file
 
-    return not os.path.exists(name) and find_adapter_config_file(name, revision=revision) is not None
+    return find_adapter_config_file(source, revision=revision) is not None
 
 
 def fetch_adapter(name: str, revision: str | None = None) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diagnostics.adapters import fetch_adapter, is_adapter, is_on_hub, merge, read_adapter
+from diagnostics.adapters import fetch_adapter, holds_adapter, is_adapter, merge, read_adapter
 from diagnostics.anatomy import Anatomy, dissect, refuse_config
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError
@@ -109,14 +109,13 @@ def load_model(
     options["trust_remote_code"] = trust_remote_code
 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import find_adapter_config_file
 
     try:
-        # transformers would load it unmerged, from a pickle too.
-        if is_on_hub(source, revision) and (fetched := fetch_adapter(source, revision)):
+        if holds_adapter(source, revision):  # transformers would load it unmerged, from a pickle too
+            fetched = None if os.path.isdir(source) else fetch_adapter(source, revision)
+            if fetched is None:
+                raise UserError(f"{name!r} holds an adapter beside a model: copy one of them to a folder of its own")
             return _load_adapter(name, fetched, None, **for_base)
-        if find_adapter_config_file(source, revision=revision) is not None:
-            raise UserError(f"{name!r} holds an adapter beside a model: copy one of them to a folder of its own")
         config = AutoConfig.from_pretrained(source, **options)
         refuse_config(config, name)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -148,7 +147,8 @@ def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any)
     try:
         adapter = read_adapter(name, folder)
         try:
-            if is_on_hub(_locate(adapter.base)[0], revision or adapter.revision):
+            source, _ = _locate(adapter.base)
+            if not os.path.isdir(source) and holds_adapter(source, revision or adapter.revision):
                 raise UserError(f"{adapter.base!r} is itself an adapter")
             base = load_model(adapter.base, revision=revision or adapter.revision, **options)
         except UserError as error:

@@ -32,6 +32,7 @@ from tests.test_finetune_visibility import (
     double,
     gradients,
     labels_of,
+    without_dropout,
 )
 from tests.tiny import N_LAYERS, random_ids, tiny_model
 
@@ -109,13 +110,6 @@ def with_adapter(lm):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     return model
 
 

@@ -1,7 +1,6 @@
 """TRL's SFTTrainer under SPEED: its steps against slow masked passes, and what it can do that has no meaning there."""
 
 import pytest
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -9,7 +8,7 @@ from trl import SFTConfig, SFTTrainer
 from diagnostics import SpeedPolicy, UserError
 from diagnostics.finetune import train_under
 from tests.test_finetune_trainer import Gradients
-from tests.test_finetune_visibility import SlowTrainer, assert_same_gradients
+from tests.test_finetune_visibility import SlowTrainer, assert_same_gradients, without_dropout
 from tests.tiny import N_LAYERS, random_ids, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,8 +24,6 @@ WRITTEN = [
     {"prompt": "w7 w8 w9 w10 w11 w12", "completion": " w13 w14 w15"},
     {"prompt": "w20 w21 w22", "completion": " w23 w24 w25 w26"},
 ]
-
-
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}w5 {{ m.content }}{% endgeneration %} "
     "{% else %}w4 {{ m.content }} {% endif %}{% endfor %}"
@@ -64,23 +61,24 @@ def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_is_the_masked_pass(tmp_path, family, checkpointing):
-    lm = tiny_model(family)
-    for module in lm.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    lm.model.config.attn_pdrop = lm.model.config.resid_pdrop = 0.0
-    wanted_loss, wanted = SlowTrainer(tiny_model(family)).step(
-        POLICY, [(ids, [turn]) for ids, turn in zip(IDS, TURNS, strict=True)]
-    )
+def assert_masked_step(folder, family, conversations, rows, **options):
+    """Loss and gradients of one step are those of slow masked passes."""
+    model = without_dropout(tiny_model(family).model)
+    model.config.attn_pdrop = model.config.resid_pdrop = 0.0
+    wanted_loss, wanted = SlowTrainer(tiny_model(family)).step(POLICY, conversations)
     kept = Gradients()
-    trainer = make(lm.model, tmp_path, callbacks=[kept], gradient_checkpointing=checkpointing)
+    trainer = make(model, folder, rows, callbacks=[kept], **options)
     with train_under(POLICY, trainer.model):
         trainer.train()
     assert losses(trainer) == pytest.approx([float(wanted_loss)], rel=1e-4)
     assert_same_gradients(kept.steps[0], wanted, 1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_is_the_masked_pass(tmp_path, family, checkpointing):
+    conversations = [(ids, [turn]) for ids, turn in zip(IDS, TURNS, strict=True)]
+    assert_masked_step(tmp_path, family, conversations, TOKENIZED, gradient_checkpointing=checkpointing)
 
 
 def test_every_turn_of_a_conversation_is_the_masked_pass(tmp_path):
@@ -90,14 +88,8 @@ def test_every_turn_of_a_conversation_is_the_masked_pass(tmp_path):
         said = random_ids(n, seed=n)[1:]
         ids += [5 if role == "assistant" else 4, *said]
         messages.append({"role": role, "content": " ".join(f"w{token}" for token in said)})
-    wanted_loss, wanted = SlowTrainer(tiny_model("llama")).step(POLICY, [(ids, turns)])
-    kept = Gradients()
     only = {"assistant_only_loss": True, "completion_only_loss": False}
-    trainer = make(tiny_model("llama").model, tmp_path, [{"messages": messages}], callbacks=[kept], **only)
-    with train_under(POLICY, trainer.model):
-        trainer.train()
-    assert losses(trainer) == pytest.approx([float(wanted_loss)], rel=1e-4)
-    assert_same_gradients(kept.steps[0], wanted, 1e-3)
+    assert_masked_step(tmp_path, "llama", [(ids, turns)], [{"messages": messages}], **only)
 
 
 def test_texts_and_an_adapter_that_trl_makes(tmp_path):

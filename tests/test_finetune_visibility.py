@@ -114,6 +114,13 @@ def all_double(monkeypatch):
     torch.set_default_dtype(before)
 
 
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def double(family):
     lm = tiny_model(family)
     slow = SlowTrainer(lm)
@@ -453,10 +460,7 @@ def checkpointed(model, kind):
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "fsdp"])
 def test_gradient_checkpointing_changes_nothing(family, kind):
     policy, batch = SpeedPolicy(2, anchors=2), batch_of(ROWS, "left")
-    model, _ = double(family)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(double(family)[0])
     model.config.attn_pdrop = model.config.resid_pdrop = 0.0
     model.train()
     loss, wanted = step(policy, model, batch)

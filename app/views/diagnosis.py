@@ -6,11 +6,11 @@ from dashboard.jobs import Job, cancel_job, forget_job, list_jobs, resume_job, s
 from dashboard.state import md, runs_folder
 from diagnostics.capture import BACKENDS
 from diagnostics.cli.common import new_folder
+from diagnostics.cli.options import MODEL_HELP
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
 from diagnostics.models import DTYPES
 
-MODEL_HELP = "hub id or folder of a model or adapter, .gguf file or built-in name"
 SYMBOLS = {"running": "progress_activity", "complete": "check", "cancelled": "cancel", "failed": "error"}
 
 

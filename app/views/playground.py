@@ -8,6 +8,7 @@ import torch
 
 from dashboard.playing import Played, marked, play, playground_model, text_html
 from dashboard.state import current_entry, md, open_run, saved_recommendation
+from diagnostics.cli.options import MODEL_HELP
 from diagnostics.differences import marked_text, same_start
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.encoding import encode_input, encode_prompt
@@ -29,9 +30,7 @@ def choose_model() -> LoadedModel | None:
     # What was loaded stays, whichever run is looked at meanwhile.
     known, place, kind = st.session_state.get("play_loaded", (known, "auto", "auto"))
     left, middle, right, last = st.columns([4, 1, 1, 1], vertical_alignment="bottom")
-    name = left.text_input(
-        "Model", known, key="play_model", help="hub id or folder of a model or adapter, .gguf file or built-in name"
-    )
+    name = left.text_input("Model", known, key="play_model", help=MODEL_HELP)
     device = middle.text_input("Device", place, key="play_device")
     dtype = right.selectbox("Type", TYPES, TYPES.index(kind), key="play_dtype")
     wanted = (name.strip(), device.strip(), str(dtype))

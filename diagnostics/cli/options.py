@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="hub id or folder of a model or adapter, .gguf file or built-in name")]
+MODEL_HELP = "hub id or folder of a model or adapter, .gguf file or built-in name"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 ModelOrRun = Annotated[str, typer.Argument(help="the same, or the folder of an existing run")]
 PromptsOption = Annotated[str, typer.Option(help="'builtin' or a .jsonl file")]
 MaxPrompts = Annotated[int | None, typer.Option(help="use only the first N prompts")]

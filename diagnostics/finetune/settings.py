@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from diagnostics.adapters import is_adapter
 from diagnostics.errors import UserError
 from diagnostics.finetune.objectives import require_share
@@ -23,7 +21,6 @@ REFERENCES = ("base", "itself")
 LEARNING_RATES = {5e8: 1e-3, 2e9: 5e-4, 1.5e10: 2e-4, math.inf: 1e-4}
 FULL_SHARE = 0.05
 RANK = 16
-HOLD = 0.25
 CHECKPOINTING_FROM = 1e9  # parameters from which activations cost more than computing them again
 
 
@@ -66,7 +63,7 @@ class Settings:
 
     cutoff: int
     start_cutoff: int | None = None
-    hold: float = HOLD
+    hold: float = 0.25
     anchors: int = 1
     supervised: float = 0.0
     against: Literal["base", "itself"] | None = None
@@ -99,7 +96,7 @@ class Settings:
                 raise UserError(f"{name} is {getattr(self, name)!r}: give {' or '.join(filter(None, allowed))}")
         if self.method == "full" and self.rank is not None:
             raise UserError("a rank is of an adapter: leave it out, or train one (lora)")
-        if self.method == "full" and lm.dtype in (torch.bfloat16, torch.float16):
+        if self.method == "full" and lm.dtype.itemsize < 4:
             raise UserError(
                 f"steps of training are smaller than what {str(lm.dtype).removeprefix('torch.')} rounds to: "
                 "give --dtype float32, or train an adapter (lora), whose own weights are float32"
