@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ class LoadedModel:
 
     ``model`` is the stock object: nothing is folded, centred or patched. ``revision`` is the hub commit when there
     is one; ``weight_hash`` identifies the weights wherever they came from. ``wrapper`` is the TransformerBridge or
-    nnsight model that holds ``model``, or None; ``library`` says whose it is.
+    nnsight model that holds ``model``, or None; ``library`` says whose it is. ``base`` is what an adapter was merged
+    into, None for any other model.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LoadedModel:
     revision: str | None = None
     wrapper: Any = None
     library: str = TRANSFORMERS
+    base: str | None = None
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any = None, name: str | None = None, *, weights: bool = True) -> "LoadedModel":
@@ -158,7 +160,7 @@ def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any)
         raise
     except Exception as error:  # as above
         raise UserError(f"adapter {name!r} cannot be merged: {_one_line(error)}") from error
-    return LoadedModel.wrap(merged, base.tokenizer, name)
+    return replace(LoadedModel.wrap(merged, base.tokenizer, name), base=adapter.base)
 
 
 def weight_hash(model: nn.Module) -> str:

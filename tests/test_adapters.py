@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from diagnostics import UserError, adapters, load_model
 from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.finetune import Settings
 from tests.runs import save_tiny
 from tests.tiny import COMMON, random_ids, tiny_tokenizer
 
@@ -328,7 +329,9 @@ def test_an_adapter_on_the_hub(bases, saved, hub, tmp_path):
     other = save_adapter(tmp_path / "other", bases("llama"), target_modules=["q_proj"])
     edit(hub("org/name", other, revision="v2", commit="c" * 40), base_model_name_or_path="org/base", revision="v1")
     lm = load_model("org/name")
-    assert lm.name == "org/name"
+    assert (lm.name, lm.base) == ("org/name", "org/base")
+    with pytest.raises(UserError, match="adapters of adapters"):
+        Settings(cutoff=2).settled(lm)
     assert lm.weight_hash == load_model(saved).weight_hash
     assert load_model("org/name", revision="v2").weight_hash == load_model(other).weight_hash != lm.weight_hash
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from diagnostics.adapters import is_adapter
 from diagnostics.errors import UserError
 from diagnostics.finetune.objectives import require_share
 from diagnostics.finetune.schedule import CutoffSchedule
@@ -103,7 +102,7 @@ class Settings:
             )
         require_share(self.supervised)
         start = self.cutoff if self.start_cutoff is None else self.start_cutoff
-        if self.method == "lora" and is_adapter(lm.name):
+        if self.method == "lora" and lm.base is not None:
             raise UserError(f"{lm.name!r} is an adapter, and adapters of adapters do not load: give its base, or full")
         for cutoff in (self.cutoff, start):
             SpeedPolicy(cutoff, anchors=self.anchors).check(lm.anatomy)
