@@ -2,14 +2,14 @@
 
 What holds on every system: an isolated interpreter without site-packages (``-I -S``) in its own session, an empty
 temporary folder, no environment but that folder's name, no input, no output, and limits on time, memory, file size,
-open files and core dumps; no further process or thread may be started. On Linux, where an unprivileged user may make
-namespaces: no network either, no other process in sight, every file read-only but for a small file system in memory
-over the folder, and nothing survives the program. Root first becomes nobody. `isolation` says what is in force on this
-machine; a step that is not permitted is left out.
+open files and core dumps; no further process or thread may be started. On Linux (x86_64 and aarch64), a filter of
+system calls: no sockets, no other program, no memory beside the address space, no new namespaces (`seccomp`). On Linux,
+where namespaces may be made: no other process in sight, no files but the system's and Python's, and these read-only, a
+small file system in memory over the folder, and nothing survives the program. Root first becomes nobody. `isolation`
+says what is in force on this machine, tried out; a step that is not permitted is left out.
 
-What it is not: a substitute for a container or a virtual machine. The program can read every file that its user can
-(but has nowhere to send it where the network is cut), and talks to the same kernel. Nor is a verdict proof against an
-adversary: tests run in the program's own interpreter, so a program that sets out to cheat them can, say with objects
+What it is not: a substitute for a container or a virtual machine. The program talks to the same kernel; where the files
+are not covered it can read every file that its user can. Nor is a verdict proof against an adversary: tests run in the program's own interpreter, so a program that sets out to cheat them can, say with objects
 that equal everything. It is made for what models write, which crashes, hangs, exits early and deletes things.
 """
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diagnostics.errors import UserError
+from diagnostics.evaluate.seccomp import filter_program
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 TIMEOUT_S = 10.0
@@ -108,7 +109,13 @@ def _run(
     """
     check_supported()
     token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as outer:
+        folder, witness = os.path.join(outer, "folder"), os.path.join(outer, "witness")
+        os.mkdir(folder, 0o700)
+        if program is None:  # to try whether it can be read and something written beside it
+            os.close(os.open(witness, os.O_CREAT | os.O_WRONLY, 0o600))
+        # Another user, nobody, must get to the folder; to write beside it is what is tried.
+        os.chmod(outer, 0o777 if program is None else 0o711)
         task = {
             "token": token,
             "program": program,
@@ -118,6 +125,9 @@ def _run(
             "cpu_s": math.ceil(timeout_s) + 1,
             "file_bytes": FILE_BYTES,
             "n_processes": N_PROCESSES,
+            "filter": filter_program().hex(),
+            "witness": witness,
+            "parent": os.getpid(),
         }
         reading, writing = os.pipe()
         try:

@@ -2,13 +2,16 @@
 
 It gives up what it can (`isolate`), forks, and in the child runs the program and then the tests, each compiled on its
 own, so that nothing left open in the program can swallow the tests. Uses the standard library alone: it is started
-without site-packages. Order matters throughout: every step needs rights that a later one gives up.
+without site-packages. Order matters throughout: every step needs rights that a later one gives up. What is in force is
+tried out at the end (`probe`), by doing what must fail, and never concluded from a step that went well.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import resource
+import socket
 import sys
 import types
 from collections.abc import Callable
@@ -19,17 +22,20 @@ NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_NOSUID_NODEV_NOEXEC, MS_PRIVATE_RECURSIVE = 2 | 4 | 8, (1 << 18) | (1 << 14)
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38
-CAPABILITY_VERSION_3, CAP_DAC_READ_SEARCH = 0x20080522, 1 << 2
-SIGKILL = 9
-# Nothing there is for the program: other processes' environments, sockets of services.
-COVERED = ("/proc", "/run")
+MS_BIND_RECURSIVE = 4096 | 16384
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
+CAPABILITY_VERSION_3 = 0x20080522
+SIGKILL, MFD_CLOEXEC, IPC_PRIVATE = 9, 1, 0
+# All that a program sees of the machine, beside Python and its own folder: the rest has private files, sockets of
+# services, other processes. (Nix and Guix keep the system's libraries in places of their own.)
+SHOWN = ("bin", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "sbin", "usr")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def isolate(folder: str, folder_bytes: int) -> dict[str, bool]:
-    """Give up the network, other processes and the files outside ``folder``; return what could be given up.
+def isolate(folder: str, folder_bytes: int) -> None:
+    """Give up the network, other processes and the files outside ``folder``, as far as this is permitted.
 
     Other processes are out of sight for children alone: the program must be run in one.
     """
@@ -39,15 +45,9 @@ def isolate(folder: str, folder_bytes: int) -> dict[str, bool]:
         _tried(lambda: os.chown(folder, uid, gid))
     # A user may make the other namespaces in a namespace of users alone; root needs none, and could not leave it.
     flags = CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWNS | (0 if root else CLONE_NEWUSER)
-    spaces = LIBC is not None and LIBC.unshare(flags) == 0
-    mapped = spaces and (root or _tried(lambda: _map_user(uid, gid)))
-    options = f"size={folder_bytes},mode=700,uid={uid},gid={gid}"
-    private_files = mapped and _cover_files(folder, options)
-    return {
-        "no network": spaces,
-        "no sight of other processes": spaces,
-        "no writing outside its folder": private_files,
-    }
+    if LIBC is None or LIBC.unshare(flags) or not (root or _tried(lambda: _map_user(uid, gid))):
+        return
+    _tried(lambda: _cover_files(folder, f"size={folder_bytes},mode=700,uid={uid},gid={gid}"))
 
 
 def _tried(step: Callable[[], None]) -> bool:
@@ -64,45 +64,63 @@ def _map_user(uid: int, gid: int) -> None:
             file.write(text)
 
 
-def _cover_files(folder: str, options: str) -> bool:
-    """Make every file read-only, and put an empty file system in memory over the folder."""
+def _cover_files(folder: str, options: str) -> None:
+    """Show `SHOWN`, `DEVICES` and Python, read-only, and an empty file system in memory at the folder; cover the rest.
+
+    Raises OSError at the first step that is not permitted.
+    """
+    _done(LIBC.mount(None, b"/", None, MS_PRIVATE_RECURSIVE, None))
+    prefixes = {os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix)}
+    covered = [f"/{name}" for name in os.listdir("/") if name not in SHOWN]
+    covered = [place for place in covered if os.path.isdir(place) and not os.path.islink(place)]
+    # What lies under a cover is found by a descriptor from before.
+    shown = [place for place in (*prefixes, *DEVICES) if os.path.exists(place) and place.split("/")[1] not in SHOWN]
+    held = {place: os.open(place, os.O_PATH) for place in shown}
+    for place in covered:
+        if place != "/proc":  # through which descriptors are mounted; last
+            _mount_memory(place, "size=64k,mode=755")
+    for place, descriptor in held.items():
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            os.makedirs(place, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.close(os.open(place, os.O_CREAT))
+        source = f"/proc/self/fd/{descriptor}".encode()
+        _done(LIBC.mount(source, place.encode(), None, MS_BIND_RECURSIVE, None))
+        os.close(descriptor)
     # struct mount_attr: to set, to clear, propagation, user namespace
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
-    size = ctypes.sizeof(attributes)
-    if (
-        LIBC.mount(None, b"/", None, MS_PRIVATE_RECURSIVE, None)
-        or LIBC.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, size)
-        or LIBC.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", MS_NOSUID_NODEV_NOEXEC, options.encode())
-    ):
-        return False
+    if os.path.isdir("/proc"):
+        _mount_memory("/proc", "size=4k,mode=555")
+    os.makedirs(folder, exist_ok=True)
+    _done(LIBC.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.sizeof(attributes)))
+    _mount_memory(folder, options)
     os.chdir(folder)
-    return all(
-        LIBC.mount(b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID_NODEV_NOEXEC, b"size=4k,mode=500") == 0
-        for place in COVERED
-        if os.path.isdir(place)
-    )
 
 
-def drop_rights() -> bool:
+def _mount_memory(place: str, options: str) -> None:
+    _done(LIBC.mount(b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID_NODEV_NOEXEC, options.encode()))
+
+
+def _done(status: int) -> None:
+    if status:
+        raise OSError("not permitted")
+
+
+def drop_rights() -> None:
     """Give up root's rights, and those that a namespace of users grants, such as to undo its mounts.
 
-    Root becomes nobody: it is bound by no limit on processes, and owns what matters. Returns whether this is so.
+    Root becomes nobody: it is bound by no limit on processes, and owns what matters. Where the files are not covered,
+    a Python in root's own folder can then import no more than it has; so it stays root, and `probe` says so.
     """
-    keep = 0
-    if os.geteuid() == 0:
-        readable = _readable_by_nobody()
-        # A Python in root's own folder can import nothing unless it keeps the right to read all files.
-        keep = 0 if readable else _permitted() & CAP_DAC_READ_SEARCH
-        if not (readable or keep) or not _tried(_become_nobody):
-            # It stays root but loses the right to write everywhere: it must own its folder again.
-            _tried(lambda: os.chown(".", 0, 0))
+    if os.geteuid() == 0 and not (_readable_by_nobody() and _tried(_become_nobody)):
+        _tried(lambda: os.chown(".", 0, 0))  # it loses the right to write everywhere
     if LIBC is not None:
         LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         # Two sets of 32 bits, the lower ones first: effective, permitted, inheritable.
-        LIBC.capset(_header(), (ctypes.c_uint32 * 6)(keep, keep))
+        LIBC.capset(_header(), (ctypes.c_uint32 * 6)())
         # A change of rights undoes this, so it comes last.
         LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
-    return os.geteuid() != 0
 
 
 def _readable_by_nobody() -> bool:
@@ -121,24 +139,27 @@ def _readable_by_nobody() -> bool:
 
 
 def _become_nobody() -> None:
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
     os.setgid(NOBODY)
     os.setuid(NOBODY)
-
-
-def _permitted() -> int:
-    sets = (ctypes.c_uint32 * 6)()
-    return 0 if LIBC is None or LIBC.capget(_header(), sets) else sets[1]
 
 
 def _header() -> Any:
     return (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
 
 
-def limit(memory_bytes: int, cpu_s: int, file_bytes: int, n_processes: int) -> dict[str, bool]:
-    """Bound what this process may use; return which bounds could be set."""
-    wanted = {
+def filter_calls(program: bytes) -> None:
+    """Have the kernel refuse system calls by a filter of `diagnostics.evaluate.seccomp`, for good."""
+    if LIBC is None or not program:
+        return
+    steps = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog: the number of steps, and where they are
+    about = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(steps))
+    LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, about, 0, 0)
+
+
+def limits(memory_bytes: int, cpu_s: int, file_bytes: int, n_processes: int) -> dict[str, tuple[int, int]]:
+    """Return by name which bound there is to set and its value."""
+    return {
         "memory": (resource.RLIMIT_AS, memory_bytes),
         "processor time": (resource.RLIMIT_CPU, cpu_s),
         "file size": (resource.RLIMIT_FSIZE, file_bytes),
@@ -146,17 +167,93 @@ def limit(memory_bytes: int, cpu_s: int, file_bytes: int, n_processes: int) -> d
         "new processes": (resource.RLIMIT_NPROC, n_processes),
         "core dumps": (resource.RLIMIT_CORE, 0),
     }
-    return {f"limit: {name}": _set_limit(which, value) for name, (which, value) in wanted.items()}
 
 
-def _set_limit(which: int, value: int) -> bool:
+def set_limit(which: int, value: int) -> None:
+    """Bound what this process may use, if that is permitted."""
     hard = resource.getrlimit(which)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    try:
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(which, (value, value))
-    except (ValueError, OSError):
+
+
+def probe(bounds: dict[str, tuple[int, int]], witness: str, parent: int) -> dict[str, bool]:
+    """Try what must not be possible, and return what is not.
+
+    ``witness`` is a file outside that the starting user alone may read, in a folder where all may write; ``parent`` is
+    the process outside. For a process that ends thereafter: it changes itself.
+    """
+    in_force = {f"limit: {name}": _is_bound(*bound) for name, bound in bounds.items()}
+    in_force["limit: new processes"] &= not _tried(_fork)
+    return in_force | {
+        "limit: memory outside the address space": not (_tried(_share_memory) or _tried(_make_memory_file)),
+        "no network": not _tried(_reach_network),
+        "no sockets of services": not _tried(lambda: socket.socket(socket.AF_UNIX).close()),
+        "no sight of other processes": not _is_alive(parent),
+        "no writing outside its folder": not _tried(lambda: open(witness + ".new", "w").close()) and _is_read_only(),
+        "no reading of private files": not _tried(lambda: open(witness).close()),
+        "no root rights": os.geteuid() != 0 and not _rights(),
+        "no other programs": _starts_no_program(),
+        "no further namespaces": LIBC is not None and LIBC.unshare(CLONE_NEWUSER) != 0,
+    }
+
+
+def _is_bound(which: int, value: int) -> bool:
+    soft, hard = resource.getrlimit(which)
+    return 0 <= hard <= value and 0 <= soft <= value
+
+
+def _fork() -> None:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def _share_memory() -> None:
+    if LIBC is None or LIBC.shmget(IPC_PRIVATE, 4096, 0o600) < 0:
+        raise OSError
+
+
+def _make_memory_file() -> None:
+    if not hasattr(os, "memfd_create"):
+        raise OSError
+    os.close(os.memfd_create("x", MFD_CLOEXEC))
+
+
+def _reach_network() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as there:
+        there.connect(("127.0.0.1", 9))  # nothing is sent; even that fails in a network without devices
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
         return False
+    except OSError:
+        pass
     return True
+
+
+def _is_read_only() -> bool:
+    """Whether Python's files are, which may be of the starting user and are in sight."""
+    return bool(os.statvfs(os.__file__).f_flag & os.ST_RDONLY)
+
+
+def _starts_no_program() -> bool:
+    try:
+        os.execv("absent", ["absent"])
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _rights() -> bool:
+    sets = (ctypes.c_uint32 * 6)()
+    return LIBC is not None and (LIBC.capget(_header(), sets) != 0 or any(sets))
 
 
 def run(parts: list[str], tell: Callable[[bool, str], None]) -> None:
@@ -189,19 +286,20 @@ def main() -> None:
         write(pipe, token + (b"+" if passed else b"-") + reason.encode(errors="replace"))
         leave(0)
 
-    in_force = isolate(task["folder"], task["file_bytes"])
+    isolate(task["folder"], task["file_bytes"])
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     child = os.fork()
     if child:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         leave(status if status >= 0 else 128 - status)
-    in_force["no root rights"] = drop_rights()
-    in_force |= limit(task["memory_bytes"], task["cpu_s"], task["file_bytes"], task["n_processes"])
+    drop_rights()
+    bounds = limits(task["memory_bytes"], task["cpu_s"], task["file_bytes"], task["n_processes"])
+    for bound in bounds.values():
+        set_limit(*bound)
+    filter_calls(bytes.fromhex(task["filter"]))
     if task["program"] is None:
-        # Root goes by no limit on processes.
-        in_force["limit: new processes"] &= in_force["no root rights"]
-        tell(True, json.dumps(in_force))
+        tell(True, json.dumps(probe(bounds, task["witness"], task["parent"])))
     run([task["program"], task["tests"]], tell)
 
 
