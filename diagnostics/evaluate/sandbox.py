@@ -9,8 +9,9 @@ small file system in memory over the folder, and nothing survives the program. R
 says what is in force on this machine, tried out; a step that is not permitted is left out.
 
 What it is not: a substitute for a container or a virtual machine. The program talks to the same kernel; where the files
-are not covered it can read every file that its user can. Nor is a verdict proof against an adversary: tests run in the program's own interpreter, so a program that sets out to cheat them can, say with objects
-that equal everything. It is made for what models write, which crashes, hangs, exits early and deletes things.
+are not covered it can read every file that its user can. Nor is a verdict proof against an adversary: tests run in the
+program's own interpreter, so a program that sets out to cheat them can, say with objects that equal everything. It is
+made for what models write, which crashes, hangs, exits early and deletes things.
 """
 
 from __future__ import annotations
