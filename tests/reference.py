@@ -29,7 +29,9 @@ class Reference:
 
         self.residual = []  # h_0 .. h_L, each [T, width]
         self.projected_input = []  # concatenated head outputs of each layer, [T, heads * head_dim]
+        self.attention_out = []  # what each attention gives, before any norm after it
         handles = [layer.register_forward_hook(self._keep, with_kwargs=True) for layer in self.layers]
+        handles += [module.register_forward_hook(self._keep_attention) for module in self.attentions]
         with torch.no_grad():
             out = self.model(self.ids, output_attentions=True, past_key_values=DynamicCache())
         for handle in handles:
@@ -43,6 +45,9 @@ class Reference:
         if not self.residual:
             self.residual.append((args[0] if args else kwargs["hidden_states"])[0])
         self.residual.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    def _keep_attention(self, _module, _args, output):
+        self.attention_out.append((output[0] if isinstance(output, tuple) else output)[0])
 
     @property
     def decode(self):
@@ -95,14 +100,29 @@ class Reference:
             np.sort(rows, axis=1)[:, -count:].sum(1), total, out=np.full(len(rows), np.nan), where=total > 0
         )
 
-    def contribution(self, layer, projection_name):
+    def contribution(self, layer):
+        """What the layer adds to the residual from the prompt, family by family.
+
+        A norm after the attention counts with the scale that the whole attention output gave it.
+        """
         weights = self.weights[layer][:, self.decode, self.prompt]
         values = self.values[layer][:, self.prompt]
         values = values.repeat_interleave(weights.shape[0] // values.shape[0], dim=0)
         heads = torch.einsum("hij,hjd->ihd", weights, values).flatten(1)
-        projection = getattr(self.attentions[layer], projection_name)
+        attention, block = self.attentions[layer], self.layers[layer]
+        projection = next(
+            module for name in ("o_proj", "c_proj", "dense") if (module := getattr(attention, name, None)) is not None
+        )
         matrix = projection.weight if projection.__class__.__name__ == "Conv1D" else projection.weight.T
         written = heads @ matrix.detach()
+        kind = self.model.config.model_type
+        if kind in ("gemma2", "gemma3_text", "olmo2"):
+            whole = self.attention_out[layer][self.decode]
+            variance = whole.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps
+            gain = block.post_attention_layernorm.weight.detach()
+            written = written / variance.sqrt() * (gain if kind == "olmo2" else 1 + gain)
+        if kind == "granite":
+            written = written * self.model.config.residual_multiplier
         norms = written.norm(dim=-1) / self.residual[layer][self.decode].norm(dim=-1)
         return float(norms.mean())
 

@@ -69,7 +69,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "gpt_neox",
         {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "head_dim")},
     ),
-    "granite": ("granite", COMMON | {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
+    "granite": (
+        "granite",
+        COMMON | {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.22},
+    ),
     "gpt_oss": (
         "gpt_oss",
         COMMON

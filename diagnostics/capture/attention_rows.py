@@ -1,12 +1,12 @@
 """Attention of a few query rows: recomputed from queries and keys, or as a backend's own pattern gives it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from diagnostics.capture.base import AttentionRows
+from diagnostics.capture.residual_path import Addition
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RecomputedAttention(AttentionRows):
     softcap: float | None
     sinks: Tensor | None
     output: Tensor
-    project: Callable[[Tensor], Tensor]
+    adds: Addition
 
     _hidden: Tensor = field(init=False, repr=False)
     _first_hidden: int = field(init=False, repr=False)
@@ -73,7 +73,7 @@ class PatternAttention(AttentionRows):
     pattern: Tensor
     value: Tensor
     output: Tensor
-    project: Callable[[Tensor], Tensor]
+    adds: Addition
     has_sinks: bool = False
 
     @property
@@ -119,13 +119,3 @@ def after_window(early: Rows | None, rows: Rows) -> Rows:
     # Context rows cannot see the keys of a later pass.
     early_visible = nn.functional.pad(early_visible, (0, visible.shape[1] - early_visible.shape[1]))
     return torch.cat([early_query, query], dim=1), torch.cat([early_visible, visible])
-
-
-def without_bias(projection: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the linear part of a projection; by difference, so that quantised and adapted modules work too."""
-
-    def project(x: Tensor) -> Tensor:
-        x = x.to(next(projection.parameters()).dtype)
-        return (projection(x) - projection(torch.zeros_like(x[:1]))).float()
-
-    return project

@@ -14,6 +14,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from diagnostics.capture.residual_path import Addition
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -46,13 +48,13 @@ class AttentionRows(ABC):
     """Attention of a few query rows of one layer: the last ``n_window`` - 1 context positions, then the decode rows.
 
     ``value`` [kv_heads, T, head_dim]; ``output`` [n_decode, heads, head_dim] is what the model's own attention gave for
-    the decode rows; ``project`` applies the output projection without its bias, [..., heads * head_dim] ->
-    [..., width].
+    the decode rows; ``adds`` gives what a part of that, [n_decode, heads * head_dim], adds to the residual of the
+    decode rows, [n_decode, width].
     """
 
     value: Tensor
     output: Tensor
-    project: Callable[[Tensor], Tensor]
+    adds: Addition
 
     @property
     @abstractmethod

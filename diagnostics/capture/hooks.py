@@ -13,10 +13,12 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diagnostics.anatomy import PER_POSITION
-from diagnostics.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys, without_bias
+from diagnostics.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys
 from diagnostics.capture.attention_tap import AttentionCall, attention_tap, eager_attention
 from diagnostics.capture.branch import residual_out, rows_of
 from diagnostics.capture.passes import Pass, PassCapture, Watch
+from diagnostics.capture.residual_path import Addition, ResidualPath, Shown
+from diagnostics.errors import UserError
 from diagnostics.models import LoadedModel
 
 
@@ -33,11 +35,13 @@ class HooksCapture(PassCapture):
     def forward(self, watch: Watch, ids: Tensor, first_row: int, cache: Cache | None, n_logits: int) -> Tensor | None:
         """Run a pass with hooks on every layer; see `PassCapture.forward`."""
         model, anatomy = self.lm.model, self.lm.anatomy
-        taps = _Taps(watch, watch.over(first_row, ids.shape[1]), self.windows)
+        taps = _Taps(watch, watch.over(first_row, ids.shape[1]), self.windows, self.paths)
         # Without logits the head need not run.
         runs, options = (model, {"logits_to_keep": n_logits}) if n_logits else (model.base_model, {})
         with ExitStack() as stack:
             for layer, module in enumerate(anatomy.layers):
+                stack.callback(_after(anatomy.output_projections[layer], layer, taps.on_projection))
+                stack.callback(_after(self.paths[layer].adder, layer, taps.on_added))
                 stack.callback(_after(module, layer, taps.on_layer))
             stack.enter_context(attention_tap(model, anatomy.attentions, taps.on_attention))
             output = runs(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options)
@@ -47,11 +51,18 @@ class HooksCapture(PassCapture):
 class _Taps:
     """The hooks of one forward pass."""
 
-    def __init__(self, watch: Watch, over: Pass, windows: dict[int, Rows]) -> None:
-        self.watch, self.over, self.windows = watch, over, windows
+    def __init__(
+        self, watch: Watch, over: Pass, windows: dict[int, Rows], paths: tuple[ResidualPath, ...]
+    ) -> None:
+        self.watch, self.over, self.windows, self.paths = watch, over, windows, paths
         self.anatomy = watch.anatomy
         self.index = {module: layer for layer, module in enumerate(self.anatomy.attentions)}
-        # Attention of the decode rows in the layer that is running.
+        # Of the layer that is running: its attention call with what that gave, and what its later modules showed of
+        # the decode rows: what entered and left the output projection, what was added to the residual.
+        self.ran: set[int] = set()
+        self.call: tuple[AttentionCall, Tensor] | None = None
+        self.shown: dict[str, Tensor] = {}
+        # Attention of its decode rows, once it has run.
         self.attention: RecomputedAttention | None = None
         self.branching = False
 
@@ -61,12 +72,28 @@ class _Taps:
             return self._branch_attention(call)
         output, weights = call.proceed()
         layer, over = self.index[call.module], self.over
+        if layer in self.ran:
+            raise UserError(
+                f"model {self.watch.name!r} cannot be diagnosed: layer {layer} calls its attention function more than "
+                "once in a pass, and what its heads give is not understood"
+            )
+        self.ran.add(layer)
         if over.n_context:
             # clone: a view would keep all queries of the layer alive.
             self.windows[layer] = call.query[0, :, over.window].clone(), self._visible(call, over.window)
         if over.has_decode:
-            self.attention = self._attention_rows(layer, call, output)
+            self.call = call, output[0, over.decode]
         return output, weights
+
+    def on_projection(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note what entered and left the output projection."""
+        if not self.branching:
+            self.shown |= {"entered": args[0][0, self.over.decode], "left": output[0, self.over.decode]}
+
+    def on_added(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note what is added to the residual; of a module that runs twice, as shared ones do, the first time."""
+        if not self.branching:
+            self.shown.setdefault("added", residual_out(output)[0, self.over.decode])
 
     def on_layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Show the layer that has run."""
@@ -77,18 +104,22 @@ class _Taps:
             return self._branch(layer, args, kwargs, hidden)
 
         before = args[0] if args else kwargs["hidden_states"]
+        self.attention = self._attention_rows(layer) if self.call is not None else None
         self.watch.layer(layer, self.over, before[0], residual_out(output)[0], self.attention, branch)
-        self.attention = None
+        self.call, self.attention, self.shown = None, None, {}
 
     def _visible(self, call: AttentionCall, rows: slice) -> Tensor:
         n_rows, n_keys = call.query.shape[2], call.key.shape[2]
         window = call.options.get("sliding_window")
         return visible_keys(call.mask, self.over.first_row, n_rows, n_keys, window, rows).to(call.query.device)
 
-    def _attention_rows(self, layer: int, call: AttentionCall, output: Tensor) -> RecomputedAttention:
+    def _attention_rows(self, layer: int) -> RecomputedAttention:
+        assert self.call is not None
+        call, heads = self.call
         rows = self.over.decode
         decode = call.query[0, :, rows], self._visible(call, rows)
         query, visible = after_window(self.windows.pop(layer, None), decode)
+        projection = self.anatomy.output_projections[layer]
         return RecomputedAttention(
             query=query,
             key=call.key[0],
@@ -97,8 +128,8 @@ class _Taps:
             scaling=call.options.get("scaling") or query.shape[-1] ** -0.5,
             softcap=call.options.get("softcap"),
             sinks=call.options.get("s_aux"),
-            output=output[0, rows],
-            project=without_bias(self.anatomy.output_projections[layer]),
+            output=heads,
+            adds=Addition.of(projection, self.paths[layer].multiplier, heads.flatten(1), Shown(**self.shown)),
         )
 
     def _branch(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Tensor:

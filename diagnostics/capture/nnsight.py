@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from diagnostics.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys, without_bias
+from diagnostics.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys
 from diagnostics.capture.branch import AnchorRows, named_arguments, residual_out
 from diagnostics.capture.passes import Pass, PassCapture, Watch
 from diagnostics.capture.queries import query_projection, turned_queries
+from diagnostics.capture.residual_path import Addition, Shown
 from diagnostics.errors import UserError
 from diagnostics.libraries import NNSIGHT, twin
 from diagnostics.models import LoadedModel
@@ -28,7 +29,9 @@ class Sites:
 
     layer: Any
     queries: Any
-    heads: Any
+    projection: Any
+    adder: Any
+    multiplier: float
 
 
 class NNsightCapture(PassCapture):
@@ -41,14 +44,18 @@ class NNsightCapture(PassCapture):
         self.traced = lm.wrapper if lm.library == NNSIGHT else traced_over(lm)
         super().__init__(lm if lm.library == NNSIGHT else LoadedModel.wrap(self.traced, lm.tokenizer, lm.name))
         anatomy = self.lm.anatomy
-        paths = {module: path for path, module in self.lm.model.named_modules()}
+        names = {module: name for name, module in self.lm.model.named_modules()}
         places = zip(
             anatomy.layers,
             (query_projection(attention) for attention in anatomy.attentions),
             anatomy.output_projections,
+            (path.adder for path in self.paths),
             strict=True,
         )
-        self.sites = [Sites(*(self._envoy(paths[module]) for module in place)) for place in places]
+        self.sites = [
+            Sites(*(self._envoy(names[module]) for module in place), path.multiplier)
+            for place, path in zip(places, self.paths, strict=True)
+        ]
         self.shown = Layers(0)
 
     def forward(self, watch: Watch, ids: Tensor, first_row: int, cache: Cache | None, n_logits: int) -> Tensor | None:
@@ -83,16 +90,27 @@ class Layers:
         for layer, site in enumerate(sites):
             arguments = named_arguments(watch.anatomy.layers[layer], *site.layer.inputs)
             queries = site.queries.output
-            heads = site.heads.input
+            heads = site.projection.input
+            left = site.projection.output
+            added = residual_out(site.adder.output)
             after = residual_out(site.layer.output)
-            attention = self._attention(watch, over, layer, arguments, queries, heads, cache.layers[layer])
+            shown = Shown(heads[0, over.decode], left[0, over.decode], added[0, over.decode])
+            attention = self._attention(watch, over, layer, arguments, queries, shown, site, cache.layers[layer])
             branch = self.anchors.branch(site.layer, layer, over, arguments, watch.anatomy.window(layer))
             watch.layer(layer, over, arguments["hidden_states"][0], after[0], attention, branch)
 
     def _attention(
-        self, watch: Watch, over: Pass, layer: int, arguments: dict[str, Any], queries: Tensor, heads: Tensor, held: Any
+        self,
+        watch: Watch,
+        over: Pass,
+        layer: int,
+        arguments: dict[str, Any],
+        queries: Tensor,
+        shown: Shown,
+        site: Sites,
+        held: Any,
     ) -> RecomputedAttention | None:
-        """Attention of the decode rows, from raw queries [1, rows, ...], head outputs [1, rows, width] and cache."""
+        """Attention of the decode rows, from raw queries [1, rows, ...], what later modules showed, and the cache."""
         anatomy = watch.anatomy
         attention, window, n_keys = anatomy.attentions[layer], anatomy.window(layer), held.keys.shape[2]
 
@@ -114,8 +132,8 @@ class Layers:
             scaling=getattr(attention, "scaling", None) or query.shape[-1] ** -0.5,
             softcap=getattr(attention, "attn_logit_softcapping", None),
             sinks=getattr(attention, "sinks", None),
-            output=heads[0, over.decode].unflatten(-1, (anatomy.n_heads, -1)),
-            project=without_bias(anatomy.output_projections[layer]),
+            output=shown.entered.unflatten(-1, (anatomy.n_heads, -1)),
+            adds=Addition.of(anatomy.output_projections[layer], site.multiplier, shown.entered, shown),
         )
 
 

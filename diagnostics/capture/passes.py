@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from diagnostics.capture.base import AttentionRows, ContextRows, DecodeRows, Observer, Outcome
+from diagnostics.capture.residual_path import ResidualPath, residual_paths
 from diagnostics.errors import UserError
 from diagnostics.models import LoadedModel
 
@@ -97,6 +98,14 @@ class PassCapture(ABC):
 
     def __init__(self, lm: LoadedModel) -> None:
         self.lm = lm
+        self._paths: tuple[ResidualPath, ...] = ()
+
+    @property
+    def paths(self) -> tuple[ResidualPath, ...]:
+        """How the attention of each layer comes to the residual: found on first use."""
+        if not self._paths:
+            self._paths = residual_paths(self.lm.anatomy, self.lm.device)
+        return self._paths
 
     @abstractmethod
     def forward(self, watch: Watch, ids: Tensor, first_row: int, cache: Cache | None, n_logits: int) -> Tensor | None:

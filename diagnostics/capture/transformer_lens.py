@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from diagnostics.anatomy import unwrapped
-from diagnostics.capture.attention_rows import PatternAttention, without_bias
-from diagnostics.capture.branch import AnchorRows, named_arguments
+from diagnostics.capture.attention_rows import PatternAttention
+from diagnostics.capture.branch import AnchorRows, named_arguments, residual_out
 from diagnostics.capture.passes import Pass, PassCapture, Watch
+from diagnostics.capture.residual_path import Addition, ResidualPath, Shown
 from diagnostics.errors import UserError
 from diagnostics.libraries import TRANSFORMER_LENS, twin
 from diagnostics.memory import free_memory
@@ -51,7 +52,7 @@ class TransformerLensCapture(PassCapture):
         self._require_room(over)
         if first_row == 0:
             self.anchors, self.windows = AnchorRows(watch.n_anchors), {}
-        taps = _Taps(watch, over, cache, self.anchors, self.windows)
+        taps = _Taps(watch, over, cache, self.anchors, self.windows, self.paths)
         points = {
             "hook_resid_pre": taps.on_residual_in,
             "attn.hook_pattern": taps.on_pattern,
@@ -67,6 +68,9 @@ class TransformerLensCapture(PassCapture):
             for layer, block in enumerate(watch.anatomy.layers):
                 note = partial(taps.on_call, layer)
                 stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+                projection, adder = watch.anatomy.output_projections[layer], self.paths[layer].adder
+                stack.callback(projection.register_forward_hook(taps.on_projection).remove)
+                stack.callback(adder.register_forward_hook(taps.on_added).remove)
             stack.enter_context(self.bridge.hooks(fwd_hooks=hooks))
             output = self.lm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=n_logits or 1)
         return output.logits[0] if n_logits else None
@@ -112,15 +116,23 @@ class _Taps:
     """The hooks of one forward pass; each gets the layer first, and changes nothing."""
 
     def __init__(
-        self, watch: Watch, over: Pass, cache: Cache | None, anchors: AnchorRows, windows: dict[int, Tensor]
+        self,
+        watch: Watch,
+        over: Pass,
+        cache: Cache | None,
+        anchors: AnchorRows,
+        windows: dict[int, Tensor],
+        paths: tuple[ResidualPath, ...],
     ) -> None:
         self.watch, self.over, self.cache, self.anchors, self.windows = watch, over, cache, anchors, windows
+        self.paths = paths
         self.branching = False
         # What the layer that is running has shown so far.
         self.arguments: dict[str, Any] = {}
         self.before: Tensor
         self.pattern: Tensor
         self.heads: Tensor
+        self.shown: dict[str, Tensor] = {}
 
     def on_call(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note how the model calls the block."""
@@ -147,6 +159,16 @@ class _Taps:
         if not self.branching:
             self.heads = heads[0, self.over.decode]
 
+    def on_projection(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Note what entered and left the output projection."""
+        if not self.branching:
+            self.shown |= {"entered": args[0][0, self.over.decode], "left": output[0, self.over.decode]}
+
+    def on_added(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Note what is added to the residual; of a module that runs twice, as shared ones do, the first time."""
+        if not self.branching:
+            self.shown.setdefault("added", residual_out(output)[0, self.over.decode])
+
     def on_residual_out(self, layer: int, residual: Tensor, hook: Any) -> None:
         """Show the block that has run."""
         if self.branching:
@@ -164,6 +186,7 @@ class _Taps:
         branch = self.anchors.branch(call, layer, self.over, self.arguments, window)
         attention = self._attention(layer) if self.over.has_decode else None
         self.watch.layer(layer, self.over, self.before[0], residual[0], attention, branch)
+        self.shown = {}
 
     def _attention(self, layer: int) -> PatternAttention:
         anatomy, pattern = self.watch.anatomy, self.pattern
@@ -173,10 +196,11 @@ class _Taps:
             early = nn.functional.pad(early, (0, pattern.shape[-1] - early.shape[-1]))
             pattern = torch.cat([early, pattern], dim=1)
         assert self.cache is not None
+        heads, projection = self.heads, anatomy.output_projections[layer]
         return PatternAttention(
             pattern=pattern,
             value=self.cache.layers[layer].values[0],
-            output=self.heads.unflatten(-1, (-1, anatomy.head_dim)) if self.heads.ndim == 2 else self.heads,
-            project=without_bias(anatomy.output_projections[layer]),
+            output=heads.unflatten(-1, (-1, anatomy.head_dim)) if heads.ndim == 2 else heads,
+            adds=Addition.of(projection, self.paths[layer].multiplier, heads.flatten(1), Shown(**self.shown)),
             has_sinks=getattr(unwrapped(anatomy.attentions[layer]), "sinks", None) is not None,
         )

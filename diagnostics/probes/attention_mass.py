@@ -42,8 +42,8 @@ class AttentionMass(Probe):
         "selectivity_max": "selectivity of the most selective head, 0..1",
         "prompt_entropy": "entropy of the attention over the prompt / log(prompt tokens), 0 (one token) .. 1 (uniform)",
         "prompt_top5": "share of the prompt mass on the 5% of prompt tokens that get most of it, 0..1",
-        "prompt_contribution": "norm of what the attention writes from the prompt / norm of the residual, mean over "
-        "decode queries, >= 0",
+        "prompt_contribution": "norm of what the attention adds to the residual from the prompt (gates, output "
+        "projection, norms after it and multipliers included) / norm of the residual, mean over decode queries, >= 0",
         "evidence_mass": "attention weight on the evidence spans, 0..1; NaN where the prompt has none",
         "evidence_mass_max": "evidence mass of the head with most of it, 0..1",
         "attention": "attention weight on one prompt token, mean over decode queries and heads, one number per layer, "
@@ -61,7 +61,7 @@ class AttentionMass(Probe):
         attention = rows.attention
         heads, from_prompt, total, received = attend(attention, self.context.layout, self.context.evidence)
         _require_identity(total, attention.output, rows.layer, self.context.model_name)
-        written = attention.project(from_prompt.flatten(1)).norm(dim=-1)
+        written = attention.adds(from_prompt.flatten(1)).norm(dim=-1)
         self.contribution.append(float((written / rows.residual_in.float().norm(dim=-1)).mean()))
         self.heads.append({name: column.cpu().numpy() for name, column in heads.items()})
         if self.context.detail:
