@@ -22,7 +22,7 @@ FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm
 RESHAPING = {"gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen"}
 # What layers get per position besides their input; anything else unknown fails by its shape.
 PER_POSITION = {"position_embeddings", "position_ids"}
-SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,10 @@ def refuse_config(config: object, name: str) -> None:
         refuse("its attention keeps latent vectors (MLA) instead of keys and values")
     if getattr(text, "num_kv_shared_layers", None):
         refuse("its upper layers share the keys and values of lower ones")
-    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - SERVED_LAYER_TYPES)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if "chunked_attention" in kinds:
+        refuse("it has layers that see their own chunk of the positions only (chunked attention)")
+    foreign = sorted(kinds - SERVED_LAYER_TYPES)
     if foreign:
         refuse(f"it has layers that are not attention ({', '.join(foreign)})")
     if not getattr(text, "num_attention_heads", None) or not getattr(text, "num_hidden_layers", None):
@@ -147,7 +150,11 @@ def dissect(model: Any, name: str) -> Anatomy:
         scale = 1.0 / config.logits_scaling
     elif getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = float(config.logit_scale)
-    n_heads = config.num_attention_heads
+    try:
+        n_heads, n_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    except RuntimeError:  # transformers' way to say that a setting is one of each layer
+        raise refuse("the shape of its attention changes from layer to layer") from None
     return Anatomy(
         stack=parent,
         layers=layers,
@@ -156,8 +163,8 @@ def dissect(model: Any, name: str) -> Anatomy:
         final_norm=unwrapped(norm),
         unembedding=unwrapped(unembedding),
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+        n_kv_heads=n_kv_heads or n_heads,
+        head_dim=head_dim,
         width=config.hidden_size,
         max_positions=getattr(config, "max_position_embeddings", None),
         logit_scale=scale,

@@ -24,6 +24,8 @@ from diagnostics.readout import Readout
 from diagnostics.results import Run, RunWriter, merge
 from diagnostics.schema import SCHEMA_VERSION, Tables
 from diagnostics.segments import Segments
+from diagnostics.self_test import Proof, require_measurable, skipped
+from diagnostics.self_test import self_test as testing
 from diagnostics.versions import hardware, versions
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def diagnose(
     detail_prompts: int = DETAIL_PROMPTS,
     backend: str | None = None,
     remote: bool | str = False,
+    self_test: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
     teacher: "Teacher | None" = None,
@@ -72,6 +75,9 @@ def diagnose(
         How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
     remote
         Run an nnsight model on NDIF; ``"local"`` rehearses that here. Its weights are then never loaded.
+    self_test
+        Prove first, once per model, that it is measured as masked passes of it are; see `diagnostics.self_test`. A
+        model that fails is refused; one of which only the contribution cannot be proven is measured without it.
     out
         Run folder to write; without it the run stays in memory.
     resume
@@ -99,6 +105,8 @@ def diagnose(
         raise UserError(f"detail prompts is {detail_prompts}: give 0 or more")
     lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
     capture = make_capture(backend, lm, remote)
+    with testing(self_test and not skipped()):
+        proof = require_measurable(lm, capture)
     encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
     if teacher is not None:
         teacher.require_prompts(encoded, decode_tokens)
@@ -109,7 +117,7 @@ def diagnose(
         "lens_positions": lens_positions,
         "detail_prompts": detail_prompts,
     }
-    manifest = _manifest(lm, prompts, encoded, capture, numbers, teacher) | {"arguments": arguments or {}}
+    manifest = _manifest(lm, prompts, encoded, capture, numbers, teacher, proof) | {"arguments": arguments or {}}
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -130,6 +138,8 @@ def diagnose(
             detail=index < detail_prompts,
             teacher=None if teacher is None else teacher.logits[prompt.prompt_id],
         )
+        if "contribution" in proof.failed:
+            tables["layers"]["prompt_contribution"] = np.nan
         if writer:
             writer.write(index, tables)
         else:
@@ -280,6 +290,7 @@ def _manifest(
     capture: Capture,
     numbers: dict[str, int],
     teacher: "Teacher | None",
+    proof: Proof,
 ) -> dict[str, Any]:
     """Say what this run is. ``identity`` is what a resumed run must share for its numbers to be the same."""
     without_bos = [prompt.prompt_id for prompt in encoded if not prompt.has_bos]
@@ -291,6 +302,10 @@ def _manifest(
         )
     if cut := sum("model's limit" in note for prompt in encoded for note in prompt.notes):
         notes.append(f"{cut} prompts were cut, at the document, to fit the model's positions")
+    if proof.unproved is not None:
+        notes.append(f"not proven to be measured right: {proof.unproved}")
+    if line := proof.failed.get("contribution"):
+        notes.append(f"prompt_contribution is left out, and with it uptake and the selection region: {line}")
     if teacher is not None:
         notes.append(f"every cutoff, full depth too, is compared with {teacher.name} at full depth")
     return {

@@ -12,6 +12,17 @@ def _few_threads():
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _findings_of_their_own(tmp_path_factory):
+    """Keep what self-tests of tiny models find out of the user's cache."""
+    from diagnostics.self_test import proof
+
+    folder = tmp_path_factory.mktemp("self-tests")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "proofs_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Tiny tensors gain nothing from a second thread, and lose much on a busy machine."""

@@ -51,9 +51,7 @@ class HooksCapture(PassCapture):
 class _Taps:
     """The hooks of one forward pass."""
 
-    def __init__(
-        self, watch: Watch, over: Pass, windows: dict[int, Rows], paths: tuple[ResidualPath, ...]
-    ) -> None:
+    def __init__(self, watch: Watch, over: Pass, windows: dict[int, Rows], paths: tuple[ResidualPath, ...]) -> None:
         self.watch, self.over, self.windows, self.paths = watch, over, windows, paths
         self.anatomy = watch.anatomy
         self.index = {module: layer for layer, module in enumerate(self.anatomy.attentions)}

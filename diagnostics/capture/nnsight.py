@@ -17,7 +17,7 @@ from diagnostics.capture.attention_rows import RecomputedAttention, Rows, after_
 from diagnostics.capture.branch import AnchorRows, named_arguments, residual_out
 from diagnostics.capture.passes import Pass, PassCapture, Watch
 from diagnostics.capture.queries import query_projection, turned_queries
-from diagnostics.capture.residual_path import Addition, Shown
+from diagnostics.capture.residual_path import Addition, Shown, multiplier_of
 from diagnostics.errors import UserError
 from diagnostics.libraries import NNSIGHT, twin
 from diagnostics.models import LoadedModel
@@ -31,7 +31,6 @@ class Sites:
     queries: Any
     projection: Any
     adder: Any
-    multiplier: float
 
 
 class NNsightCapture(PassCapture):
@@ -52,10 +51,7 @@ class NNsightCapture(PassCapture):
             (path.adder for path in self.paths),
             strict=True,
         )
-        self.sites = [
-            Sites(*(self._envoy(names[module]) for module in place), path.multiplier)
-            for place, path in zip(places, self.paths, strict=True)
-        ]
+        self.sites = [Sites(*(self._envoy(names[module]) for module in place)) for place in places]
         self.shown = Layers(0)
 
     def forward(self, watch: Watch, ids: Tensor, first_row: int, cache: Cache | None, n_logits: int) -> Tensor | None:
@@ -95,7 +91,7 @@ class Layers:
             added = residual_out(site.adder.output)
             after = residual_out(site.layer.output)
             shown = Shown(heads[0, over.decode], left[0, over.decode], added[0, over.decode])
-            attention = self._attention(watch, over, layer, arguments, queries, shown, site, cache.layers[layer])
+            attention = self._attention(watch, over, layer, arguments, queries, shown, cache.layers[layer])
             branch = self.anchors.branch(site.layer, layer, over, arguments, watch.anatomy.window(layer))
             watch.layer(layer, over, arguments["hidden_states"][0], after[0], attention, branch)
 
@@ -107,12 +103,12 @@ class Layers:
         arguments: dict[str, Any],
         queries: Tensor,
         shown: Shown,
-        site: Sites,
         held: Any,
     ) -> RecomputedAttention | None:
         """Attention of the decode rows, from raw queries [1, rows, ...], what later modules showed, and the cache."""
         anatomy = watch.anatomy
         attention, window, n_keys = anatomy.attentions[layer], anatomy.window(layer), held.keys.shape[2]
+        projection = anatomy.output_projections[layer]
 
         def rows_of(rows: slice) -> Rows:
             query = turned_queries(attention, anatomy, queries, arguments, rows)
@@ -133,7 +129,7 @@ class Layers:
             softcap=getattr(attention, "attn_logit_softcapping", None),
             sinks=getattr(attention, "sinks", None),
             output=shown.entered.unflatten(-1, (anatomy.n_heads, -1)),
-            adds=Addition.of(anatomy.output_projections[layer], site.multiplier, shown.entered, shown),
+            adds=Addition.of(projection, multiplier_of(anatomy.layers[layer]), shown.entered, shown),
         )
 
 

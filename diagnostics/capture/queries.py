@@ -7,6 +7,7 @@ is refused by the attention identity that every run checks, never served silentl
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diagnostics.anatomy import Anatomy
@@ -41,9 +42,11 @@ def turned_queries(
     heads, width = anatomy.n_heads, anatomy.head_dim
     if hasattr(attention, INTERLEAVED[0]):
         query = query.unflatten(-1, (heads, 3 * width))[..., :width]
+        norm = _query_norm(attention)
+        query = query if norm is None else norm(query)
     else:
-        norm = getattr(attention, "q_norm", None)
         query = query[..., : heads * width]
+        norm = _query_norm(attention)
         whole = norm is not None and norm.weight.shape[0] != width  # OLMo 2 norms all heads together
         query = norm(query) if norm is not None and whole else query
         query = query.unflatten(-1, (heads, width))
@@ -55,5 +58,12 @@ def turned_queries(
         turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if turn is None:
             raise UserError(f"the rotary embedding of {type(attention).__name__} is not known: use the hooks backend")
-        query, _ = turn(query, query, cos, sin)
+        # Some families turn a part of each head and do so before the function, others inside of it.
+        turned, kept = query[..., : cos.shape[-1]], query[..., cos.shape[-1] :]
+        query = torch.cat([turn(turned, turned, cos, sin)[0], kept], dim=-1)
     return query[0]
+
+
+def _query_norm(attention: nn.Module) -> Any:
+    """Return the norm of the queries, None where there is none."""
+    return getattr(attention, "q_norm", None) or getattr(attention, "q_layernorm", None)

@@ -37,11 +37,13 @@ class ResidualPath:
 class Gained:
     """What one layer added to its residual, as its modules showed it: all [batch, rows, width].
 
-    ``attention`` is the output of the `ResidualPath.adder`, without the multiplier; ``total`` what was gained in all
-    up to the point where the rest of the layer reads the residual, and ``others`` the further terms of that sum: none
-    in a layer whose MLP reads the residual after the attention, the MLP's output in one where both run in parallel.
+    ``residual`` is what entered the layer, ``attention`` the output of the `ResidualPath.adder` without the multiplier;
+    ``total`` what was gained in all up to the point where the rest of the layer reads the residual, and ``others`` the
+    further terms of that sum: none in a layer whose MLP reads the residual after the attention, the MLP's output in one
+    where both run in parallel.
     """
 
+    residual: Tensor
     attention: Tensor
     others: tuple[Tensor, ...]
     total: Tensor
@@ -57,6 +59,7 @@ class LayerWatch:
         self.layer, self.attention = layer, attention
         self.adder = attention
         self._residual: Tensor | None = None
+        self._before: Tensor | None = None  # a copy of it: some layers add in place
         self._end: Tensor | None = None  # the attention's output, as far as it has come
         self._after: Tensor | None = None  # the residual that a later module reads, the attention added
         self._outputs: list[Tensor] = []
@@ -67,10 +70,11 @@ class LayerWatch:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._residual = first_tensor(args or kwargs.get("hidden_states"))
+            self._before = None if self._residual is None else self._residual.clone()
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             gained = self._gained(first_tensor(output))
-            self._residual = self._end = self._after = None
+            self._residual = self._before = self._end = self._after = None
             self._outputs, self._loose = [], []
             if gained is not None:
                 done(self, gained)
@@ -96,19 +100,21 @@ class LayerWatch:
                 self._end = out
             else:
                 known = [self._residual, *self._outputs]
-                shaped = [value for value in read if value.shape == self._residual.shape]
-                self._after = next((v for v in shaped if not any(same(v, tensor) for tensor in known)), None)
+                # Some layers flatten rows and columns before their MLP.
+                alike = [value for value in read if value.numel() == self._residual.numel()]
+                fresh = next((v for v in alike if not any(same(v, tensor) for tensor in known)), None)
+                self._after = None if fresh is None else fresh.view_as(self._residual)
         self._outputs.append(out)
         if not any(same(out, tensor) for tensor in self._loose):
             self._loose.append(out)
 
     def _gained(self, output: Tensor | None) -> Gained | None:
-        if self._residual is None or self._end is None or output is None:
+        if self._before is None or self._end is None or output is None:
             return None
         if self._after is not None:
-            return Gained(self._end, (), self._after - self._residual)
+            return Gained(self._before, self._end, (), self._after - self._before)
         others = tuple(t for t in self._loose if t.shape == output.shape and not same(t, self._end))
-        return Gained(self._end, others, output - self._residual)
+        return Gained(self._before, self._end, others, output - self._before)
 
 
 def multiplier_of(layer: nn.Module) -> float:
@@ -150,7 +156,7 @@ def residual_paths(anatomy: Anatomy, device: torch.device) -> tuple[ResidualPath
         options["attention_mask"] = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device)
     with watched_layers(anatomy, note):
         anatomy.stack(**options)
-    return tuple(ResidualPath(a, multiplier_of(l)) for a, l in zip(adders, anatomy.layers, strict=True))
+    return tuple(ResidualPath(adder, multiplier_of(layer)) for adder, layer in zip(adders, anatomy.layers, strict=True))
 
 
 @dataclass(frozen=True)
@@ -207,13 +213,11 @@ def ratio(out: Tensor, into: Tensor) -> Tensor | None:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one: the same object, or the same memory in the same shape."""
-    return a is b or (a.shape == b.shape and a.device == b.device and a.data_ptr() == b.data_ptr() != 0)
+    """Whether two tensors are one: the same object, or all of the same memory, as after a reshape."""
+    return a is b or (a.numel() == b.numel() and a.device == b.device and a.data_ptr() == b.data_ptr() != 0)
 
 
 def first_tensor(output: Any) -> Tensor | None:
     """Return a module's output, or the first of several; None where it is no tensor."""
     output = output[0] if isinstance(output, tuple | list) and output else output
     return output if isinstance(output, Tensor) else None
-
-

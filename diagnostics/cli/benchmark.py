@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from diagnostics.cli.common import load, new_folder, plain, progress
-from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision
+from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
 
@@ -31,6 +31,7 @@ def bench(
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
+    skip_self_test: SkipSelfTest = False,
     out: Annotated[Path | None, typer.Option(help="new folder, or a run folder  [runs/MODEL-bench_TIME]")] = None,
     json: Annotated[bool, typer.Option("--json", help="print the summary alone, as JSON")] = False,
 ) -> None:

@@ -26,7 +26,9 @@ def load(arguments: dict[str, Any]) -> Any:
     """Load the model that the common options name."""
     quiet()
     from diagnostics.models import load_model
+    from diagnostics.self_test import switch
 
+    switch(not arguments["skip_self_test"])
     names = ("device", "dtype", "revision", "trust_remote_code")
     return load_model(arguments["model"], **{name: arguments[name] for name in names})
 

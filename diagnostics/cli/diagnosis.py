@@ -26,6 +26,7 @@ from diagnostics.cli.options import (
     Resume,
     Revision,
     Seed,
+    SkipSelfTest,
 )
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
@@ -33,7 +34,17 @@ from diagnostics.errors import UserError
 # Options of `recommend` that an existing run has no use for.
 MEASURING = (
     *("prompts", "max_prompts", "context_length", "decode_tokens", "anchors", "lens_positions"),
-    *("detail_prompts", "backend", "device", "dtype", "revision", "trust_remote_code", "out", "resume"),
+    *(
+        "detail_prompts",
+        "backend",
+        "device",
+        "dtype",
+        "revision",
+        "trust_remote_code",
+        "skip_self_test",
+        "out",
+        "resume",
+    ),
 )
 
 
@@ -52,6 +63,7 @@ def diagnose(
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
+    skip_self_test: SkipSelfTest = False,
     out: Out = None,
     resume: Resume = False,
     json: Annotated[bool, typer.Option("--json", help="print the run's manifest alone")] = False,
@@ -102,6 +114,7 @@ def recommend(
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
+    skip_self_test: SkipSelfTest = False,
     out: Out = None,
     resume: Resume = False,
     json: Annotated[bool, typer.Option("--json", help="print the recommendation alone on stdout")] = False,

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from diagnostics.cli.common import INTERRUPTED, fail, load, new_folder, plain, progress
-from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Resume, Revision
+from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
 
@@ -32,6 +32,7 @@ def evaluate(
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
+    skip_self_test: SkipSelfTest = False,
     out: Annotated[Path | None, typer.Option(help="folder  [runs/MODEL-eval_TIME]")] = None,
     resume: Resume = False,
     json: Annotated[bool, typer.Option("--json", help="print the table alone, as JSON")] = False,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from diagnostics.cli.common import load
-from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision
+from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
 
@@ -43,6 +43,7 @@ def generate(
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
+    skip_self_test: SkipSelfTest = False,
     json: Annotated[bool, typer.Option("--json", help="print token ids, text and timings alone")] = False,
 ) -> None:
     """Generate after a prompt under a policy, and say what it took."""

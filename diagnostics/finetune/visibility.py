@@ -29,6 +29,7 @@ from diagnostics.libraries import TRANSFORMERS, library_of, stock_model
 from diagnostics.policies.masks import SERVED
 from diagnostics.policies.occupancy import holder_of, occupy, require_free
 from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.self_test import require_trainable
 
 # What collators add to batches of several texts in one row.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -57,7 +58,8 @@ def train_under(policy: SpeedPolicy, model: Any) -> Iterator[Visibility]:
     inner = stock_model(model)
     if not hasattr(getattr(inner, "config", None), "get_text_config"):
         raise UserError(f"training under a policy needs a transformers model, not {type(model).__name__}")
-    anatomy = dissect(inner, inner.config._name_or_path or type(inner).__name__)
+    name = inner.config._name_or_path or type(inner).__name__
+    anatomy = dissect(inner, name)
     require_free(inner)
     implementation = inner.config._attn_implementation
     if implementation not in SERVED:
@@ -69,8 +71,7 @@ def train_under(policy: SpeedPolicy, model: Any) -> Iterator[Visibility]:
             'use model.set_attn_implementation("sdpa")'
         )
     policy.check(anatomy)
-    if "chunked_attention" in anatomy.layer_types:
-        raise UserError(f"{policy}: training does not serve chunked attention")
+    require_trainable(inner, anatomy, name)
     with ExitStack() as stack:
         visibility = Visibility(policy, inner, anatomy)
         visibility.attach(model, stack)
