@@ -49,7 +49,7 @@ def test_probes(case):
         np.testing.assert_allclose(heads["selectivity"][layer], reference.selectivity(layer), atol=TOLERANCE)
         np.testing.assert_allclose(heads["prompt_entropy"][layer], reference.entropy(layer), atol=TOLERANCE)
         expected = {
-            "prompt_contribution": reference.contribution(layer, "o_proj"),
+            "prompt_contribution": reference.contribution(layer),
             "drift_prompt": reference.drift(layer, prompt),
             "drift_prompt_centred": reference.drift(layer, prompt, centred=True),
             "drift_decode": reference.drift(layer, reference.decode),

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from diagnostics import FullPolicy, LoadedModel, SpeedPolicy, UserError, diagnose, recommend
+from diagnostics.anatomy import dissect
 from diagnostics.capture import make_capture, residual_path
 from diagnostics.finetune import train_under
 from diagnostics.policies import call, masks
@@ -244,13 +245,13 @@ class Counted:
     def __init__(self, monkeypatch):
         import diagnostics.self_test as package
 
-        self.runs, self.package, self.monkeypatch, findings = 0, package, monkeypatch, package._findings
+        self.runs, self.package, self.monkeypatch, tested = 0, package, monkeypatch, package._tested
 
         def counted(*args):
             self.runs += 1
-            return findings(*args)
+            return tested(*args)
 
-        monkeypatch.setattr(package, "_findings", counted)
+        monkeypatch.setattr(package, "_tested", counted)
 
     def forget(self):
         """As a new process would."""
@@ -323,6 +324,17 @@ def test_a_skipped_test_is_said(monkeypatch):
     monkeypatch.delenv("SPEED_DIAGNOSTICS_SELF_TEST")
     run = diagnose(made("llama"), prompts(2), decode_tokens=3)
     assert not any("self-test" in note for note in run.manifest["notes"])
+
+
+def test_a_model_whose_numbers_depend_on_the_batch_is_not_refused_but_unproven():
+    """Dynamic quantization scales activations by all rows of a call: nothing equals anything, stock or not."""
+    model = tiny_model("llama").model
+    with pytest.warns((UserWarning, DeprecationWarning)):
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    proof = prove(model, dissect(model, "int8"), "int8", "policies")
+    assert proof.failed == {}
+    assert "with what runs beside them" in proof.unproved
+    assert prove(model, dissect(model, "int8"), "int8", "policies") == proof
 
 
 def test_weights_that_are_elsewhere_are_not_tested_and_it_is_said():

@@ -58,8 +58,9 @@ def turned_queries(
         turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if turn is None:
             raise UserError(f"the rotary embedding of {type(attention).__name__} is not known: use the hooks backend")
-        # Some families turn a part of each head and do so before the function, others inside of it.
-        turned, kept = query[..., : cos.shape[-1]], query[..., cos.shape[-1] :]
+        # Families that turn a part of each head take it out before the function, or leave that to the function.
+        part = getattr(attention, "rotary_ndims", width)
+        turned, kept = query[..., :part], query[..., part:]
         query = torch.cat([turn(turned, turned, cos, sin)[0], kept], dim=-1)
     return query[0]
 

@@ -84,16 +84,21 @@ def prove(model: Any, anatomy: Anatomy, name: str, use: str, capture: Any = None
     proof = _proofs.get(digest) or read_proof(digest)
     if proof is None:
         with self_test(False), _in_evaluation(model), torch.no_grad():
-            proof = Proof(_findings(model, anatomy, device, use, capture))
+            proof = _tested(model, anatomy, device, use, capture)
         keep_proof(digest, key, proof)
     _proofs[digest] = proof
     return replace(proof)
 
 
-def _findings(model: Any, anatomy: Anatomy, device: torch.device, use: str, capture: Any) -> dict[str, str]:
-    from diagnostics.self_test.checks import Subject, findings  # which need what asks for the test
+def _tested(model: Any, anatomy: Anatomy, device: torch.device, use: str, capture: Any) -> Proof:
+    from diagnostics.self_test.checks import Subject, findings, unsteady  # which need what asks for the test
 
-    return findings(Subject(model, anatomy, device, model.dtype), use, capture)
+    subject = Subject(model, anatomy, device, model.dtype)
+    failed = findings(subject, use, capture)
+    # Asked only then: it is one more pass, and says that the test had nothing to go by.
+    if failed and (reason := unsteady(subject)):
+        return Proof(unproved=f"the self-test could not tell: {reason}")
+    return Proof(failed)
 
 
 def _refuse(proof: Proof, parts: tuple[str, ...], name: str, what: str) -> None:

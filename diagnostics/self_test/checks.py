@@ -113,6 +113,19 @@ class Subject:
         return ADDITIONS.get(self.dtype, ADDITIONS_IN_HALF)
 
 
+def unsteady(subject: Subject) -> str | None:
+    """Say that the stock model's own logits depend on what runs beside a row, so that nothing can be compared.
+
+    As where activations are quantized with a scale for the whole batch.
+    """
+    alone = Batch(subject.batch.ids[:1], subject.batch.mask[:1], N_PROMPT)
+    try:
+        share = subject.apart(stock_logits(subject.model, alone)[0], subject.stock[0])
+    except Exception:  # a model that does not run has failed for that
+        return None
+    return None if share is None else f"its own logits change by {share:.2g} of their spread with what runs beside them"
+
+
 def causality(subject: Subject) -> str | None:
     """Earlier logits do not change when the last token does."""
     share = subject.apart(subject.stock[2, :-1], subject.stock[0, :-1])

@@ -61,7 +61,7 @@ def read_proof(digest: str) -> Proof | None:
     """Return a kept finding, None where there is none that can be read."""
     try:
         kept = json.loads((proofs_folder() / f"{digest}.json").read_text("utf-8"))
-        return Proof({str(k): str(v) for k, v in kept["failed"].items()})
+        return Proof({str(k): str(v) for k, v in kept["failed"].items()}, kept["unproved"])
     except (OSError, ValueError, KeyError, AttributeError):
         return None
 
