@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from diagnostics import UserError, load_model, load_run
+from diagnostics.diagnose import encode_for_diagnosis
 from diagnostics.finetune import (
     Settings,
     Source,
@@ -162,6 +163,34 @@ def test_sweeps_are_the_diagnoses(world):
     assert compared.loc[2, "kl_after"] == pytest.approx(sweeps.query("step == 6 and cutoff == 2")["kl"].mean())
     assert compared.loc[N_LAYERS, "kl_before"] == pytest.approx(0, abs=1e-6)
     assert compared.loc[N_LAYERS, "kl_after"] > 1e-4
+
+
+def test_prompts_it_is_measured_on_are_not_trained_on(world, tmp_path, monkeypatch):
+    """Rows of the data whose prompt is held out are dropped and counted, whatever file they stand in."""
+    mixed = tmp_path / "mixed.jsonl"
+    held_out, data = (path.read_text().splitlines(keepends=True) for path in (world.held_out, world.data))
+    mixed.write_text("".join([held_out[0], *data, held_out[2]]))
+    trained = []
+
+    def watched(lm, examples, *_):
+        trained.extend(examples)
+        raise Stop
+
+    monkeypatch.setattr(training, "_train", watched)
+    lm = load_model(world.tiny)
+    with pytest.raises(Stop):
+        run(world, tmp_path / "out", lm=lm, source=Source(load_data(mixed), "mixed.jsonl", answer_tokens=5))
+    prompts = {prompt.token_ids for prompt in encode_for_diagnosis(lm, load_held_out(world.held_out), 4)}
+    assert len(trained) == len(data)
+    for row in trained:
+        assert not any(tuple(row["input_ids"][: len(ids)]) == ids for ids in prompts)
+    assert json.loads((tmp_path / "out" / "finetuning.json").read_text())["held_out_dropped"] == 2
+    assert json.loads((world.out / "finetuning.json").read_text())["held_out_dropped"] == 0
+
+
+def test_the_adapter_is_scaled_by_two(world):
+    config = json.loads((world.out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (SETTINGS["rank"], 2 * SETTINGS["rank"], False)
 
 
 def test_the_model_is_left_with_merged_weights(world):

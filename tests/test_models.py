@@ -111,6 +111,18 @@ def test_served_configurations_pass(family):
 # --- Loading ---
 
 
+def test_code_of_a_model_folder_is_not_run(folder):
+    """A folder that brings its own classes is refused unless it is asked for, and its code leaves no trace."""
+    mark = folder / "was-run"
+    code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig\nclass Own(LlamaConfig):\n"
+    (folder / "own.py").write_text(code + "    model_type = 'own'\n")
+    edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    with pytest.raises(UserError) as caught:
+        load_model(folder)
+    assert one_line(caught)
+    assert not mark.exists()
+
+
 def test_a_folder_loads_with_what_is_known_about_it(tiny_folder):
     lm = load_model(tiny_folder)
     original = tiny_model("llama")

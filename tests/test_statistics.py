@@ -34,6 +34,19 @@ def test_the_interval_is_the_bootstraps():
     assert (made.low, made.high) == pytest.approx((own.low, own.high), abs=0.003)
 
 
+def test_the_lower_bound_is_one_sided():
+    """5% of what the mean may be lies below it, by the normal law of means of many items."""
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.random(4000), rng.random(4000)
+    paired = ours - theirs
+    wanted = paired.mean() + stats.norm.ppf(0.05) * paired.std(ddof=1) / math.sqrt(len(paired))
+    made = difference(ours, theirs)
+    half = paired.mean() - wanted
+    assert made.lower_bound == pytest.approx(wanted, abs=0.05 * half)  # a bound of 2.5% would be 0.19 of it away
+    assert made.low < made.lower_bound < paired.mean() < made.high
+    assert average({"a": paired}).lower_bound == pytest.approx(wanted, abs=0.05 * half)
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(0)
     covered = [e.low <= 0.7 <= e.high for e in (estimate(rng.random(120) < 0.7, seed=i) for i in range(150))]

@@ -1,6 +1,7 @@
 """``dashboard``: the Streamlit app over a folder of runs, for this machine alone."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from diagnostics.errors import UserError
 
 HOST = "127.0.0.1"
 RUNS_VARIABLE = "SPEED_DIAGNOSTICS_RUNS"  # tells the app which folder
+TOKEN_VARIABLE = "SPEED_DIAGNOSTICS_TOKEN"  # tells the server; other users see a command's arguments
 FIRST_PORT, LAST_PORT = 8501, 8600
 SETTINGS = {
     "server.address": HOST,
     "browser.gatherUsageStats": "false",
     "server.fileWatcherType": "none",
     "server.maxUploadSize": "200",
+    "logger.hideWelcomeMessage": "true",
     "client.toolbarMode": "minimal",
     "client.showErrorDetails": "full",
     "theme.light.primaryColor": "#0072B2",
@@ -32,8 +35,14 @@ def dashboard(
     runs: Annotated[Path, typer.Argument(help="folder of runs, or one run")] = RUNS,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="port  [the first free one from 8501]")] = None,
     browser: Annotated[bool, typer.Option(help="open a browser")] = True,
+    token: Annotated[
+        bool, typer.Option("--token", help="ask for a token, for a machine with other users; opens no browser")
+    ] = False,
 ) -> None:
-    """Show runs in a browser, try policies, and start diagnoses. Only this machine can reach it; Ctrl-C ends it."""
+    """Show runs in a browser, try policies, and start diagnoses. Only this machine can reach it; Ctrl-C ends it.
+
+    Every user of this machine can, unless --token is given: then only who has the address that is printed.
+    """
     try:
         folder = str(runs.expanduser().absolute())
     except RuntimeError as error:  # ~nobody
@@ -43,10 +52,19 @@ def dashboard(
     missing = [name for name in ("streamlit", "plotly", "psutil") if find_spec(name) is None]
     if missing:
         raise UserError(f"the dashboard needs {missing[0]}: pip install 'speed-diagnostics[app]'")
-    command = [sys.executable, "-m", "streamlit", "run", str(_program()), f"--server.port={_free_port(port)}"]
+    port = _free_port(port)
+    # A browser would be started with the token among its arguments, for all to see.
+    headless = token or not browser
+    command = [sys.executable, "-m", "streamlit", "run", str(_program()), f"--server.port={port}"]
     command += [f"--{name}={value}" for name, value in SETTINGS.items()]
-    command.append(f"--server.headless={'false' if browser else 'true'}")
+    command.append(f"--server.headless={str(headless).lower()}")
     environment = os.environ | {RUNS_VARIABLE: folder}
+    environment.pop(TOKEN_VARIABLE, None)
+    address = f"http://{HOST}:{port}"
+    if token:
+        environment[TOKEN_VARIABLE] = secrets.token_urlsafe(32)
+        address += f"/?token={environment[TOKEN_VARIABLE]}"
+    print(f"dashboard: {address}", flush=True)
     if os.name == "posix":  # in the place of this process: what ends it, ends the server
         os.execve(command[0], command, environment)
     sys.exit(subprocess.call(command, env=environment))
@@ -54,14 +72,14 @@ def dashboard(
 
 def _program() -> Path:
     """Find the app: beside this package in a checkout, and installed under a name of its own otherwise."""
-    checkout = Path(__file__).parents[2] / "app" / "main.py"
+    checkout = Path(__file__).parents[2] / "app" / "server.py"
     if checkout.is_file() and (checkout.parent / "dashboard").is_dir():
         return checkout
     installed = find_spec("speed_diagnostics_app")
     places = list(installed.submodule_search_locations or []) if installed else []
     if not places:
         raise UserError("this installation has no dashboard: install speed-diagnostics anew")
-    return Path(places[0]) / "main.py"
+    return Path(places[0]) / "server.py"
 
 
 def _free_port(asked: int | None) -> int:
