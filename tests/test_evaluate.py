@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -78,7 +79,7 @@ def test_the_table_corrects_over_the_tasks_of_a_policy():
         for i in range(n)
         for policy in ("full", "speed:2")
     ]
-    table = summarize(pd.DataFrame(rows))
+    table = summarize(SimpleNamespace(items=pd.DataFrame(rows)))
     table = table[table["policy"] == "speed:2"].set_index("task")
     assert table["p_value"][["a", "b"]].tolist() == pytest.approx([2**-7, 2**-11])
     assert table["p_holm"][["a", "b"]].tolist() == pytest.approx([2**-7, 2**-10])

@@ -169,7 +169,8 @@ def test_prompts_it_is_measured_on_are_not_trained_on(world, tmp_path, monkeypat
     """Rows of the data whose prompt is held out are dropped and counted, whatever file they stand in."""
     mixed = tmp_path / "mixed.jsonl"
     held_out, data = (path.read_text().splitlines(keepends=True) for path in (world.held_out, world.data))
-    mixed.write_text("".join([held_out[0], *data, held_out[2]]))
+    rows = [json.loads(line) for line in [held_out[0], *data, held_out[2]]]
+    mixed.write_text("".join(json.dumps(row | {"id": f"row {i}"}) + "\n" for i, row in enumerate(rows)))
     trained = []
 
     def watched(lm, examples, *_):
