@@ -1,6 +1,7 @@
 # make demo   from a fresh machine to a recommended cutoff for the embedded model
 # make test   lint, types and tests
 # make test-browser   the dashboard in a headless Chromium, which is installed if there is none
+# make mutate   what the tests would miss: seeded faults, one at a time, in a copy of the tree; about an hour
 # make notebooks, make pictures   what is committed under analyses/, made anew
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-browser install lint notebooks pictures bench clean
+.PHONY: demo test test-browser mutate install lint notebooks pictures bench clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ test-browser: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	command -v chromium || command -v chromium-browser || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
 	$(BIN)/python -m pytest tests/test_browser.py -rs
+
+mutate: install
+	OMP_NUM_THREADS=1 $(BIN)/python analyses/mutate.py --jobs 2
 
 notebooks: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
