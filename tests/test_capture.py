@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from diagnostics import UserError, diagnose, load_prompts
 from diagnostics.capture import attention_tap
-from diagnostics.capture.attention_rows import RecomputedAttention
+from diagnostics.capture.attention_rows import RecomputedAttention, visible_keys
 from diagnostics.capture.base import Layout
 from diagnostics.capture.hooks import HooksCapture
 from diagnostics.probes import all_probes
@@ -145,6 +145,15 @@ def test_half_precision_is_close_to_float32():
     _, low, _, cutoffs_low = observe(half, ids[:48], ids[48:])
     np.testing.assert_allclose(low["mass_prompt"], layers["mass_prompt"], atol=0.05)
     np.testing.assert_allclose(cutoffs_low["kl"], cutoffs["kl"], rtol=0.3, atol=0.05)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 12])
+def test_visible_keys_without_a_mask_are_causal_within_the_window(window):
+    """Rows 2 to 6 of a pass that begins at position 3, against 12 keys."""
+    seen = visible_keys(None, 3, 9, 12, window, slice(2, 7))
+    for row, position in enumerate(range(5, 10)):
+        first = 0 if window is None else max(0, position - window + 1)  # itself and window - 1 before it
+        assert seen[row].nonzero().flatten().tolist() == list(range(first, position + 1))
 
 
 @settings(max_examples=40, deadline=None)

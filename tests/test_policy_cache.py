@@ -104,6 +104,19 @@ def test_crop_into_the_prompt_of_a_later_turn(family, policy):
     assert_close(decode(lm, torch.tensor([new]), cache)[0], masked_pass(family, policy, ids, letters)[-5:])
 
 
+@each([case for case in CHUNKED if case[1].boundary == 1])
+def test_crop_into_an_answer_and_go_on_with_another_turn(family, policy):
+    """The turn's first token ends the answer and is decode phase; no further one is, nor is the turn after it."""
+    lm, cache, second, third = load(family), filled(family, policy), random_ids(8, 2), random_ids(6, 3)
+    decode(lm, tokens(20, 1), cache)
+    cache.crop(-8)
+    prefill(lm, torch.tensor([second]), cache=cache, more=True)  # as many tokens as were dropped
+    logits, _ = prefill(lm, torch.tensor([third]), cache=cache)
+    ids = random_ids(N) + random_ids(20, 1)[:12] + second + third
+    letters = [*letters_of(policy, (N, 12)), *"dppppppp", *"pppppd"]
+    assert_close(logits, masked_pass(family, policy, ids, letters)[-1:])
+
+
 @each(CHUNKED)
 def test_crop_of_everything_leaves_an_empty_cache(family, policy):
     cache = filled(family, policy, padded=True)
