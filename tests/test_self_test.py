@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from diagnostics import FullPolicy, LoadedModel, SpeedPolicy, UserError, diagnose, recommend
 from diagnostics.anatomy import dissect
 from diagnostics.capture import make_capture, residual_path
-from diagnostics.finetune import train_under
+from diagnostics.capture.hooks import HooksCapture
+from diagnostics.finetune import plan, train_under
 from diagnostics.policies import call, masks
 from diagnostics.prompts import Prompt, PromptSet
 from diagnostics.self_test import proof as proofs
@@ -236,6 +237,77 @@ def test_a_sweep_that_branches_off_too_late_is_noticed(monkeypatch):
     assert "the sweep's logits at cutoff" in found(tiny_model("llama"))["sweep"]
 
 
+def kept_wrongly(monkeypatch, when):
+    """Let policies keep one prompt token above the cutoff as well, in the calls that ``when`` is true of."""
+    kept = call.Call.kept_columns
+    monkeypatch.setattr(call.Call, "kept_columns", lambda self, anchors: kept(self, anchors + when(self)))
+
+
+@pytest.mark.parametrize(
+    ("when", "dtype"),
+    [
+        (lambda call: call.runtime.depth == 1, torch.float32),
+        (lambda call: call.runtime.depth > 1, torch.float32),
+        (lambda call: call.padding is None, torch.float32),
+        (lambda call: call.padding is not None, torch.float32),
+        (lambda call: True, torch.bfloat16),
+    ],
+    ids=["lowest cutoff", "further cutoff", "no padding", "padding", "half precision"],
+)
+def test_a_policy_that_is_wrong_in_some_calls_is_noticed(when, dtype, monkeypatch):
+    kept_wrongly(monkeypatch, when)
+    assert "differ from those of a masked pass" in found(tiny_model("llama", dtype=dtype), "policies")["policies"]
+
+
+def test_training_that_shows_padding_is_noticed(monkeypatch):
+    original = plan.attention_mask
+    monkeypatch.setattr(plan, "attention_mask", lambda *args, **kwargs: original(*args, **(kwargs | {"padding": None})))
+    assert "in training at cutoff" in found(tiny_model("llama"), "training")["training"]
+
+
+def test_a_sweep_that_is_wrong_after_a_generated_reference_is_noticed(monkeypatch):
+    """There the decode rows are a pass of their own."""
+    forward = HooksCapture.forward
+
+    def without_anchors(self, watch, ids, first_row, *rest):
+        watch.n_anchors = 0 if first_row else 1
+        return forward(self, watch, ids, first_row, *rest)
+
+    monkeypatch.setattr(HooksCapture, "forward", without_anchors)
+    assert found(tiny_model("llama"))["sweep"].startswith("with a greedy reference the sweep's logits")
+
+
+class BendsALittle(LlamaDecoderLayer):
+    """Adds one part in a hundred of the last token to all others: small, and no rounding."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        hidden_states = super().forward(hidden_states, *args, **kwargs)
+        return hidden_states + 0.01 * hidden_states[:, -1:]
+
+
+def test_small_faults_are_told_from_rounding(monkeypatch):
+    lm = made("llama")
+    lm.model.model.layers[1].__class__ = BendsALittle
+    assert "changes earlier logits" in found(lm, "policies")["causality"]
+    original = residual_path.multiplier_of
+    for place in ("diagnostics.capture.residual_path", "diagnostics.self_test.residual"):
+        monkeypatch.setattr(f"{place}.multiplier_of", lambda layer: 1.02 * original(layer))
+    assert "adds to the residual differs from its parts" in found(tiny_model("granite"))["contribution"]
+
+
+@pytest.mark.parametrize("use", ["diagnosis", *USES])
+def test_causality_alone_is_enough_to_refuse(use, monkeypatch):
+    lm = made("llama")
+    monkeypatch.setattr("diagnostics.self_test.checks.findings", lambda *_: {"causality": "later tokens are seen"})
+    act = {
+        "diagnosis": lambda: diagnose(lm, prompts(2), decode_tokens=3),
+        "policies": lambda: FullPolicy()(lm.model).__enter__(),
+        "training": lambda: train_under(SpeedPolicy(2), lm.model).__enter__(),
+    }[use]
+    with pytest.raises(UserError, match="in its self-test later tokens are seen"):
+        act()
+
+
 # --- What was found is kept ---
 
 
@@ -276,6 +348,7 @@ def test_what_a_finding_holds_for(monkeypatch):
     found(lm)
     others = [
         lambda: found(made("llama", rms_norm_eps=1e-3)),
+        lambda: found(made("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})),  # in no module
         lambda: found(made("llama", attention="eager")),
         lambda: found(made("llama", num_hidden_layers=3)),
         lambda: found(LoadedModel.wrap(made("llama").model.bfloat16(), tiny_tokenizer(), "b")),
@@ -288,6 +361,11 @@ def test_what_a_finding_holds_for(monkeypatch):
         assert counted.runs == runs
     found(made("llama"))  # the same but for the weights' place in memory
     assert counted.runs == len(others) + 1
+    for what, other in (("versions", lambda: {"torch": "another one"}), ("_source", lambda: "changed")):
+        monkeypatch.setattr(proofs, what, other)
+        counted.forget()
+        found(lm)
+    assert counted.runs == len(others) + 3
 
 
 def test_a_failure_is_kept_too(monkeypatch):

@@ -18,6 +18,9 @@ import diagnostics
 from diagnostics.embedded import cache_folder
 from diagnostics.versions import versions
 
+# Whose versions decide every finding.
+DECIDING = ("python", "speed-diagnostics", "torch", "transformers", "numpy")
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -34,6 +37,8 @@ class Proof:
 
 def key_of(model: Any, *, use: str, backend: str | None, device: str) -> dict[str, Any]:
     """Return what a finding holds for; ``structure`` is that of modules and weights, without the weights' values."""
+    # Not of all that is loaded: what another part of the process imports changes no finding.
+    took_part = {*DECIDING, backend, *(type(module).__module__.partition(".")[0] for module in model.modules())}
     return {
         "class": type(model).__qualname__,
         "structure": _structure(model),
@@ -42,7 +47,7 @@ def key_of(model: Any, *, use: str, backend: str | None, device: str) -> dict[st
         "backend": backend,
         "attention": model.config._attn_implementation,
         "device": device,
-        "versions": {k: v for k, v in versions().items() if k not in ("pandas", "pyarrow", "scipy")},
+        "versions": {k: v for k, v in versions().items() if k in took_part},
         "source": _source(),
     }
 
