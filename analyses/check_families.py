@@ -61,6 +61,9 @@ OPTIONAL = (
     ("pad_token_id",),
     ("hidden_size_per_layer_input",),
     ("num_kv_shared_layers", "hidden_size_per_layer_input"),
+    ("attention_chunk_size",),
+    ("attention_chunk_size", "num_key_value_heads"),
+    ("intermediate_size",),
 )
 
 
