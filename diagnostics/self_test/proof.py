@@ -16,6 +16,7 @@ from torch import nn
 
 import diagnostics
 from diagnostics.embedded import cache_folder
+from diagnostics.identity import configuration_digest
 from diagnostics.versions import versions
 
 # Whose versions decide every finding.
@@ -41,11 +42,10 @@ def key_of(model: Any, *, use: str, backend: str | None, device: str) -> dict[st
     took_part = {*DECIDING, backend, *(type(module).__module__.partition(".")[0] for module in model.modules())}
     return {
         "class": type(model).__qualname__,
+        "configuration": configuration_digest(model),
         "structure": _structure(model),
-        "configuration": _configuration(model),
         "use": use,
         "backend": backend,
-        "attention": model.config._attn_implementation,
         "device": device,
         "versions": {k: v for k, v in versions().items() if k in took_part},
         "source": _source(),
@@ -90,13 +90,6 @@ def _structure(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.device.type}\n".encode())
     return digest.hexdigest()
-
-
-def _configuration(model: Any) -> str:
-    settings = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "_attn_implementation"):
-        settings.pop(name, None)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @cache
