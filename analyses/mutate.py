@@ -189,9 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 trees.put(tree)
 
         with ThreadPoolExecutor(trees.qsize()) as pool:
-            for done in as_completed([pool.submit(on_a_copy, fault) for fault in faults]):
-                verdicts.append(done.result())
-                print(verdicts[-1], flush=True)
+            try:
+                for done in as_completed([pool.submit(on_a_copy, fault) for fault in faults]):
+                    verdicts.append(done.result())
+                    print(verdicts[-1], flush=True)
+            except BaseException:  # Ctrl-C ends it after the faults that are being tried
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         verdicts = without_red_ones(trees.get(), verdicts, options.timeout)
     counts = Counter(verdict.result for verdict in verdicts)
     print(f"\n{len(verdicts)} faults: " + ", ".join(f"{n} {result}" for result, n in counts.items()))
