@@ -99,7 +99,9 @@ def test_loss_tolerance_bound_and_savings(run, recommendation):
     (said,) = [a for a in figure.layout.annotations if a.text == "tolerance 0.1"]
     assert said.y == pytest.approx(-1)  # of a logarithmic axis
     (band,) = [t for t in figure.data if t.fill == "tonexty"]
-    assert (np.array(band.y, float)[:-1] >= kl[:-1]).all()
+    bound = [row["kl_bound"] for row in recommendation.evidence]
+    np.testing.assert_allclose(np.array(band.y, float)[:-1], bound[:-1])
+    assert (np.array(bound)[:-1] > kl[:-1]).all()
     for name, field in (("TTFT", "ttft_ratio"), ("TPOT", "tpot_ratio"), ("KV", "kv_ratio")):
         expected = [
             getattr(predict_savings(run.manifest["shape"], k, lengths=[4096])[0], field) for k in range(1, N_LAYERS + 1)
