@@ -12,11 +12,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from diagnostics.capture.base import ContextRows, DecodeRows, Outcome
+from diagnostics.divergence import log_likelihoods
 from diagnostics.probes.base import Measured, PromptContext
-from diagnostics.readout import wide
 
 
 class CutoffSweep:
@@ -65,9 +64,10 @@ class CutoffSweep:
         full = readout.logits(self.final) if teacher is None else teacher.to(self.final.device)
         compared = readout.compare(full, candidates, targets)
         nll = compared.nll.cpu().double().mean(0).numpy()
-        own = nll[-1]
-        if teacher is not None:
-            own = float(cross_entropy(full.to(wide(full.device)), targets))
+        if teacher is None:
+            compared, own = compared.last_is_final(), nll[-1]
+        else:
+            own = -float(log_likelihoods(full, targets).mean())
         self.columns = {
             "kl": compared.kl.cpu().double().mean(0).numpy(),
             "top1_agreement": (compared.rank == 0).cpu().double().mean(0).numpy(),

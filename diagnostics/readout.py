@@ -6,13 +6,14 @@ vocabulary logits nor a second copy of them ever exist, and a tile is still in t
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from diagnostics.anatomy import Anatomy
+from diagnostics.divergence import StreamedComparison, js_distances, log_probabilities, wide
 from diagnostics.errors import UserError
 
 # Logits held at once: a tile where tiles stream, all of a block of positions where they are needed a second time.
@@ -22,17 +23,24 @@ BLOCK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Comparison:
-    """Distances of candidate distributions q from the final one p; every field is float32 [positions, candidates].
+    """Distances of candidate distributions q from the final one p; every field is [positions, candidates].
 
     ``kl``: KL(p || q) in nats, >= 0. ``rank``: rank of p's most likely token under q, 0 is top. ``nll``: negative
     log-likelihood of the target under q in nats, NaN without targets. ``js``: Jensen-Shannon distance (square root of
     the divergence in nats, 0..0.833) of candidate i from candidate i-1, NaN for the first and where not asked for.
+    ``rank`` is float32, the others float64 where the device has it.
     """
 
     kl: Tensor
     rank: Tensor
     nll: Tensor
     js: Tensor
+
+    def last_is_final(self) -> "Comparison":
+        """Say that the last candidate is the final residual itself: what rounding made of it is put right."""
+        kl, rank = self.kl.clone(), self.rank.clone()
+        kl[:, -1] = rank[:, -1] = 0
+        return replace(self, kl=kl, rank=rank)
 
 
 class Readout:
@@ -72,15 +80,16 @@ class Readout:
         )
 
     def top(self, residuals: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the most likely token of residuals [..., width], and its probability: int64 and float32 [...]."""
+        """Return the most likely token of residuals [..., width], and its probability: int64 and float [...]."""
         hidden = self.norm(residuals.float()).flatten(0, -2)
         best = hidden.new_full((len(hidden),), -torch.inf)
         token = torch.zeros_like(best, dtype=torch.long)
-        total = torch.zeros_like(best)  # running sum of exp(score - best)
+        total = torch.zeros_like(best, dtype=wide(best.device))  # running sum of exp(score - best)
         for columns, tile in self._tiles(hidden):
             here, at = tile.max(-1)
             higher = torch.maximum(best, here.to(best.device))
-            total = total * (best - higher).exp() + (tile.to(best.device) - higher[:, None]).exp_().sum(-1)
+            weights = (tile.to(best.device) - higher[:, None]).exp_()
+            total = total * (best - higher).exp() + weights.sum(-1, dtype=total.dtype)
             token = torch.where(higher > best, at.to(best.device) + columns.start, token)
             best = higher
         return token.view(residuals.shape[:-1]), (1 / total).view(residuals.shape[:-1])
@@ -110,16 +119,19 @@ class Readout:
         from the one before it.
         """
         n, m = candidates.shape[:2]
-        log_p = final.to(wide(final.device)).log_softmax(-1).float()
-        # Streaming needs a tile of a block's rows; the second round of ``consecutive`` needs all of their logits.
-        row_bytes = 4 * log_p.shape[1] if consecutive or not self.plain else TILE_BYTES // 2048
-        block = max(1, BLOCK_BYTES // (row_bytes * m))
+        # Streaming needs a tile of a block's rows; the second round of ``consecutive`` needs all of their logits. A
+        # head that is no matrix gives all at once, and they are held twice more, in float64.
+        row_bytes = 4 * final.shape[1] if consecutive else TILE_BYTES // 2048
+        block = max(1, BLOCK_BYTES // ((row_bytes if self.plain else 12 * final.shape[1]) * m))
         parts = []
         for i in range(0, n, block):
             rows = slice(i, i + block)
             parts.append(
                 self._compare_block(
-                    log_p[rows], candidates[rows], None if targets is None else targets[rows], consecutive
+                    log_probabilities(final[rows]),
+                    candidates[rows],
+                    None if targets is None else targets[rows],
+                    consecutive,
                 )
             )
         return Comparison(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -129,48 +141,43 @@ class Readout:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n, m = candidates.shape[:2]
         hidden = self.norm(candidates.float())
-        top, p = log_p.argmax(-1), log_p.exp()
+        tiles: Iterable[tuple[slice, Tensor]] = self._tiles(hidden.flatten(0, 1))
+        top = log_p.argmax(-1)
         # The final top token's score, to rank it: its own tile comes too late, so it is computed first ...
-        best = self._scores_of(hidden, top)
+        if self.plain:
+            best = self._scores_of(hidden, top)
+        else:
+            tiles = [*tiles]
+            columns, logits = tiles[0]
+            best = _scores_in(columns, logits.view(n, m, -1), top)[1]
+        device = best.device
+        compared = StreamedComparison(log_p.to(device), m)
         rank = torch.zeros_like(best)
-        peak = torch.full_like(best, -torch.inf)  # running maximum of the scores, and
-        total = torch.zeros_like(best)  # running sum of exp(score - peak)
-        expected = torch.zeros_like(best, dtype=wide(best.device))  # E_p[score]
+        target_score = torch.full_like(best, torch.nan)
         kept = []
         scratch = best.new_empty(0)
-        for columns, tile in self._tiles(hidden.flatten(0, 1)):
+        for columns, tile in tiles:
             z = tile.view(n, m, -1)
             # One buffer for all tiles: fresh memory of this size costs more than the arithmetic.
             scratch = scratch if scratch.shape == z.shape else torch.empty_like(z)
-            rank += torch.gt(z, best[..., None], out=scratch).sum(-1)
-            higher = torch.maximum(peak, z.amax(-1))
-            weights = torch.sub(z, higher[..., None], out=scratch).exp_()
-            total = total * (peak - higher).exp() + weights.sum(-1)
-            peak = higher
-            expected += torch.bmm(z, p[:, columns, None]).squeeze(-1)
+            rank += torch.gt(z, best[..., None], out=scratch).sum(-1)  # whole numbers: any order gives the same sum
             # ... which may differ in the last bit from the same score in the tile, and must not outrank itself.
-            here = (top >= columns.start) & (top < columns.stop)
-            if here.any():
-                own = (top - columns.start).clamp(0, z.shape[-1] - 1)[:, None, None].expand(n, m, 1)
-                rank -= ((z.gather(-1, own).squeeze(-1) > best) & here[:, None]).float()
+            here, own = _scores_in(columns, z, top)
+            rank -= ((own > best) & here).float()
+            if targets is not None:
+                here, own = _scores_in(columns, z, targets)
+                target_score = torch.where(here, own, target_score)
+            compared.add(columns, z)
             if consecutive:
                 kept.append(z)
-        log_norm = peak + total.log()
-        # KL(p || q) = E_p[log p] - E_p[log q]
-        entropy = -(p * log_p).sum(-1, dtype=expected.dtype)
-        kl = (log_norm - expected - entropy[:, None]).clamp_min(0).float()
-        missing = torch.full_like(best, torch.nan)
-        nll = missing if targets is None else log_norm - self._scores_of(hidden, targets)
-        return kl, rank, nll, _js_distance(kept, log_norm) if consecutive else missing
+        log_norm = compared.log_norm
+        js = js_distances(kept, log_norm) if consecutive else torch.full_like(log_norm, torch.nan)
+        return compared.kl, rank, log_norm - target_score, js
 
     def _scores_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Logits of one token per position: hidden [n, m, width], tokens [n] -> [n, m]."""
-        if not self.plain:
-            logits = torch.cat([tile for _, tile in self._tiles(hidden.flatten(0, 1))], dim=-1)
-            return logits.view(*hidden.shape[:2], -1).gather(-1, tokens[:, None, None].expand_as(hidden[..., :1]))[
-                ..., 0
-            ]
+        """Logits of one token per position by a head that is a matrix: hidden [n, m, width], tokens [n] -> [n, m]."""
         head = self.anatomy.unembedding
+        tokens = tokens.to(head.weight.device)
         scores = torch.bmm(hidden.to(head.weight.device), head.weight[tokens, :, None].float()).squeeze(-1)
         return self._finish(scores if head.bias is None else scores + head.bias[tokens, None].float())
 
@@ -196,29 +203,12 @@ class Readout:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def wide(device: torch.device) -> torch.dtype:
-    """Return the type to sum in: float64, but on MPS, which has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def _scores_in(columns: slice, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Look one token per position [n] up in a tile of logits [n, m, columns].
 
-
-def _js_distance(tiles: list[Tensor], log_norm: Tensor) -> Tensor:
-    """Jensen-Shannon distance of neighbouring candidates: tiles of [n, m, columns] logits -> [n, m], NaN first.
-
-    JS = H((p + q) / 2) - (H(p) + H(q)) / 2, tile by tile; the tiles are overwritten.
+    Returns whether the tile has it, bool [n, 1], and its logits, [n, m], which mean nothing where it has not.
     """
-    entropy = torch.zeros_like(log_norm, dtype=wide(log_norm.device))
-    mixed = torch.zeros_like(entropy[:, 1:])
-    tiny = torch.finfo(log_norm.dtype).tiny
-    q, log_mixture = log_norm.new_empty(0), log_norm.new_empty(0)
-    for tile in tiles:
-        if q.shape != tile.shape:
-            q, log_mixture = torch.empty_like(tile), torch.empty_like(tile[:, 1:])
-        log_q = tile.sub_(log_norm[..., None])
-        torch.exp(log_q, out=q)
-        entropy -= log_q.mul_(q).sum(-1)
-        mixture = torch.add(q[:, 1:], q[:, :-1], out=tile[:, 1:]).mul_(0.5)
-        torch.clamp_min(mixture, tiny, out=log_mixture).log_()  # several times as fast as xlogy
-        mixed -= log_mixture.mul_(mixture).sum(-1)
-    js = torch.full_like(log_norm, torch.nan)
-    js[:, 1:] = (mixed - (entropy[:, 1:] + entropy[:, :-1]) / 2).clamp_min(0).sqrt()
-    return js
+    tokens = tokens.to(logits.device)
+    here = (tokens >= columns.start) & (tokens < columns.stop)
+    at = (tokens - columns.start).clamp(0, logits.shape[-1] - 1)
+    return here[:, None], logits.gather(-1, at[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)

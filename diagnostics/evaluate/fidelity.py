@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from diagnostics.divergence import kl_divergence, log_probabilities, reported
 from diagnostics.encoding import EncodedPrompt, encode_prompts
 from diagnostics.errors import UserError
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, prefill_context
@@ -95,17 +96,17 @@ def _reference(lm: LoadedModel, prompt: EncodedPrompt, decode_tokens: int, chunk
 def _log_probabilities(
     lm: LoadedModel, prompt: EncodedPrompt, reference: Tensor, policy: Policy, shared: SharedPrefill
 ) -> Tensor:
-    """Log-probabilities at every decode position, float32 [n, vocabulary]."""
+    """Log-probabilities at every decode position, [n, vocabulary]."""
     logits, cache = prefill_context(lm, policy, Encoded((), prompt.token_ids), shared=shared)
     if len(reference) > 1:
         logits = torch.cat([logits, decode(lm, reference[None, :-1], cache)[0]])
-    return logits.float().log_softmax(-1)
+    return log_probabilities(logits)
 
 
 def _compared(full: Tensor, found: Tensor, reference: Tensor) -> dict[str, float]:
     target = reference[:, None].to(full.device)
     numbers = {
-        "kl": (full.exp() * (full - found)).sum(-1),
+        "kl": reported(kl_divergence(full, found)),
         "top1_agreement": (full.argmax(-1) == found.argmax(-1)).float(),
         "nll": -found.gather(-1, target)[:, 0],
         "nll_full": -full.gather(-1, target)[:, 0],

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diagnostics.divergence import log_likelihoods
 from diagnostics.errors import UserError
 from diagnostics.evaluate.items import Context
 from diagnostics.generate import decode, prefill
@@ -30,6 +31,8 @@ from diagnostics.policies.full import FullPolicy
 QUERIES = ("prompt", "later", "decode")
 # Continuations run as batches, each with a copy of the context's cache; copies and logits take no more bytes than this.
 BATCH_BYTES = 2**30
+# Positions whose log-probabilities are held at once.
+SCORED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,9 @@ def _tensor(lm: LoadedModel, ids: Sequence[int]) -> Tensor:
 
 def _scored(logits: Tensor, ids: Tensor) -> Scored:
     """Score tokens [n] by the logits [n, vocabulary] that predict them."""
-    # Float32 at least: in half precision likelihoods of long continuations are worth nothing.
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    chosen = log_p.gather(-1, ids[:, None].to(log_p.device))[:, 0]
-    greedy = bool((log_p.argmax(-1) == ids.to(log_p.device)).all())
-    return Scored(float(chosen.double().sum()), len(ids), greedy)
+    # Never in the logits' own type: in half precision likelihoods of long continuations are worth nothing. In blocks,
+    # since float64 copies of all logits would be the largest tensors of an evaluation.
+    blocks = zip(logits.split(SCORED_AT_ONCE), ids.split(SCORED_AT_ONCE), strict=True)
+    chosen = [log_likelihoods(rows, targets).sum() for rows, targets in blocks]
+    greedy = bool((logits.argmax(-1) == ids.to(logits.device)).all())
+    return Scored(float(torch.stack(chosen).sum()), len(ids), greedy)

@@ -1,7 +1,7 @@
 """Losses of fine-tuning: the targets' likelihood, the full-depth teacher's distribution, or both.
 
 Logits are the largest tensors of a training step. Here the positions that count are taken out first, in the logits' own
-type; the rest goes in chunks that the backward pass computes again, so that no float32 copy of the whole is ever kept.
+type; the rest goes in chunks that the backward pass computes again, so that no wider copy of the whole is ever kept.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from diagnostics.divergence import kl_divergence, log_likelihoods, log_probabilities, wide
 from diagnostics.errors import UserError
 from diagnostics.finetune.examples import IGNORED
 
-CHUNK = 256
+CHUNK = 128
 
 
 def distillation_loss(
@@ -84,22 +84,19 @@ def _mean(
     loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, wanted: Tensor, n_items: Tensor | int | None
 ) -> Tensor:
     """Sum a loss over positions, chunk by chunk, and divide."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    total = logits[:0].sum(dtype=exact)  # without any position still a loss that can go backward
+    total = logits[:0].sum(dtype=wide(logits.device))  # without any position still a loss that can go backward
     for chunk in zip(logits.split(CHUNK), wanted.split(CHUNK), strict=True):
         total = total + checkpoint(loss, *chunk, use_reentrant=False)
-    return total / _at_least_one(len(logits) if n_items is None else n_items)
+    mean = total / _at_least_one(len(logits) if n_items is None else n_items)
+    return mean.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    exact = torch.promote_types(student.dtype, torch.float32)
-    ours, theirs = student.log_softmax(-1, dtype=exact), teacher.log_softmax(-1, dtype=exact)
-    return functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+    return kl_divergence(log_probabilities(teacher), log_probabilities(student)).sum()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return functional.cross_entropy(logits.to(exact), targets, reduction="sum")
+    return -log_likelihoods(logits, targets).sum()
 
 
 def _at_least_one(n_items: Tensor | int) -> Tensor | int:

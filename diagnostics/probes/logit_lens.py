@@ -66,7 +66,7 @@ class LogitLens(Probe):
         readout.require_identity(final, outcome.logits[picked.to(outcome.logits.device)], self.context.model_name)
         self.n_positions = len(picked)
         layers = torch.stack([rows.to(device) for rows in self.rows], dim=1)  # [positions, layers, width]
-        raw = readout.compare(final, layers, consecutive=True)
+        raw = readout.compare(final, layers, consecutive=True).last_is_final()
         top = raw.rank == 0
         settled = top.flip(1).cumprod(1).flip(1)
         self.columns = {
@@ -80,7 +80,7 @@ class LogitLens(Probe):
         self.columns |= {"lens_kl_translated": missing, "lens_top1_translated": missing}
         if self.means:
             means = torch.stack([mean.to(device) for mean in self.means])
-            translated = readout.compare(final, layers + (means[-1] - means))
+            translated = readout.compare(final, layers + (means[-1] - means)).last_is_final()
             self.columns["lens_kl_translated"] = _mean(translated.kl)
             self.columns["lens_top1_translated"] = _mean(translated.rank == 0)
         if self.first_rows:
