@@ -8,16 +8,13 @@ is the rounding of the logits themselves: see ``RESOLUTION``.
 import torch
 from torch import Tensor
 
+from diagnostics.sums import wide
+
 # Divergences below this, in nats, are reported as 0: float32 logits of one residual, computed in batches of two sizes,
 # differ in their last bits, which makes divergences of up to about 1e-10.
 RESOLUTION = 1e-9
 # The same where nothing is wider than float32.
 COARSE_RESOLUTION = 1e-6
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """Return the type to sum in: float64, but on MPS, which has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

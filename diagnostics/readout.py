@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.anatomy import Anatomy
-from diagnostics.divergence import StreamedComparison, js_distances, log_probabilities, wide
+from diagnostics.divergence import StreamedComparison, js_distances, log_probabilities
 from diagnostics.errors import UserError
+from diagnostics.sums import total, wide
 
 # Logits held at once: a tile where tiles stream, all of a block of positions where they are needed a second time.
 TILE_BYTES = 4 << 20
@@ -84,15 +85,15 @@ class Readout:
         hidden = self.norm(residuals.float()).flatten(0, -2)
         best = hidden.new_full((len(hidden),), -torch.inf)
         token = torch.zeros_like(best, dtype=torch.long)
-        total = torch.zeros_like(best, dtype=wide(best.device))  # running sum of exp(score - best)
+        norm = torch.zeros_like(best, dtype=wide(best.device))  # running sum of exp(score - best)
         for columns, tile in self._tiles(hidden):
             here, at = tile.max(-1)
             higher = torch.maximum(best, here.to(best.device))
             weights = (tile.to(best.device) - higher[:, None]).exp_()
-            total = total * (best - higher).exp() + weights.sum(-1, dtype=total.dtype)
+            norm = norm * (best - higher).exp() + total(weights)
             token = torch.where(higher > best, at.to(best.device) + columns.start, token)
             best = higher
-        return token.view(residuals.shape[:-1]), (1 / total).view(residuals.shape[:-1])
+        return token.view(residuals.shape[:-1]), (1 / norm).view(residuals.shape[:-1])
 
     def require_identity(self, ours: Tensor, logits: Tensor, name: str) -> None:
         """Refuse the model unless the lens after the last layer reproduces its logits.

@@ -37,3 +37,20 @@ def smollm():
     from diagnostics.models import load_model
 
     return load_model("smollm2-135m-instruct")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sequential-sums", action="store_true", help="add float32 one number after the other, as some processors do"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sequential_sums(request):
+    if not request.config.getoption("--sequential-sums"):
+        yield
+        return
+    from tests.rounding import SequentialSums
+
+    with SequentialSums():
+        yield

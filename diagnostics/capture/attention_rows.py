@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from diagnostics.capture.base import AttentionRows
 from diagnostics.capture.residual_path import Addition
+from diagnostics.sums import total
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class RecomputedAttention(AttentionRows):
         scores[..., self._first_hidden :].masked_fill_(hidden, -torch.inf)
         # A softmax in place: fresh memory for a second tile costs more than the arithmetic.
         peak = scores.amax(-1, keepdim=True)
-        total = scores.sub_(peak).exp_().sum(-1, keepdim=True)
+        norm = total(scores.sub_(peak).exp_())[..., None]
         if self.sinks is not None:
-            total += (self.sinks[heads, None, None].float() - peak).exp()
-        return scores.div_(total)
+            norm += (self.sinks[heads, None, None].float() - peak).exp()
+        return scores.div_(norm.float())
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from diagnostics.capture.base import AttentionRows, DecodeRows, Layout
 from diagnostics.errors import UserError
 from diagnostics.finite import finite_mean
 from diagnostics.probes.base import Columns, Measured, Probe, PromptContext
+from diagnostics.sums import total, wide
 
 # Weights computed at once: what stays in a processor's cache, or what keeps a GPU busy.
 TILE_BYTES = {"cpu": 1 << 20, "mps": 64 << 20, "cuda": 256 << 20}
@@ -59,10 +60,11 @@ class AttentionMass(Probe):
     def on_decode(self, rows: DecodeRows) -> None:
         """Measure the decode rows of one layer."""
         attention = rows.attention
-        heads, from_prompt, total, received = attend(attention, self.context.layout, self.context.evidence)
-        _require_identity(total, attention.output, rows.layer, self.context.model_name)
+        heads, from_prompt, ours, received = attend(attention, self.context.layout, self.context.evidence)
+        _require_identity(ours, attention.output, rows.layer, self.context.model_name)
         written = attention.adds(from_prompt.flatten(1)).norm(dim=-1)
-        self.contribution.append(float((written / rows.residual_in.float().norm(dim=-1)).mean()))
+        relative = written / rows.residual_in.float().norm(dim=-1)
+        self.contribution.append(float(relative.cpu().double().mean()))
         self.heads.append({name: column.cpu().numpy() for name, column in heads.items()})
         if self.context.detail:
             self.received.append(received.cpu().numpy())
@@ -98,9 +100,9 @@ def attend(
     ]
     columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     from_prompt = torch.cat([part[1] for part in parts]).transpose(0, 1)
-    total = torch.cat([part[2] for part in parts]).transpose(0, 1)
+    whole = torch.cat([part[2] for part in parts]).transpose(0, 1)
     received = torch.stack([part[3] for part in parts]).mean(0)
-    return columns, from_prompt, total, received
+    return columns, from_prompt, whole, received
 
 
 def _attend_kv_head(
@@ -122,7 +124,7 @@ def _attend_kv_head(
 
     per_query: dict[str, list[Tensor]] = {name: [] for name in PER_QUERY}
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
-    token_mass = value.new_zeros(group, layout.n_segment)
+    token_mass = value.new_zeros(group, layout.n_segment, dtype=wide(value.device))
     scratch = value.new_empty(group, block, layout.n_segment)
     keep = 4 * group * n_decode * n_keys <= keep_bytes
     kept: list[Tensor] = []
@@ -131,22 +133,24 @@ def _attend_kv_head(
         if keep:
             kept.append(a)
         on_prompt = a[..., prompt]
-        per_query["mass_anchor"].append(a[..., anchors].sum(-1))
-        per_query["mass_prompt"].append(on_prompt.sum(-1))
-        per_query["mass_decode"].append(a[..., decode].sum(-1))
+        per_query["mass_anchor"].append(total(a[..., anchors]))
+        per_query["mass_prompt"].append(total(on_prompt))
+        per_query["mass_decode"].append(total(a[..., decode]))
         # Not torch.special.entr, which is several times as slow; weights of 0 still give 0.
         log_a = torch.clamp_min(on_prompt, TINY, out=scratch[:, : on_prompt.shape[1]]).log_()
-        per_query["entropy"].append(-log_a.mul_(on_prompt).sum(-1))
-        per_query["evidence_mass"].append(sum((a[..., i:j].sum(-1) for i, j in evidence), a.new_zeros(a.shape[:2])))
+        per_query["entropy"].append(-total(log_a.mul_(on_prompt)))
+        nothing = a.new_zeros(a.shape[:2], dtype=token_mass.dtype)
+        per_query["evidence_mass"].append(sum((total(a[..., i:j]) for i, j in evidence), nothing))
         token_mass.add_(on_prompt.sum(1))
         from_prompt = on_prompt @ value[prompt]
         outputs[0].append(from_prompt)
         outputs[1].append(from_prompt + a[..., anchors] @ value[anchors] + a[..., decode] @ value[decode])
     # Total variation from the mean over queries: known only now, hence a second round.
     token_mass /= n_decode
+    mean = token_mass.float()
     for i, rows in enumerate(blocks):
         a = kept[i] if keep else attention.weights(kv_head, rows)
-        per_query["variation"].append(a[..., prompt].sub_(token_mass[:, None]).norm(p=1, dim=-1) / 2)
+        per_query["variation"].append(total(a[..., prompt].sub_(mean[:, None]).abs_()) / 2)
 
     query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}
     columns = {name: query[name].mean(-1) for name in ("mass_anchor", "mass_prompt", "mass_decode")}
@@ -156,7 +160,8 @@ def _attend_kv_head(
     columns["prompt_entropy"] = _entropy(query["entropy"], query["mass_prompt"], layout.n_segment)
     columns["prompt_top5"] = _top_share(token_mass)
     columns["evidence_mass"] = query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
-    return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1), token_mass.mean(0)
+    columns = {name: column.float() for name, column in columns.items()}
+    return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1), token_mass.mean(0).float()
 
 
 def _entropy(unnormalised: Tensor, mass: Tensor, n_tokens: int) -> Tensor:

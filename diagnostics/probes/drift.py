@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diagnostics.capture.base import ContextRows, DecodeRows, Outcome
 from diagnostics.probes.base import Measured, Probe, PromptContext
+from diagnostics.sums import mean_row, total, wide
 
 # Positions per block: float32 copies of a long prompt's residuals would cost more than the model's own activations.
 BLOCK = 512
@@ -74,7 +75,7 @@ class Drift(Probe):
         for name, kept in (("to_final_prompt", self.prompt_rows), ("to_final_decode", self.decode_rows)):
             for layer, rows in enumerate(kept):
                 final = kept[-1].to(rows.device)
-                self.columns[name][layer] = float(torch.cosine_similarity(rows, final, dim=-1).mean())
+                self.columns[name][layer] = _mean_cosine(rows, final)
 
     def measured(self) -> Measured:
         """Return one column per line of ``describes``."""
@@ -92,7 +93,7 @@ class Size:
     @classmethod
     def of(cls, rows: Tensor) -> "Size":
         """Measure residuals [positions, width] of any type, in float32."""
-        mean = rows.mean(dim=0, dtype=torch.float32)
+        mean = mean_row(rows)
         scratch = _scratch(rows)
         norm, centred_norm = [], []
         for block in rows.split(BLOCK):
@@ -117,7 +118,8 @@ def _change(before: Tensor, after: Tensor, size: Size, new_size: Size) -> tuple[
         centred_update.append(step.sub_(shift).norm(dim=-1))
 
     def drift(a: Tensor, b: Tensor, c: Tensor) -> float:
-        return float(((c.square() - (a - b).square()) / (2 * a * b)).cpu().double().mean())
+        # A side is at least the difference of the other two; rounding may see it otherwise.
+        return float(((c.square() - (a - b).square()).clamp_min(0) / (2 * a * b)).cpu().double().mean())
 
     c, centred_c = torch.cat(update), torch.cat(centred_update)
     return (
@@ -125,6 +127,13 @@ def _change(before: Tensor, after: Tensor, size: Size, new_size: Size) -> tuple[
         drift(size.centred_norm, new_size.centred_norm.to(device), centred_c),
         float((c / size.norm).cpu().double().mean()),
     )
+
+
+def _mean_cosine(rows: Tensor, final: Tensor) -> float:
+    """Mean over positions of the cosine of residuals [positions, width], at most 1."""
+    x, y = (t.to(wide(t.device)) for t in (rows, final))
+    cosine = total(x * y) / (x.norm(dim=-1) * y.norm(dim=-1))
+    return float(cosine.clamp(-1, 1).mean())
 
 
 def _scratch(rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diagnostics.capture.base import ContextRows, DecodeRows, Outcome
 from diagnostics.probes.base import Measured, Probe, PromptContext
+from diagnostics.sums import mean_row
 
 # Decode positions, from the first on, whose top token in every layer is kept of a prompt to be looked at closely.
 DETAIL_POSITIONS = 24
@@ -49,7 +50,7 @@ class LogitLens(Probe):
         """Keep the mean residual over prompt positions."""
         segment = rows.residual_out[self.context.layout.prompt]
         if len(segment):
-            self.means.append(segment.mean(dim=0, dtype=torch.float32))
+            self.means.append(mean_row(segment))
 
     def on_decode(self, rows: DecodeRows) -> None:
         """Keep the residuals at the lens positions."""
