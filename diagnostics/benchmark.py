@@ -139,10 +139,13 @@ def benchmark(
         if policy.anchors > min(lengths):
             raise UserError(f"{policy}: the prompt has {min(lengths)} tokens, fewer than the anchors")
     place = None if out is None else require_benchmark_place(out)
+    identity = lm.identity()
     manifest = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": lm.name,
-        "weight_hash": lm.weight_hash,
+        "weight_hash": identity.weights,
+        "configuration": identity.configuration,
+        "identity": identity.entries(),
         "n_layers": lm.anatomy.n_layers,
         "shape": lm.anatomy.shape,
         "dtype": str(lm.dtype).removeprefix("torch."),
@@ -156,7 +159,7 @@ def benchmark(
         "seed": seed,
         "versions": versions(),
         "arguments": arguments or {},
-        "notes": [],
+        "notes": identity.notes,
     }
     rows: list[dict[str, Any]] = []
     total = len(lengths) * len(policies) * (repeats + 1)

@@ -16,6 +16,7 @@ from diagnostics.capture.base import Capture, Layout
 from diagnostics.cutoff_sweep import CutoffSweep
 from diagnostics.encoding import EncodedPrompt, encode_prompts, token_texts
 from diagnostics.errors import UserError
+from diagnostics.identity import inputs_digest
 from diagnostics.models import LoadedModel
 from diagnostics.probes import all_probes
 from diagnostics.probes.base import LENS_POSITIONS, Measured, PromptContext
@@ -308,6 +309,7 @@ def _manifest(
         notes.append(f"prompt_contribution is left out, and with it uptake and the selection region: {line}")
     if teacher is not None:
         notes.append(f"every cutoff, full depth too, is compared with {teacher.name} at full depth")
+    identity = lm.identity()
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "running",
@@ -325,9 +327,10 @@ def _manifest(
         "hardware": hardware(lm.device),
         "versions": versions(),
         "columns": {k: v for observer in observers().values() for k, v in observer.describes.items()},
-        "notes": notes,
-        "identity": {
-            "weight_hash": lm.weight_hash,
+        "notes": notes + identity.notes,
+        "configuration": identity.configuration,
+        "identity": identity.entries()
+        | {
             "dtype": str(lm.dtype).removeprefix("torch."),
             "device": lm.device.type,
             "backend": capture.name,
@@ -335,5 +338,6 @@ def _manifest(
             "prompts": prompts.fingerprint,
             "teacher": None if teacher is None else teacher.weight_hash,
         }
-        | numbers,
+        | numbers
+        | {"token_ids": inputs_digest(encoded)},
     }

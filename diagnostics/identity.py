@@ -82,13 +82,13 @@ class ModelIdentity:
         return _json_digest(list(self.entries().values()))
 
     def entries(self) -> dict[str, Any]:
-        """Return what a manifest's ``identity`` keeps: values that must be equal."""
+        """Return what a manifest's ``identity`` keeps: values that must be equal, those that explain others first."""
         return {
-            "weight_hash": self.weights,
-            "buffers": self.buffers,
+            "libraries": self.libraries,
             "configuration": _json_digest(self.configuration),
             "adapters": list(self.adapters),
-            "libraries": self.libraries,
+            "weight_hash": self.weights,
+            "buffers": self.buffers,
         }
 
     @property
@@ -147,8 +147,8 @@ def inputs_digest(encoded: "Iterable[EncodedPrompt]") -> str:
     return digest.hexdigest()
 
 
-def tokens_digest(rows: Iterable[Sequence[Any]]) -> str:
-    """SHA-256 (hex) of rows of token ids, or of anything JSON can hold."""
+def tokens_digest(rows: Iterable[Any]) -> str:
+    """SHA-256 (hex) of rows of token ids, or of anything else that JSON can hold."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
@@ -174,59 +174,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
             said = type(error).__name__
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     return _json_digest([vocabulary, template, said, special])
-
-
-def difference(kept: dict[str, Any], asked: dict[str, Any]) -> str | None:
-    """Say in a few words how the identity of a result that is there differs from one that is asked for; None if equal.
-
-    Both are manifests: ``identity`` must be equal, ``configuration`` says which settings are not.
-    """
-    there, mine = kept.get("identity", {}), asked["identity"]
-    if not isinstance(there, dict) or (unknown := [key for key in mine if key not in there]):
-        if "configuration" in mine and "configuration" not in there:
-            return "it was begun by an earlier version, which did not keep what tells models and inputs apart"
-        return f"it does not say its {unknown[0]}"
-    for key, value in mine.items():
-        if there[key] == value:
-            continue
-        if key == "configuration":
-            return f"the model's configuration differs: {_settings_that_differ(kept.get(key), asked.get(key))}"
-        if explain := EXPLAINED.get(key):
-            return explain
-        return f"{key} is {_short(there[key])}, not {_short(value)}"
-    return None
-
-
-EXPLAINED = {
-    "buffers": "buffers of the model differ, such as rotary frequencies",
-    "token_ids": "the prompts' token_ids differ: another tokenizer or chat template, or a date in the template",
-    "tokenizer": "the tokenizer or its chat template differs, or a date in the template",
-}
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."
-
-
-def _settings_that_differ(kept: Any, asked: Any) -> str:
-    """Name the settings that differ, with both values, of two configurations as `configuration` makes them."""
-    there, mine = _flat(kept), _flat(asked)
-    names = [name for name in sorted(there.keys() | mine.keys()) if there.get(name) != mine.get(name)]
-    said = [f"{name} is {_short(there.get(name))}, not {_short(mine.get(name))}" for name in names if name != "modules"]
-    if not said:
-        return "numbers or classes in its modules"
-    return "; ".join(said[:3]) + ("; ..." if len(said) > 3 else "")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value} if prefix else {}
-    found: dict[str, Any] = {}
-    for name, entry in value.items():
-        inside = name if prefix in ("", "settings") else f"{prefix}.{name}"
-        found |= _flat(entry, inside)
-    return found
 
 
 # --- Tensors ---

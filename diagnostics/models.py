@@ -1,18 +1,17 @@
 """Name, folder, adapter, GGUF file or built-in -> a loaded model with its tokenizer and what is known about it."""
 
-import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from diagnostics.adapters import fetch_adapter, holds_adapter, is_adapter, merge, read_adapter
 from diagnostics.anatomy import Anatomy, dissect, refuse_config
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError
+from diagnostics.identity import ModelIdentity
 from diagnostics.libraries import NNSIGHT, TRANSFORMERS, library_of, stock_model
 
 MESSAGE_LENGTH = 240
@@ -24,7 +23,7 @@ class LoadedModel:
     """A transformers causal language model, its tokenizer, and where its parts are.
 
     ``model`` is the stock object: nothing is folded, centred or patched. ``revision`` is the hub commit when there
-    is one; ``weight_hash`` identifies the weights wherever they came from. ``wrapper`` is the TransformerBridge or
+    is one. ``wrapper`` is the TransformerBridge or
     nnsight model that holds ``model``, or None; ``library`` says whose it is. ``base`` is what an adapter was merged
     into, None for any other model.
     """
@@ -33,7 +32,6 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     anatomy: Anatomy
-    weight_hash: str
     revision: str | None = None
     wrapper: Any = None
     library: str = TRANSFORMERS
@@ -66,7 +64,6 @@ class LoadedModel:
             model=inner,
             tokenizer=tokenizer,
             anatomy=dissect(inner, name),
-            weight_hash=weight_hash(inner),
             revision=getattr(inner.config, "_commit_hash", None),
             wrapper=wrapper,
             library=library,
@@ -76,6 +73,15 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Device that token ids go to: that of the input embeddings."""
         return self.model.get_input_embeddings().weight.device
+
+    def identity(self) -> ModelIdentity:
+        """Return what tells this model, as it is now, from any other; reads every weight."""
+        return ModelIdentity.of(self.model)
+
+    @property
+    def weight_hash(self) -> str:
+        """SHA-256 (hex) of all weights as they are now, wherever they came from."""
+        return self.identity().weights
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,23 +167,6 @@ def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any)
     except Exception as error:  # as above
         raise UserError(f"adapter {name!r} cannot be merged: {_one_line(error)}") from error
     return replace(LoadedModel.wrap(merged, base.tokenizer, name), base=adapter.base)
-
-
-def weight_hash(model: nn.Module) -> str:
-    """SHA-256 over the name, shape, type and up to 64 evenly spaced values of every parameter.
-
-    Independent of the file format, and quick on large models since it reads almost nothing of them.
-    """
-    digest = hashlib.sha256()
-    # A TransformerBridge puts components of its own between a model and its modules.
-    named = {name.replace("_original_component.", ""): p for name, p in model.named_parameters()}
-    for name, parameter in sorted(named.items()):
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        if parameter.device.type != "meta":  # offloaded by accelerate: name and shape must do
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, -(-flat.numel() // 64))]
-            digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _require_all_weights(report: dict[str, Any], name: str) -> None:

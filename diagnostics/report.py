@@ -185,5 +185,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Prompt set": f"{len(run.prompts)} of {m.get('prompt_set', '')}",
         "Versions": ", ".join(f"{name} {version}" for name, version in m.get("versions", {}).items()),
     }
-    facts |= {name.replace("_", " ").capitalize(): str(value) for name, value in identity.items()}
+    shown = {name: value for name, value in identity.items() if name != "libraries"}  # among the versions
+    if "adapters" in shown:
+        shown["adapters"] = "; ".join(shown["adapters"]) or "none"
+    facts |= {name.replace("_", " ").capitalize(): str(value) for name, value in shown.items()}
     return list(facts.items())

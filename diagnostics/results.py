@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.errors import UserError
+from diagnostics.sameness import difference
 from diagnostics.schema import COLUMNS, DETAIL_TABLES, TABLES, Tables, manifest_problem, tables_problem
 
 MANIFEST = "manifest.json"
@@ -189,9 +190,8 @@ def claim_folder(
         if not resume:
             raise UserError(f"folder {str(path)!r} holds {article} {kind}: add --resume or choose another --out")
         there = read(path)
-        for key, asked in manifest["identity"].items():
-            if there.get("identity", {}).get(key) != asked:
-                raise UserError(f"folder {str(path)!r} holds another {kind} ({key} differs): choose another --out")
+        if differs := difference(there, manifest):
+            raise UserError(f"folder {str(path)!r} holds another {kind} ({differs}): choose another --out")
         return there
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{str(path)!r} exists and is no {kind}: choose another --out")
@@ -221,13 +221,8 @@ class RunWriter:
         if not (path / MANIFEST).exists():
             return cls(path, manifest)
         found = read_manifest(path)
-        for key, asked in manifest["identity"].items():
-            there = found["identity"].get(key)
-            if there != asked:
-                raise UserError(
-                    f"run folder {str(path)!r} holds another diagnosis "
-                    f"({key} is {_short(there)}, not {_short(asked)}); choose another --out"
-                )
+        if differs := difference(found, manifest):
+            raise UserError(f"run folder {str(path)!r} holds another diagnosis ({differs}); choose another --out")
         return cls(path, found)
 
     @property
@@ -328,8 +323,3 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"run {str(path.parent)!r} is damaged: {path.name} is missing") from None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(f"run {str(path.parent)!r} is damaged: {path.name} cannot be read ({error})") from None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."

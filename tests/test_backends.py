@@ -23,7 +23,8 @@ from diagnostics.capture import make_capture, transformer_lens
 from diagnostics.capture.hooks import HooksCapture
 from diagnostics.capture.nnsight import NNsightCapture, traced_over
 from diagnostics.capture.transformer_lens import TransformerLensCapture, bridge_over
-from diagnostics.models import load_model, weight_hash
+from diagnostics.identity import ModelIdentity
+from diagnostics.models import load_model
 from tests.observe import observe
 from tests.runs import run_command, save_tiny, write_prompts
 from tests.test_embedded_model import real_prompt
@@ -261,7 +262,7 @@ def test_a_model_made_for_a_library_shares_the_weights(make):
     inside = LoadedModel.wrap(make(lm), lm.tokenizer).model
     own = {p.data_ptr() for p in lm.model.parameters()}
     assert {p.data_ptr() for p in inside.parameters()} <= own
-    assert weight_hash(inside) == lm.weight_hash
+    assert ModelIdentity.of(inside).weights == lm.weight_hash
 
 
 @pytest.mark.parametrize("backend", ["hooks", *OTHERS])

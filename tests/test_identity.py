@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from diagnostics.identity import ModelIdentity, configuration, configuration_digest, difference
+from diagnostics.identity import ModelIdentity, configuration, configuration_digest
+from diagnostics.sameness import difference
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
 
@@ -79,10 +80,10 @@ def test_what_is_set_on_a_module_counts_and_says_so():
     model.model.norm.variance_epsilon = 0.1
     assert configuration_digest(model) != before
     asked = {"identity": ModelIdentity.of(model).entries(), "configuration": configuration(model)}
-    assert difference(kept, asked) == "the model's configuration differs: numbers or classes in its modules"
+    assert difference(kept, asked) == "configuration differs: numbers or classes in its modules"
     model.config.rms_norm_eps = 0.1
     asked = {"identity": ModelIdentity.of(model).entries(), "configuration": configuration(model)}
-    assert difference(kept, asked) == "the model's configuration differs: rms_norm_eps is 1e-06, not 0.1"
+    assert difference(kept, asked) == "configuration differs: rms_norm_eps is 1e-06, not 0.1"
     assert difference(asked, asked) is None
 
 

@@ -279,15 +279,13 @@ def test_damaged_files_and_other_types_are_refused(file):
 @pytest.mark.parametrize(
     "change",
     [
-        *(
-            lambda _, header, key=key: header.pop(key)
-            for key in ("format", "policy", "weight_hash", "n_prompt", "batch")
-        ),
+        *(lambda _, header, key=key: header.pop(key) for key in ("format", "policy", "model", "n_prompt", "batch")),
         lambda table, _: table.update({"k": table.pop("keys.2")}),
         lambda table, _: table.update({"c": table.pop("columns.3.0")}),
         lambda _, header: header["layers"].pop(),
         lambda _, header: header["layers"].append(header["layers"][0]),
         lambda _, header: header.update(layers=3),
+        lambda _, header: header.update(model="x"),
         lambda _, header: header.update(policy="nothing:3"),
     ],
 )

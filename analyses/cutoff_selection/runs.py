@@ -19,6 +19,7 @@ from cutoff_selection.tables import Row, in_order, write_tables
 from diagnostics import LoadedModel, Run, UserError, diagnose, load_model, load_run, recommend
 from diagnostics.cli.common import progress
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
+from diagnostics.identity import tokenizer_digest
 from diagnostics.results import MANIFEST, RECOMMENDATION, read_manifest, write_json
 from diagnostics.savings import LENGTHS
 
@@ -121,7 +122,7 @@ def _measure(plan: Plan, pairs: Sequence[Pair]) -> Iterator[tuple[int, Row]]:
 def _folder_name(pair: Pair, lm: LoadedModel) -> str:
     """Name a run folder by all that decides its numbers; a change of any makes another folder."""
     decides = {name: value for name, value in pair.asked.items() if name != "files"}
-    decides |= {"weights": lm.weight_hash, "on": [lm.device.type, str(lm.dtype)]}
+    decides |= {"model": lm.identity().digest, "tokenizer": tokenizer_digest(lm.tokenizer), "on": lm.device.type}
     names = [Path(pair.model["name"]).name, Path(pair.prompts["set"].name).stem]
     slugs = [re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.") or "x" for name in names]
     return "_".join([*slugs, hashlib.sha256(_canonical(decides).encode()).hexdigest()[:10]])

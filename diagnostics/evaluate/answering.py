@@ -40,6 +40,15 @@ def answer(
     return row | _write(lm, task, item, policy, query, shared)
 
 
+def token_ids(lm: LoadedModel, task: Task, item: ChoiceItem | GenerationItem) -> list[Sequence[int]]:
+    """Return all that the model reads of an item: contexts and continuations as tokens, in order."""
+    if isinstance(item, GenerationItem):
+        return [_encode(lm, item.context, task.chat).ids]
+    pairs = zip(item.contexts, item.continuations, strict=True)
+    encoded = (encode_pair(lm.tokenizer, context, text, special=True) for context, text in pairs)
+    return [ids for context, continuation in encoded for ids in (context.ids, continuation)]
+
+
 def _choose(lm: LoadedModel, task: Task, item: ChoiceItem, policy: Policy, query: str, shared: SharedPrefill) -> Row:
     """Take the most likely continuation: one prefill for all that share a context."""
     values = np.full(len(item.continuations), np.nan)

@@ -4,8 +4,8 @@ Every policy answers the same items, drawn once from the task with the seed; an 
 before the next, so that they can share what full depth computed of its context.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -14,12 +14,13 @@ from typing import Any
 import pandas as pd
 
 from diagnostics.errors import UserError
-from diagnostics.evaluate.answering import answer
+from diagnostics.evaluate.answering import answer, token_ids
 from diagnostics.evaluate.folder import AnsweredItems, Evaluation, EvaluationFolder
 from diagnostics.evaluate.humaneval import require_allowed
 from diagnostics.evaluate.items import Task
 from diagnostics.evaluate.sandbox import isolation
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
+from diagnostics.identity import tokens_digest
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
@@ -138,6 +139,7 @@ def draw(task: Task, limit: int | None, seed: int) -> Task:
 def _manifest(
     lm: LoadedModel, tasks: Sequence[Task], policies: Sequence[Policy], query: str, seed: int
 ) -> dict[str, Any]:
+    identity = lm.identity()
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": lm.name,
@@ -146,15 +148,38 @@ def _manifest(
         "versions": versions(),
         "tasks": {task.name: _about(task) for task in tasks},
         "policies": [policy.spec for policy in policies],
-        "identity": {
-            "weight_hash": lm.weight_hash,
+        "notes": identity.notes,
+        "configuration": identity.configuration,
+        "identity": identity.entries()
+        | {
             "dtype": str(lm.dtype).removeprefix("torch."),
             "device": lm.device.type,
-            "items": {task.name: [item.id for item in task.items] for task in tasks},
+            "tasks": {task.name: _asked(lm, task) for task in tasks},
             "policies": [policy.spec for policy in policies],
             "query": query,
             "seed": seed,
         },
+    }
+
+
+def _asked(lm: LoadedModel, task: Task) -> dict[str, Any]:
+    """Return all of a task that decides answers and scores."""
+
+    def rows() -> Iterator[Any]:
+        for item in task.items:
+            try:
+                yield token_ids(lm, task, item)
+            except Exception as error:  # said where the item is answered, and other tasks go on
+                yield str(error)
+
+    return {
+        "items": tokens_digest(asdict(item) for item in task.items),
+        "token_ids": tokens_digest(rows()),
+        "n_items": len(task.items),
+        "metric": task.metric,
+        "max_new_tokens": task.max_new_tokens,
+        "stop": list(task.stop),
+        "chat": task.chat,
     }
 
 

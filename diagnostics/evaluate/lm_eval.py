@@ -29,11 +29,13 @@ from tqdm import tqdm
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
 from diagnostics.evaluate.scoring import Encoded, score
+from diagnostics.identity import tokenizer_digest
 from diagnostics.models import LoadedModel, load_model
 from diagnostics.policies import parse_policy
 from diagnostics.policies.base import Policy, require_whole
 from diagnostics.policies.full import FullPolicy
 from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.sameness import difference
 from diagnostics.versions import versions
 
 # What lm-eval asks for where the user says nothing, and whether there is a GPU or not.
@@ -201,15 +203,21 @@ class PolicyLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take lm-eval's response cache, which knows requests only, if its responses are of this model and policy."""
         held = cache_hook.dbdict
-        mine = {"policy": self.policy.spec, "weight_hash": self.loaded.weight_hash, "settings": self.settings}
+        mine = {"policy": self.policy.spec, "settings": self.settings} | self._identity()
         if held is not None:
             if len(held) and held.get(OWNER) != mine:
                 raise UserError(
-                    f"{held.filename} has responses of {_described(held.get(OWNER))}, not of this model under "
+                    f"{held.filename} has responses of {_described(held.get(OWNER), mine)}, not of this model under "
                     f"{self.policy}: give each its own use_cache"
                 )
             held[OWNER] = mine
         super().set_cache_hook(cache_hook)
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides a response besides the request: lm-eval's cache knows requests as texts."""
+        lm, found = self.loaded, self.loaded.identity()
+        where = {"device": lm.device.type, "tokenizer": tokenizer_digest(lm.tokenizer)}
+        return {"configuration": found.configuration, "identity": found.entries() | where}
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval's results say of the model, and the policy; asks no hub."""
@@ -264,8 +272,13 @@ def _beginning(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def _described(owner: dict[str, Any] | None) -> str:
-    return f"{owner['policy']} (weights {owner['weight_hash'][:8]})" if owner else "another model"
+def _described(owner: dict[str, Any] | None, mine: dict[str, Any]) -> str:
+    if not owner or "identity" not in owner:
+        return "another model"
+    if differs := difference(owner, mine):
+        return f"{owner['policy']} ({differs})"
+    same = owner["settings"] == mine["settings"]
+    return str(owner["policy"]) if same else f"{owner['policy']} with other settings ({owner['settings']})"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sources import Source
 from diagnostics.finetune.trainer import SpeedTrainer
 from diagnostics.finetune.watch import Progress, Watch
+from diagnostics.identity import inputs_digest, tokenizer_digest
 from diagnostics.models import LoadedModel
 from diagnostics.prompts import PromptSet
 from diagnostics.recommend import Criterion, recommend
@@ -97,7 +98,7 @@ def finetune(
     # What is wrong with prompts and numbers is said before any work.
     encoded = encode_for_diagnosis(lm, held_out, settings.decode_tokens)
     source.make(lm, source.n_parts)  # no row is in this part
-    folder = FineTuningFolder(Path(out), _manifest(lm, source, held_out, settings, arguments), resume=resume)
+    folder = FineTuningFolder(Path(out), _manifest(lm, source, held_out, encoded, settings, arguments), resume=resume)
     if folder.complete:
         return load_finetuning(folder.path)
     report = progress or (lambda done, total, what: None)
@@ -228,10 +229,16 @@ def _said(report: Progress, what: str) -> Progress:
 
 
 def _manifest(
-    lm: LoadedModel, source: Source, held_out: PromptSet, settings: Settings, arguments: dict[str, Any] | None
+    lm: LoadedModel,
+    source: Source,
+    held_out: PromptSet,
+    encoded: Sequence[EncodedPrompt],
+    settings: Settings,
+    arguments: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Say what this is. ``identity`` is what a resumed fine-tuning must share to be the same."""
     chosen = asdict(settings)
+    identity = lm.identity()
     return {
         "status": "running",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -244,11 +251,14 @@ def _manifest(
         "hardware": hardware(lm.device),
         "versions": versions(),
         "arguments": arguments or {},
-        "identity": {
-            "weights": lm.weight_hash,
+        "configuration": identity.configuration,
+        "identity": identity.entries()
+        | {
+            "tokenizer": tokenizer_digest(lm.tokenizer),
             "dtype": str(lm.dtype).removeprefix("torch."),
             "data": source.fingerprint,
             "held-out prompts": held_out.fingerprint,
+            "token_ids": inputs_digest(encoded),
         }
         | chosen,
     }

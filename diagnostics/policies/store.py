@@ -1,7 +1,8 @@
 """Save and load a KV cache: one prefilled document, many questions, also tomorrow.
 
 The file is safetensors: keys and values of every layer, columns where rows or heads differ, and a JSON header with the
-policy and a hash of the weights, so that it cannot be read into another model. No pickles.
+policy and the identity of the model, so that it cannot be read into another one: other weights, another adapter or
+configuration. No pickles.
 """
 
 import contextlib
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 
 from diagnostics.anatomy import dissect
 from diagnostics.errors import UserError
-from diagnostics.models import LoadedModel, weight_hash
+from diagnostics.identity import ModelIdentity
+from diagnostics.models import LoadedModel
 from diagnostics.policies import parse_policy
 from diagnostics.policies.cache import PolicyCache, with_room
 from diagnostics.policies.columns import Piece
+from diagnostics.sameness import difference
 
-FORMAT = "speed-diagnostics KV cache 2"
+FORMAT = "speed-diagnostics KV cache 3"
 HEADER = "cache"
 
 
@@ -55,7 +58,7 @@ def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Mod
     header = {
         "format": FORMAT,
         "policy": cache.policy.spec,
-        "weight_hash": weight_hash(_module(model)),
+        "model": _filled_by(model),
         "n_columns": cache.n_columns,
         "n_prompt": cache.n_prompt,
         "batch": cache.batch,
@@ -80,7 +83,7 @@ def load_cache(path: str | Path, model: LoadedModel | nn.Module) -> PolicyCache:
     Raises
     ------
     UserError
-        If there is no such file, if it is damaged, or if another model filled it.
+        If there is no such file, if it is damaged, or if another model, adapter or configuration filled it.
     """
     module = _module(model)
     try:
@@ -88,8 +91,10 @@ def load_cache(path: str | Path, model: LoadedModel | nn.Module) -> PolicyCache:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             if not isinstance(header, dict) or header.get("format") != FORMAT:
                 raise UserError(f"{str(path)!r} is not a KV cache of this version")
-            if header["weight_hash"] != weight_hash(module):
-                raise UserError(f"the KV cache {str(path)!r} was filled by another model, or in another type")
+            if not isinstance(header["model"], dict):
+                raise TypeError("it does not say which model filled it")
+            if differs := difference(header["model"], _filled_by(model)):
+                raise UserError(f"the KV cache {str(path)!r} was filled by another model: {differs}")
             return _rebuild(header, {name: file.get_tensor(name) for name in file.keys()}, module)  # noqa: SIM118
     except OSError as error:
         raise UserError(f"cannot read the KV cache {str(path)!r}: {error}") from None
@@ -115,6 +120,14 @@ def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> 
         if layer.window is not None and layer.pieces:
             layer.forgotten = header["forgotten"][index]
     return cache
+
+
+def _filled_by(model: Any) -> dict[str, Any]:
+    """Return what must be the same of a model for its cache to be its own: what generates is not asked."""
+    found = ModelIdentity.of(model.model if isinstance(model, LoadedModel) else model)
+    configuration = {name: value for name, value in found.configuration.items() if name != "generation"}
+    parts = {"adapters": list(found.adapters), "weight_hash": found.weights, "buffers": found.buffers}
+    return {"configuration": configuration, "identity": {"configuration": configuration, **parts}}
 
 
 def _module(model: Any) -> Any:
