@@ -307,6 +307,12 @@ def _manifest(
         notes.append(f"not proven to be measured right: {proof.unproved}")
     if line := proof.failed.get("contribution"):
         notes.append(f"prompt_contribution is left out, and with it uptake and the selection region: {line}")
+    chats = sum(prompt.messages is not None for prompt in prompts)
+    if chats and not lm.tokenizer.chat_template:
+        notes.append(
+            f"the model has no chat template: {chats} of {len(encoded)} prompts are conversations, "
+            "and they were measured as plain text"
+        )
     if teacher is not None:
         notes.append(f"every cutoff, full depth too, is compared with {teacher.name} at full depth")
     identity = lm.identity()

@@ -9,12 +9,14 @@ import torch
 
 from diagnostics.adapters import fetch_adapter, holds_adapter, is_adapter, merge, read_adapter
 from diagnostics.anatomy import Anatomy, dissect, refuse_config
+from diagnostics.converted import converted_gguf
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
-from diagnostics.errors import UserError
+from diagnostics.errors import UserError, one_line
 from diagnostics.identity import ModelIdentity
 from diagnostics.libraries import NNSIGHT, TRANSFORMERS, library_of, stock_model
 
-MESSAGE_LENGTH = 240
+# Tensors of old checkpoints that are computed from the configuration.
+DERIVED = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".attention.masked_bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -131,7 +133,7 @@ def load_model(
         loaded, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype,
-            use_safetensors=None if "gguf_file" in options else True,
+            use_safetensors=True,
             device_map="auto" if spread else None,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
@@ -147,7 +149,7 @@ def load_model(
             f"model {name!r} does not fit on {place} in {torch_dtype}; try --dtype bfloat16 or --device map"
         ) from None
     except Exception as error:  # a damaged file makes each of the libraries involved raise what it likes
-        raise UserError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
     return LoadedModel.wrap(loaded, tokenizer, name)
 
 
@@ -165,12 +167,15 @@ def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any)
     except UserError:
         raise
     except Exception as error:  # as above
-        raise UserError(f"adapter {name!r} cannot be merged: {_one_line(error)}") from error
+        raise UserError(f"adapter {name!r} cannot be merged: {one_line(error)}") from error
     return replace(LoadedModel.wrap(merged, base.tokenizer, name), base=adapter.base)
 
 
 def _require_all_weights(report: dict[str, Any], name: str) -> None:
-    """Refuse a model of which transformers made weights up, as it does for those that the files lack."""
+    """Refuse a model of which transformers made weights up or left some out: its config.json is of another model.
+
+    What a family's class declares to be of no use to it, transformers does not report.
+    """
     if report["mismatched_keys"]:
         key, found, expected = min(report["mismatched_keys"])
         raise UserError(
@@ -181,6 +186,11 @@ def _require_all_weights(report: dict[str, Any], name: str) -> None:
         raise UserError(
             f"model {name!r} cannot be loaded: {len(report['missing_keys'])} of its weights are missing "
             f"({min(report['missing_keys'])}, ...)"
+        )
+    if left := sorted(key for key in report["unexpected_keys"] if not key.endswith(DERIVED)):
+        raise UserError(
+            f"model {name!r} cannot be loaded: its config.json leaves out {len(left)} of its weights ({left[0]}, ...), "
+            "as if the model had fewer layers or other parts"
         )
 
 
@@ -193,7 +203,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix.lower() == ".gguf":
         if not os.path.isfile(path):
             raise UserError(f"there is no GGUF file {name!r}")
-        return str(path.parent), {"gguf_file": path.name}
+        return str(converted_gguf(path, name)), {}
     if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise UserError(f"folder {name!r} holds no model: it has no config.json")
@@ -217,7 +227,7 @@ def _choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.ones(1, device=chosen).item()  # on the meta device there are no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device {device!r} cannot be used here: {_one_line(error)}") from None
+        raise UserError(f"device {device!r} cannot be used here: {one_line(error)}") from None
     return chosen
 
 
@@ -239,11 +249,3 @@ def _exceeds_one_gpu(config: Any, dtype: torch.dtype) -> bool:
         weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     free, _ = torch.cuda.mem_get_info(0)
     return weights * dtype.itemsize > 0.9 * free
-
-
-def _one_line(error: BaseException) -> str:
-    """What a library says, which may be a page, or just the key that it did not find."""
-    text = " ".join(str(error).split()).rstrip(".")
-    if not text or isinstance(error, KeyError):
-        text = f"{type(error).__name__} {text}".strip()
-    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."

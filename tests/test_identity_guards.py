@@ -236,3 +236,21 @@ def test_offloaded_weights_are_read_where_they_are_and_absent_ones_named():
     identity = ModelIdentity.of(absent)
     assert len(identity.unseen) == len(list(absent.parameters()))
     assert "are not on this machine" in identity.notes[0]
+
+
+# --- Conversations without a template ---
+
+
+def test_conversations_without_a_template_are_measured_with_a_note(capsys):
+    from rich.console import Console
+
+    from diagnostics.terminal.diagnosis import show_run
+
+    lm = tiny_model("llama")
+    run = diagnose(lm, PROMPTS, **SETTINGS)
+    said = "the model has no chat template: 3 of 3 prompts are conversations, and they were measured as plain text"
+    assert said in run.manifest["notes"]
+    show_run(run, Console(width=200))
+    assert said in capsys.readouterr().out
+    texts = PromptSet((Prompt(id="t", text="w5 w6 w7 w8", reference="w9"),), "set")
+    assert not any("template" in note for note in diagnose(lm, texts, **SETTINGS).manifest["notes"])

@@ -147,6 +147,33 @@ def test_weights_of_another_size_are_refused_by_name(folder):
         load_model(folder)
 
 
+def test_weights_that_the_configuration_leaves_out_are_refused_by_name(folder):
+    edit_config(folder, num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"leaves out 18 of its weights \(model\.layers\.3\.") as caught:
+        load_model(folder)
+    assert one_line(caught)
+
+
+def test_biases_that_the_class_leaves_out_are_refused_by_name(tmp_path):
+    save_tiny(tmp_path, "qwen2")
+    edit_config(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"])
+    with pytest.raises(UserError, match=r"leaves out 15 of its weights \(.*k_proj\.bias"):
+        load_model(tmp_path)
+
+
+def test_fewer_experts_are_refused_by_name(tmp_path):
+    save_tiny(tmp_path, "gpt_oss")
+    edit_config(tmp_path, num_local_experts=3)
+    with pytest.raises(UserError, match=r"its weights do not fit its config\.json \(.*experts"):
+        load_model(tmp_path)
+
+
+def test_a_head_of_its_own_is_not_tied(folder):
+    head = load_model(folder).model.lm_head.weight
+    edit_config(folder, tie_word_embeddings=True)
+    assert torch.equal(load_model(folder).model.lm_head.weight, head)
+
+
 def test_tied_weights_are_not_missing(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON, tie_word_embeddings=True))

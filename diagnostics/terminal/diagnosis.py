@@ -36,8 +36,9 @@ MARGINS = 39  # columns that the frame, the labels and the scales take
 
 
 def show_run(run: Run, console: Console) -> None:
-    """Print the curves of a diagnosis."""
+    """Print the curves of a diagnosis, and what is to be known about it."""
     console.print(Panel(Group(_title(run), *_curves(run, console.width))))
+    _show_notes(run.manifest["notes"], console)
 
 
 def show_recommendation(run: Run, recommendation: Recommendation, console: Console) -> None:
@@ -49,9 +50,13 @@ def show_recommendation(run: Run, recommendation: Recommendation, console: Conso
     console.print()
     console.print(_loss_table(recommendation))
     console.print(_savings_table(recommendation))
-    for note in recommendation.data["notes"]:
-        console.print(Text(f"Note: {note}.", style="yellow"))
+    _show_notes(recommendation.data["notes"], console)
     console.print(_sentence(recommendation))
+
+
+def _show_notes(notes: Sequence[str], console: Console) -> None:
+    for note in notes:
+        console.print(Text(f"Note: {note}.", style="yellow"))
 
 
 def _title(run: Run) -> Text:
