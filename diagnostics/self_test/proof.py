@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 import diagnostics
-from diagnostics.embedded import cache_folder
+from diagnostics.converted import cache_folder
 from diagnostics.identity import configuration_digest
 from diagnostics.versions import versions
 
