@@ -278,11 +278,11 @@ def test_a_sweep_that_is_wrong_after_a_generated_reference_is_noticed(monkeypatc
 
 
 class BendsALittle(LlamaDecoderLayer):
-    """Adds one part in a hundred of the last token to all others: small, and no rounding."""
+    """Adds 3 parts in a thousand of the last token to all others: it moves logits by 3 in a hundred of their spread."""
 
     def forward(self, hidden_states, *args, **kwargs):
         hidden_states = super().forward(hidden_states, *args, **kwargs)
-        return hidden_states + 0.01 * hidden_states[:, -1:]
+        return hidden_states + 0.003 * hidden_states[:, -1:]
 
 
 def test_small_faults_are_told_from_rounding(monkeypatch):
