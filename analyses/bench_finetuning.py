@@ -21,9 +21,9 @@ import torch
 from diagnostics import SpeedPolicy, UserError, load_model
 from diagnostics.cli.common import fail, quiet
 from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.files import write_json
 from diagnostics.finetune import decode_phase, distillation_loss, full_depth, predicting, supervised_loss, train_under
 from diagnostics.finetune.lora import add_lora
-from diagnostics.results import write_json
 from diagnostics.versions import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,8 +24,8 @@ from diagnostics.cli.common import fail
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.evaluate.evaluation import evaluate
 from diagnostics.evaluate.tasks import load_task
+from diagnostics.files import write_json, write_text
 from diagnostics.prompts import PromptSet
-from diagnostics.results import write_json, write_text
 from diagnostics.versions import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "calibration"

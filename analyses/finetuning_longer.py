@@ -20,10 +20,11 @@ from diagnostics import UserError, load_model
 from diagnostics.cli.common import fail, quiet
 from diagnostics.diagnose import encode_for_diagnosis
 from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics.files import write_text
 from diagnostics.finetune import Settings, load_held_out
 from diagnostics.finetune.sources import HELD_OUT
 from diagnostics.finetune.sweeps import sweep_cutoffs
-from diagnostics.results import RECOMMENDATION, write_text
+from diagnostics.results import RECOMMENDATION
 from diagnostics.teacher import observe_teacher
 
 STOCK, MEASURED = "stock", "longer"

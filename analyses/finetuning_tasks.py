@@ -24,7 +24,7 @@ from diagnostics.evaluate import Evaluation, evaluate, load_evaluation, load_tas
 from diagnostics.evaluate.folder import ITEMS
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.statistics import average
-from diagnostics.results import write_text
+from diagnostics.files import write_text
 from quality import TABLES
 
 STOCK = "stock"

@@ -19,7 +19,7 @@ from diagnostics.cli.common import fail
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.evaluate import evaluate, load_task, summarize
 from diagnostics.evaluate.summary import markdown
-from diagnostics.results import write_json, write_text
+from diagnostics.files import write_json, write_text
 from diagnostics.versions import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "quality"

@@ -16,6 +16,7 @@ from torch import nn
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
 from diagnostics.fields import parse_object
+from diagnostics.files import require_sums
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MERGED = (
@@ -75,6 +76,7 @@ def read_adapter(name: str, folder: Path) -> Adapter:
         from peft import LoraConfig
     except ImportError:
         raise UserError("adapters need peft 0.17: pip install 'speed-diagnostics[finetune]'") from None
+    require_sums(folder)
     try:
         settings = parse_object((folder / CONFIG).read_text(encoding="utf-8"))
     except (UserError, OSError, UnicodeDecodeError) as error:

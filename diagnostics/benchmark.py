@@ -16,12 +16,14 @@ import pandas as pd
 import torch
 
 from diagnostics.errors import UserError
+from diagnostics.files import read_json, read_table, remove_scratch, write_sealed, write_table
 from diagnostics.generate import generate
+from diagnostics.locks import one_writer
 from diagnostics.memory import peak_memory
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
-from diagnostics.results import BENCHMARK, MANIFEST, require_writable, write_json, write_table
+from diagnostics.results import BENCHMARK, MANIFEST, is_unused, require_writable
 from diagnostics.savings import Held, decode_bytes, kv_bytes, prefill_flops
 from diagnostics.versions import hardware, versions
 
@@ -76,6 +78,7 @@ class Benchmark:
         return table.reset_index()
 
 
+@one_writer
 def benchmark(
     lm: LoadedModel,
     policies: Sequence[Policy],
@@ -195,13 +198,11 @@ def benchmark(
 
 def load_benchmark(path: str | Path) -> Benchmark:
     """Read a benchmark from its folder; raise UserError where there is none."""
-    from json import loads
-
     folder = Path(path)
     try:
-        manifest = loads((folder / BENCHMARK_MANIFEST).read_text(encoding="utf-8"))
-        rows = pd.read_parquet(folder / BENCHMARK)
-    except (OSError, ValueError, RecursionError) as error:
+        manifest, rows = read_json(folder / BENCHMARK_MANIFEST), None
+        rows = read_table(folder / BENCHMARK)
+    except (OSError, ValueError) as error:
         raise UserError(f"no benchmark can be read in {str(path)!r}: {error}") from None
     if problem := _problem(manifest, rows):
         raise UserError(f"the benchmark in {str(path)!r} is damaged: {problem}")
@@ -230,7 +231,7 @@ def require_benchmark_place(out: str | Path) -> Path:
         raise UserError(f"{str(out)!r} holds a benchmark already: choose another --out")
     if place.exists() and not place.is_dir():
         raise UserError(f"{str(out)!r} is not a folder: choose another --out")
-    if place.is_dir() and any(place.iterdir()) and not (place / MANIFEST).is_file():
+    if place.is_dir() and not is_unused(place) and not (place / MANIFEST).is_file():
         raise UserError(f"folder {str(out)!r} is not empty and not a run: choose another --out")
     try:
         require_writable(place)
@@ -293,7 +294,8 @@ def _token_ids(lm: LoadedModel, batch: int, length: int, seed: int) -> torch.Ten
 def _write(place: Path, manifest: dict[str, Any], rows: pd.DataFrame) -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
+        remove_scratch(place)
         write_table(place / BENCHMARK, rows)
-        write_json(place / BENCHMARK_MANIFEST, manifest)
+        write_sealed(place / BENCHMARK_MANIFEST, manifest)
     except OSError as error:
         raise UserError(f"cannot write the benchmark to {str(place)!r}: {error.strerror or error}") from None

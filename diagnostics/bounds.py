@@ -1,12 +1,18 @@
 """Confidence bounds by bootstrap over prompts: the prompt is the unit that is sampled, not the token."""
 
+from collections.abc import Iterator
+
 import numpy as np
-from scipy import stats
+from scipy import special
 
 CONFIDENCE = 0.95
 N_RESAMPLES = 9999
 # Below this a bootstrap only reshuffles a handful of numbers; its bound would promise what it cannot know.
 MIN_PROMPTS = 5
+# Draws held at once while resampling: 16 MB.
+BLOCK = 2_000_000
+# A resample that is the sample in another order has its mean, but for rounding.
+TIE = 1e-12
 
 
 def upper_bound(
@@ -19,24 +25,43 @@ def upper_bound(
     """
     if len(values) < MIN_PROMPTS:
         return None
+    values = np.asarray(values, dtype=float)
     bound = values.mean(axis=0)
     varied = np.flatnonzero(np.ptp(values, axis=0) > 0)
-    if not len(varied):
-        return bound
-    for method in ("BCa", "percentile"):
-        unknown = varied if method == "BCa" else varied[~np.isfinite(bound[varied])]
-        if not len(unknown):
-            break
-        with np.errstate(all="ignore"):
-            found = stats.bootstrap(
-                (values[:, unknown],),
-                np.mean,
-                axis=0,
-                alternative="less",
-                confidence_level=confidence,
-                n_resamples=n_resamples,
-                method=method,
-                rng=np.random.default_rng(seed),
-            )
-        bound[unknown] = found.confidence_interval.high
+    if len(varied):
+        rng = np.random.default_rng(seed)
+        means = np.concatenate(
+            [counts @ values[:, varied] for counts in resample_counts(rng, len(values), n_resamples)]
+        ) / len(values)
+        bound[varied] = _bounds(values[:, varied], means, confidence)
     return bound
+
+
+def resample_counts(rng: np.random.Generator, n: int, n_resamples: int) -> Iterator[np.ndarray]:
+    """Yield how often each of ``n`` items is drawn in each resample, a block of resamples at a time: [block, n].
+
+    Of a mean the counts say all, in n numbers per resample whatever is averaged; the draws are those of
+    `scipy.stats.bootstrap` with the same generator.
+    """
+    block = max(1, BLOCK // n)
+    for start in range(0, n_resamples, block):
+        size = min(block, n_resamples - start)
+        drawn = rng.integers(0, n, (size, n)) + np.arange(size)[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(float)
+
+
+def _bounds(values: np.ndarray, means: np.ndarray, confidence: float) -> np.ndarray:
+    """Upper bounds from the means of resamples [n_resamples, columns]: BCa, percentile where that is undefined."""
+    mean, scale = values.mean(axis=0), np.abs(values).max(axis=0)
+    distance = means - mean
+    ties = np.abs(distance) <= TIE * scale
+    below = ((distance < 0) & ~ties).mean(axis=0) + ties.mean(axis=0) / 2
+    # Jackknife: leaving one out moves the mean by its distance from the mean, so that skewness is the acceleration.
+    centred = values - mean
+    acceleration = (centred**3).sum(axis=0) / (6 * (centred**2).sum(axis=0) ** 1.5)
+    bias = special.ndtri(below)
+    with np.errstate(all="ignore"):
+        moved = bias + special.ndtri(confidence)
+        level = special.ndtr(bias + moved / (1 - acceleration * moved))
+    level = np.where(np.isfinite(level), level, confidence)
+    return np.array([np.quantile(column, share) for column, share in zip(means.T, level, strict=True)])

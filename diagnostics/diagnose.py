@@ -17,12 +17,14 @@ from diagnostics.cutoff_sweep import CutoffSweep
 from diagnostics.encoding import EncodedPrompt, encode_prompts, token_texts
 from diagnostics.errors import UserError
 from diagnostics.identity import inputs_digest
+from diagnostics.locks import one_writer
 from diagnostics.models import LoadedModel
+from diagnostics.parts import merge
 from diagnostics.probes import all_probes
 from diagnostics.probes.base import LENS_POSITIONS, Measured, PromptContext
 from diagnostics.prompts import PromptSet
 from diagnostics.readout import Readout
-from diagnostics.results import Run, RunWriter, merge
+from diagnostics.results import Run, RunWriter
 from diagnostics.schema import SCHEMA_VERSION, Tables
 from diagnostics.segments import Segments
 from diagnostics.self_test import Proof, require_measurable, skipped
@@ -38,6 +40,7 @@ DETAIL_PROMPTS = 7
 Progress = Callable[[int, int, str], None]
 
 
+@one_writer
 def diagnose(
     model: Any,
     prompts: PromptSet,

@@ -8,3 +8,13 @@ def finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
     counted = np.isfinite(values)
     total = np.where(counted, values, 0).sum(axis=axis)
     return np.divide(total, counted.sum(axis=axis), out=np.full(total.shape, np.nan), where=counted.any(axis=axis))
+
+
+def weighted_mean(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Means of rows that count several times, or not: [n, columns], [resamples, n] -> [resamples, columns].
+
+    Of what is not NaN; NaN where nothing is.
+    """
+    counted = np.isfinite(values)
+    total, weight = counts @ np.where(counted, values, 0), counts @ counted
+    return np.divide(total, weight, out=np.full(total.shape, np.nan), where=weight > 0)

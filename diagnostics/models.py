@@ -12,6 +12,7 @@ from diagnostics.anatomy import Anatomy, dissect, refuse_config
 from diagnostics.converted import converted_gguf
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError, one_line
+from diagnostics.files import require_sums
 from diagnostics.identity import ModelIdentity
 from diagnostics.libraries import NNSIGHT, TRANSFORMERS, library_of, stock_model
 
@@ -126,6 +127,8 @@ def load_model(
             if fetched is None:
                 raise UserError(f"{name!r} holds an adapter beside a model: copy one of them to a folder of its own")
             return _load_adapter(name, fetched, None, **for_base)
+        if os.path.isdir(source):
+            require_sums(Path(source))
         config = AutoConfig.from_pretrained(source, **options)
         refuse_config(config, name)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -5,7 +5,6 @@ recommendation is the smallest admissible cutoff from which every larger one is 
 without looking at the loss, are set beside it: where they disagree, the reader is told.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import pandas as pd
 
 from diagnostics.bounds import CONFIDENCE, MIN_PROMPTS, upper_bound
 from diagnostics.errors import UserError
+from diagnostics.files import dump_json, write_sealed
 from diagnostics.regions import Region, RegionRules, Regions, find_regions
-from diagnostics.results import Run, write_json
+from diagnostics.results import Run
 from diagnostics.savings import LENGTHS, predict_savings
 
 MAX_KL = 0.1
@@ -96,13 +96,13 @@ class Recommendation:
     def save(self, path: str | Path) -> None:
         """Write ``recommendation.json`` atomically; raise UserError if that is not possible."""
         try:
-            write_json(Path(path), self.data)
+            write_sealed(Path(path), self.data)
         except OSError as error:
             raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
     def to_json(self) -> str:
         """Return the content of ``recommendation.json``."""
-        return json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False)
+        return dump_json(self.data, "the recommendation")
 
 
 def recommend(
@@ -127,7 +127,11 @@ def recommend(
         max_kl = MAX_KL
     criterion = Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence, bool(every_category))
     losses = _losses(run)
-    bounds = {name: upper_bound(rows, confidence=confidence, seed=seed) for name, rows in losses.items()}
+    # Together: the prompts that are drawn are the same for all of them.
+    together = upper_bound(np.hstack([*losses.values()]), confidence=confidence, seed=seed)
+    bounds = dict(
+        zip(losses, [None] * len(losses) if together is None else np.split(together, len(losses)), strict=True)
+    )
     means = {name: rows.mean(axis=0) for name, rows in losses.items()}
     n_layers, anchors = run.n_layers, int(run.manifest["identity"]["anchors"])
     notes = list(run.manifest["notes"])

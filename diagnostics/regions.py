@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from diagnostics.bounds import MIN_PROMPTS
+from diagnostics.bounds import MIN_PROMPTS, resample_counts
 from diagnostics.errors import UserError
-from diagnostics.finite import finite_mean
+from diagnostics.finite import finite_mean, weighted_mean
 from diagnostics.results import Run
 
 N_RESAMPLES = 1000
@@ -89,24 +89,31 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
     curves["uptake"] = uptake(run)
     n_prompts = len(curves["uptake"])
 
-    def selection(rows: np.ndarray) -> list[tuple[int, int]]:
-        return selection_intervals(finite_mean(curves["uptake"][rows], axis=0), rules)
+    means = {name: finite_mean(values, axis=0) for name, values in curves.items()}
+    resampled: dict[str, list[np.ndarray]] = {name: [] for name in curves}
+    for counts in resample_counts(
+        np.random.default_rng(seed), n_prompts, N_RESAMPLES if n_prompts >= MIN_PROMPTS else 0
+    ):
+        for name, values in curves.items():
+            resampled[name].extend(weighted_mean(values, counts))
 
-    def stabilization(rows: np.ndarray) -> list[tuple[int, int]]:
-        drift, overlap = (
-            finite_mean(curves[name][rows], axis=0) for name in ("drift_prompt_centred", "saliency_overlap")
-        )
+    def selection(curve: np.ndarray) -> list[tuple[int, int]]:
+        return selection_intervals(curve, rules)
+
+    def stabilization(drift: np.ndarray, overlap: np.ndarray) -> list[tuple[int, int]]:
         return stable_interval(drift, overlap, rules)
 
-    rng = np.random.default_rng(seed)
-    everything = np.arange(n_prompts)
-    n_resamples = N_RESAMPLES if n_prompts >= MIN_PROMPTS else 0
-    resamples = rng.integers(n_prompts, size=(n_resamples, n_prompts))
     selected, stable = (
-        _region(find(everything), [found[0] if (found := find(rows)) else None for rows in resamples])
-        for find in (selection, stabilization)
+        _region(
+            find(*(means[name] for name in names)),
+            [
+                found[0] if (found := find(*drawn)) else None
+                for drawn in zip(*(resampled[n] for n in names), strict=True)
+            ],
+        )
+        for find, names in ((selection, ("uptake",)), (stabilization, ("drift_prompt_centred", "saliency_overlap")))
     )
-    return Regions(selected, stable, finite_mean(curves["uptake"], axis=0), rules)
+    return Regions(selected, stable, means["uptake"], rules)
 
 
 def uptake(run: Run) -> np.ndarray:

@@ -14,8 +14,9 @@ from rich.console import Console
 from diagnostics import figures
 from diagnostics.benchmark import Benchmark
 from diagnostics.errors import UserError
+from diagnostics.files import write_text
 from diagnostics.recommend import Recommendation
-from diagnostics.results import Run, write_text
+from diagnostics.results import Run
 from diagnostics.terminal.diagnosis import show_recommendation
 
 if TYPE_CHECKING:

@@ -8,16 +8,13 @@
               tokens.parquet            one row per token of the prompts that are kept in detail
               lens.parquet              one row per first decode position and layer of these prompts
               recommendation.json       written by `recommend`
-              parts/000007/*.parquet    one folder per finished prompt, until the run is complete
+              parts/                    the finished prompts, until the run is complete: see `diagnostics.parts`
 
-Everything appears atomically: a file or folder is written beside its place and renamed into it. A killed run keeps the
-prompts it finished.
+Everything appears atomically and sealed: see `diagnostics.files`. A killed run keeps the prompts it finished.
 """
 
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,14 +26,24 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.errors import UserError
+from diagnostics.files import (
+    SCRATCH,
+    read_json,
+    read_table,
+    remove_scratch,
+    scratch_folder,
+    write_problem,
+    write_sealed,
+    write_table,
+)
+from diagnostics.locks import LOCK
+from diagnostics.parts import PARTS, Parts, find_parts, merge
 from diagnostics.sameness import difference
 from diagnostics.schema import COLUMNS, DETAIL_TABLES, TABLES, Tables, manifest_problem, tables_problem
 
 MANIFEST = "manifest.json"
 RECOMMENDATION = "recommendation.json"
 BENCHMARK = "benchmark.parquet"  # a run folder may hold one too
-PARTS = "parts"
-SCRATCH = ".writing-"
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,17 +136,24 @@ def load_run(path: str | Path) -> Run:
     """Read a run folder, complete or interrupted; raise UserError, in one line, for anything that is not one."""
     path = Path(path)
     manifest = read_manifest(path)
-    if manifest["status"] == "complete":
-        tables = _read_tables(path)
-    else:
-        parts = sorted(p for p in (path / PARTS).glob("[0-9]*") if p.is_dir())
-        if not parts:
-            raise UserError(f"run {str(path)!r} has no finished prompt yet; continue it with --resume")
-        tables = merge([_read_tables(part) for part in parts])
+    tables = _read_tables(path) if manifest["status"] == "complete" else _read_parts(path)
     run = Run(manifest, tables, path)
     if problem := tables_problem(run.manifest, tables):
         raise UserError(f"run {str(path)!r} is damaged: {problem}")
     return run
+
+
+def _read_parts(path: Path) -> Tables:
+    """Read what is finished, also while the process that writes it joins prompts."""
+    while True:
+        parts = find_parts(path)
+        if not parts:
+            raise UserError(f"run {str(path)!r} has no finished prompt yet; continue it with --resume")
+        try:
+            return merge([_read_tables(part) for part in parts])
+        except UserError:
+            if find_parts(path) == parts:
+                raise
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -147,10 +161,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not os.path.isdir(path):
         raise UserError(f"there is no run folder {str(path)!r}")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
     except FileNotFoundError:
         raise UserError(f"folder {str(path)!r} is not a run: it has no {MANIFEST}") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"run {str(path)!r} has a damaged {MANIFEST} ({error})") from None
     if problem := manifest_problem(manifest):
         raise UserError(f"run {str(path)!r} {problem}")
@@ -159,21 +173,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def require_place(path: Path, *, resume: bool) -> None:
     """Raise UserError unless a run can be written to ``path``, or continued there; leave nothing behind."""
-    with _reporting(path):
+    with reporting(path):
         if (path / MANIFEST).exists():
             if not resume:
                 raise UserError(f"run folder {str(path)!r} exists; add --resume to continue it or choose another --out")
             return
-        # A process that was killed may have left a scratch folder and nothing else.
-        if path.exists() and (not path.is_dir() or any(not p.name.startswith(SCRATCH) for p in path.iterdir())):
+        if path.exists() and (not path.is_dir() or not is_unused(path)):
             raise UserError(f"{str(path)!r} exists and is not a run folder; choose another --out")
         require_writable(path)
+
+
+def is_unused(path: Path) -> bool:
+    """Whether a folder is empty but for what a process that was killed may have left: scratch folders, a lock."""
+    return all(inside.name.startswith((SCRATCH, LOCK)) for inside in path.iterdir())
 
 
 def require_writable(path: Path) -> None:
     """Raise OSError unless a folder can be made at ``path``, or written to; leave nothing behind."""
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-    with _scratch_folder(nearest):
+    with scratch_folder(nearest):
         pass
 
 
@@ -192,13 +210,15 @@ def claim_folder(
         there = read(path)
         if differs := difference(there, manifest):
             raise UserError(f"folder {str(path)!r} holds another {kind} ({differs}): choose another --out")
+        remove_scratch(path)
         return there
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or not is_unused(path)):
         raise UserError(f"{str(path)!r} exists and is no {kind}: choose another --out")
     try:
         require_writable(path)
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / name, manifest)
+        remove_scratch(path)
+        write_sealed(path / name, manifest)
     except OSError as error:
         raise UserError(f"cannot write to {str(path)!r}: {error.strerror or error}") from None
     return None
@@ -209,6 +229,7 @@ class RunWriter:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
+        self.parts = Parts(path, _read_tables)
 
     @classmethod
     def open(cls, path: Path, manifest: dict[str, Any], *, resume: bool) -> "RunWriter":
@@ -223,7 +244,9 @@ class RunWriter:
         found = read_manifest(path)
         if differs := difference(found, manifest):
             raise UserError(f"run folder {str(path)!r} holds another diagnosis ({differs}); choose another --out")
-        return cls(path, found)
+        writer = cls(path, found)
+        writer.parts.tidy()
+        return writer
 
     @property
     def complete(self) -> bool:
@@ -232,83 +255,42 @@ class RunWriter:
 
     def is_done(self, index: int) -> bool:
         """Whether the prompt at this place of the set has finished."""
-        return self.complete or self._part(index).is_dir()
+        return self.complete or index in self.parts.finished
 
     def write(self, index: int, tables: Tables) -> None:
         """Write the rows of one finished prompt; they appear together or not at all."""
-        with _reporting(self.path):
+        with reporting(self.path):
             if not (self.path / MANIFEST).exists():
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_json(self.path / MANIFEST, self.manifest)
-            (self.path / PARTS).mkdir(exist_ok=True)
-            with _scratch_folder(self.path / PARTS) as scratch:
-                for name, table in tables.items():
-                    table.to_parquet(scratch / f"{name}.parquet", index=False)
-                scratch.rename(self._part(index))
+                write_sealed(self.path / MANIFEST, self.manifest)
+            self.parts.write(index, tables)
 
     def finish(self, **additions: Any) -> Run:
         """Merge the prompts into the run's tables, in the order of the set, and mark the run complete."""
         if not self.complete:
-            with _reporting(self.path):
-                parts = [_read_tables(part) for part in sorted((self.path / PARTS).glob("[0-9]*"))]
+            with reporting(self.path):
+                parts = [_read_tables(part) for part in find_parts(self.path)]
                 for name, table in merge(parts).items():
                     write_table(self.path / f"{name}.parquet", table)
                 self.manifest = self.manifest | additions | {"status": "complete"}
-                write_json(self.path / MANIFEST, self.manifest)
-        # Also what a process that was killed left behind.
-        for leftover in (self.path / PARTS, *self.path.glob(f"{SCRATCH}*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+                write_sealed(self.path / MANIFEST, self.manifest)
+        shutil.rmtree(self.path / PARTS, ignore_errors=True)
+        remove_scratch(self.path)  # what a process that was killed left behind
         return load_run(self.path)
 
-    def _part(self, index: int) -> Path:
-        return self.path / PARTS / f"{index:06d}"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with _scratch_folder(path.parent) as scratch:
-        (scratch / path.name).write_text(text, encoding="utf-8")
-        os.replace(scratch / path.name, path)
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a parquet table atomically."""
-    with _scratch_folder(path.parent) as scratch:
-        table.to_parquet(scratch / path.name, index=False)
-        os.replace(scratch / path.name, path)
-
 
 @contextmanager
-def _reporting(path: Path) -> Iterator[None]:
-    """Turn what the file system says of a run folder into one line, and say that nothing finished is lost."""
+def reporting(path: Path, kind: str = "run") -> Iterator[None]:
+    """Turn what the file system says of a folder into one line, and say that nothing finished is lost."""
     try:
         yield
-    except OSError as error:
-        started = os.path.isdir(path / PARTS)
+    except Exception as error:
+        reason = write_problem(error)
+        if reason is None:
+            raise
+        started = kind != "run" or os.path.isdir(path / PARTS)
         after = "what is finished is kept, continue with --resume" if started else "choose another --out"
-        raise UserError(f"cannot write run folder {str(path)!r}: {error.strerror or error}; {after}") from None
-
-
-@contextmanager
-def _scratch_folder(parent: Path) -> Iterator[Path]:
-    """A folder on the same file system as ``parent``, so that a rename out of it is atomic; gone afterwards."""
-    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
-    scratch.chmod(0o755)  # mkdtemp makes it private, and a renamed part would stay so
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def merge(parts: Sequence[Tables]) -> Tables:
-    """Join the tables of prompts, in their order; a table that no prompt has is not there."""
-    names = [name for name in (*TABLES, *DETAIL_TABLES) if any(name in part for part in parts)]
-    return {name: pd.concat([part[name] for part in parts if name in part], ignore_index=True) for name in names}
+        raise UserError(f"cannot write {kind} folder {str(path)!r}: {reason}; {after}") from None
 
 
 def _read_tables(folder: Path) -> Tables:
@@ -318,8 +300,8 @@ def _read_tables(folder: Path) -> Tables:
 
 def _read_table(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        return read_table(path)
     except FileNotFoundError:
         raise UserError(f"run {str(path.parent)!r} is damaged: {path.name} is missing") from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+    except (OSError, ValueError) as error:
         raise UserError(f"run {str(path.parent)!r} is damaged: {path.name} cannot be read ({error})") from None

@@ -30,6 +30,7 @@ from dashboard import prompt_text as text_module
 from dashboard.catalog import find_runs
 from dashboard.prompt_text import ATTENTION, EVIDENCE, SEGMENTS, legend, prompt_text, received_attention
 from diagnostics import load_run, recommend
+from diagnostics.files import read_json
 from tests.runs import contents, make_run, run_command
 
 # The module: `from diagnostics.cli import dashboard` would be the function.
@@ -164,7 +165,7 @@ def test_a_folder_that_is_something_else(tmp_path):
 )
 def test_a_broken_manifest(tmp_path, data, problem):
     folder = write_run(tmp_path / "run")
-    whole = json.loads((folder / "manifest.json").read_text())
+    whole = read_json(folder / "manifest.json")
     (folder / "manifest.json").write_bytes(json.dumps(whole | data).encode() if isinstance(data, dict) else data)
     write_run(tmp_path / "good")
     found = {entry.name: entry for entry in find_runs(tmp_path)}

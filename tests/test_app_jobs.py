@@ -17,6 +17,7 @@ import pytest
 from dashboard import jobs
 from dashboard.jobs import JOBS, cancel_job, forget_job, list_jobs, resume_job, save_prompts, start_job
 from diagnostics import UserError, diagnose, load_model, load_prompts, load_run
+from diagnostics.files import read_json
 from tests.runs import contents, save_tiny, write_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,7 +118,7 @@ def test_from_start_to_recommendation(tiny, runs):
     assert {total for _, total in seen} == {25}
     assert len({done for done, _ in seen}) > 5
     assert (job.state, job.progress) == ("complete", (25, 25)), job.message
-    assert json.loads((job.out / "recommendation.json").read_text())["criterion"]["max_kl"] == 5
+    assert read_json(job.out / "recommendation.json")["criterion"]["max_kl"] == 5
     assert load_run(job.out).complete
     # Nothing of the refused one; no scratch folder.
     assert {p.name for p in runs.iterdir()} == {"run", JOBS}

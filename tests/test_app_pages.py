@@ -26,6 +26,7 @@ from diagnostics.benchmark import BENCHMARK_MANIFEST, benchmark, load_benchmark
 from diagnostics.encoding import encode_input
 from diagnostics.figures.layers import CURVES
 from diagnostics.figures.style import per_layer
+from diagnostics.files import read_json
 from diagnostics.finite import finite_mean
 from diagnostics.generate import generate
 from diagnostics.recommend import loss_by_category, retention_at
@@ -160,7 +161,7 @@ def html(at):
 
 
 def edit_manifest(folder, **changes):
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
     (folder / MANIFEST).write_text(json.dumps(manifest | changes))
 
 
@@ -643,7 +644,7 @@ def test_the_snippet_is_python_that_names_model_and_cutoff(copy, open_app):
     folder = copy("tiny")
     name = "it's \"a\" \\model\\\nof 'mine'"
     edit_manifest(folder, model=name)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
     edit_manifest(folder, identity=manifest["identity"] | {"anchors": 2})
     at = open_app(folder.parent, "cutoff")
     cutoff_slider(at).set_value(4).run()
@@ -693,7 +694,7 @@ def test_saving_writes_what_the_command_would(copy, run, open_app):
     at.button(key="save").click().run()
     assert calm(at) == []
     expected = recommend(run, max_kl=0.9)
-    assert json.loads((folder / RECOMMENDATION).read_text()) == json.loads(expected.to_json())
+    assert read_json(folder / RECOMMENDATION) == json.loads(expected.to_json())
     assert str(expected.cutoff) in at.toast[0].value
     assert SpeedPolicy.from_recommendation(folder / RECOMMENDATION).cutoff == expected.cutoff
     # The other pages see it at once.
@@ -1273,7 +1274,7 @@ def manifest_with(**changes):
 
 
 def nested(f, field, **changes):
-    manifest = json.loads((f / MANIFEST).read_text())
+    manifest = read_json(f / MANIFEST)
     edit_manifest(f, **{field: {k: v for k, v in (manifest[field] | changes).items() if v != "gone"}})
 
 
@@ -1527,9 +1528,7 @@ def test_found_names_in_figures_are_shown_as_they_are(copy, library, open_app):
     edit_manifest(folder, model=ODD)
     for file in (library / "bench").iterdir():
         shutil.copy(file, folder)
-    (folder / BENCHMARK_MANIFEST).write_text(
-        json.dumps(json.loads((folder / BENCHMARK_MANIFEST).read_text()) | {"model": ODD})
-    )
+    (folder / BENCHMARK_MANIFEST).write_text(json.dumps(read_json(folder / BENCHMARK_MANIFEST) | {"model": ODD}))
     at = open_app(folder.parent)
     for page in ("layers", "cutoff", "compare", "benchmark"):
         go(at, page)

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy, UserError, load_model, load_run
 from diagnostics.benchmark import Benchmark, benchmark, load_benchmark
+from diagnostics.files import read_json
 from diagnostics.memory import peak_memory, resident
 from diagnostics.terminal.benchmark import show_benchmark
 from tests.runs import contents, run_command, save_tiny, write_prompts
@@ -528,7 +529,7 @@ def test_the_command_shows_and_keeps_what_it_measured(world, command, calls, tmp
     status, out, err = command("bench", world.tiny, *SMALL, "--policies", given, "--batch-size", 2, "--out", "out")
     assert (status, err) == (0, "")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    rows, manifest = pd.read_parquet("out/benchmark.parquet"), json.loads(Path("out/benchmark.json").read_text())
+    rows, manifest = pd.read_parquet("out/benchmark.parquet"), read_json(Path("out/benchmark.json"))
     assert list(rows.columns) == COLUMNS
     assert rows.groupby(["n_prompt", "spec"]).size().to_dict() == {
         (n, spec): 2 for n in (24, 40) for spec in given.split(",")

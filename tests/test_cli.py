@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from diagnostics import cli, load_run
+from diagnostics.files import read_json
 from tests.runs import DECODE_TOKENS, contents, run_command, save_tiny, write_prompts
 from tests.tiny import VOCAB
 
@@ -83,7 +84,7 @@ def world(tmp_path_factory):
     w.bad_table = shutil.copytree(w.run, root / "bad-table")
     os.truncate(w.bad_table / "layers.parquet", 3000)
     w.old = shutil.copytree(w.run, root / "old")
-    manifest = json.loads((w.old / "manifest.json").read_text())
+    manifest = read_json(w.old / "manifest.json")
     (w.old / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 0}))
     return w
 
@@ -313,7 +314,7 @@ def test_json_stands_alone_on_stdout(world, command, tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal: there is a progress bar, on stderr
     status, out, err = command(*with_option("--json", "--kv-budget", 0.6)(world))
     assert status == 0
-    assert json.loads(out) == json.loads((tmp_path / "out" / "recommendation.json").read_text())
+    assert json.loads(out) == read_json(tmp_path / "out" / "recommendation.json")
     assert json.loads(out)["cutoff"] == 3
     assert "diagnosing" in err
 
@@ -364,7 +365,7 @@ def test_diagnose(world, command, tmp_path):
     assert "Run folder: text" in out
     status, out, err = command(*into("json", "--json")(world))
     assert (status, err) == (0, "")
-    assert json.loads(out) == json.loads((tmp_path / "json" / "manifest.json").read_text())
+    assert json.loads(out) == read_json(tmp_path / "json" / "manifest.json")
 
 
 def test_runs_without_out_go_to_a_folder_named_after_the_model_and_the_time(world, command, tmp_path):

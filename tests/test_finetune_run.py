@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from diagnostics import UserError, load_model, load_run
 from diagnostics.diagnose import encode_for_diagnosis
+from diagnostics.files import read_json
 from diagnostics.finetune import (
     Settings,
     Source,
@@ -112,7 +113,7 @@ def assert_same(found, wanted):
     weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (found, wanted))
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    recommendations = [json.loads((folder / "recommendation.json").read_text()) for folder in (found, wanted)]
+    recommendations = [read_json(folder / "recommendation.json") for folder in (found, wanted)]
     assert recommendations[0] | {"model": ""} == recommendations[1] | {"model": ""}
     assert load_run(found / "after").cutoffs.equals(load_run(wanted / "after").cutoffs)
 
@@ -132,8 +133,8 @@ def test_the_folder(world):
     assert world.made.manifest["data"]["kept"] == 7
     assert load_finetuning(world.out).steps.equals(world.made.steps)
     after = load_run(world.out / "after")
-    recommendation = json.loads((world.out / "recommendation.json").read_text())
-    assert recommendation == json.loads((world.out / "after" / "recommendation.json").read_text())
+    recommendation = read_json(world.out / "recommendation.json")
+    assert recommendation == read_json(world.out / "after" / "recommendation.json")
     assert recommendation["weight_hash"] == after.manifest["identity"]["weight_hash"]
     assert recommendation["weight_hash"] != load_run(world.out / "before").manifest["identity"]["weight_hash"]
 
@@ -203,7 +204,7 @@ def test_the_model_is_left_with_merged_weights(world):
 def test_the_adapter_is_loaded_as_it_was_trained(world):
     loaded = load_model(world.out)
     assert torch.equal(logits(loaded.model), logits(world.lm.model))
-    assert loaded.weight_hash == json.loads((world.out / "recommendation.json").read_text())["weight_hash"]
+    assert loaded.weight_hash == read_json(world.out / "recommendation.json")["weight_hash"]
 
 
 def test_all_weights(world, tmp_path):
@@ -212,7 +213,7 @@ def test_all_weights(world, tmp_path):
     made = run(world, tmp_path / "out", lm=lm, **settings)
     loaded = load_model(tmp_path / "out")
     assert torch.equal(logits(loaded.model), logits(lm.model))
-    assert loaded.weight_hash == json.loads((tmp_path / "out" / "recommendation.json").read_text())["weight_hash"]
+    assert loaded.weight_hash == read_json(tmp_path / "out" / "recommendation.json")["weight_hash"]
     assert made.curve(2)[2] != made.curve(0)[2]
     embedding = "model.embed_tokens.weight"
     assert not torch.equal(lm.model.state_dict()[embedding], load_model(world.tiny).model.state_dict()[embedding])
@@ -250,7 +251,7 @@ KINDS = [
 def test_stopped_and_continued_it_is_the_same(world, tmp_path, kind):
     with pytest.raises(Stop):
         run(world, tmp_path / "out", progress=stop_at(places(world.calls)[kind]))
-    manifest = json.loads((tmp_path / "out" / "finetuning.json").read_text())
+    manifest = read_json(tmp_path / "out" / "finetuning.json")
     assert manifest["status"] == "running"
     steps = []
     run(world, tmp_path / "out", resume=True, progress=lambda done, _, what: what == "training" and steps.append(done))
@@ -472,7 +473,7 @@ def test_the_table_alone(world, tmp_path, command):
     rows = json.loads(out)
     assert [row["cutoff"] for row in rows] == list(range(1, N_LAYERS + 1))
     assert rows == json.loads(compare_cutoffs(load_finetuning(tmp_path / "out")).to_json(orient="records"))
-    assert json.loads((tmp_path / "out" / "finetuning.json").read_text())["arguments"]["start_cutoff"] == 4
+    assert read_json(tmp_path / "out" / "finetuning.json")["arguments"]["start_cutoff"] == 4
 
 
 def bad_file(folder, name, text):

@@ -9,6 +9,7 @@ import pytest
 
 from diagnostics import figures, recommend
 from diagnostics.errors import UserError
+from diagnostics.files import read_json
 from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning, load_finetuning
 from diagnostics.report import finetuning_data
 from diagnostics.results import MANIFEST, RECOMMENDATION
@@ -268,7 +269,7 @@ def change(table, how):
 
 def with_manifest(**changes):
     def edit(folder):
-        manifest = json.loads((folder / FINETUNING).read_text())
+        manifest = read_json(folder / FINETUNING)
         (folder / FINETUNING).write_text(json.dumps(manifest | changes))
 
     return edit

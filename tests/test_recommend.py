@@ -8,6 +8,7 @@ from scipy import stats
 
 from diagnostics import LoadedModel, Prompt, PromptSet, UserError, diagnose, recommend
 from diagnostics.bounds import upper_bound
+from diagnostics.files import read_json
 from diagnostics.terminal.diagnosis import show_recommendation, show_run
 from tests.runs import llama_8b_shape, make_run
 from tests.tiny import tiny_model
@@ -283,7 +284,7 @@ def test_an_interrupted_run_is_noted():
 def test_contract_of_the_file(tmp_path):
     recommendation = recommend(make_run(spread(FALLING), anchors=2))
     recommendation.save(tmp_path / "recommendation.json")
-    data = json.loads((tmp_path / "recommendation.json").read_text())
+    data = read_json(tmp_path / "recommendation.json")
     assert data == strict(recommendation)
     names = "model n_layers cutoff depth_fraction anchors criterion evidence predicted"
     assert {*names.split(), "selection_region", "stabilization_region"} <= set(data)

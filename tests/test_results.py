@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import UserError, diagnose, load_model, load_prompts, load_run, recommend, results
-from diagnostics.results import SCRATCH, TABLES, RunWriter
+from diagnostics import UserError, diagnose, files, load_model, load_prompts, load_run, recommend, results
+from diagnostics.files import SCRATCH, read_json
+from diagnostics.results import RunWriter
+from diagnostics.schema import TABLES
 from tests.runs import DECODE_TOKENS, contents, make_run, save_tiny, write_prompts
 from tests.tiny import N_LAYERS
 
@@ -194,11 +196,11 @@ def test_killed_while_the_tables_are_merged(tiny, interrupted, finished, monkeyp
         return len(done) > merged
 
     with monkeypatch.context() as patched:
-        kill_at(patched, results, "_scratch_folder", enough)
+        kill_at(patched, files, "scratch_folder", enough)
         with pytest.raises(Killed):
             tiny(interrupted, resume=True)
     assert len(list(interrupted.glob("*.parquet"))) == merged
-    manifest = json.loads((interrupted / "manifest.json").read_text())
+    manifest = read_json(interrupted / "manifest.json")
     assert manifest["status"] == "running"
     assert_same_tables(load_run(interrupted), load_run(finished))  # from the parts
     assert_same_tables(tiny(interrupted, resume=True), load_run(finished))
@@ -350,7 +352,7 @@ def damage(folder, table, change):
 
 def edit_manifest(folder, **changes):
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(read_json(path) | changes))
 
 
 def cut_attention(table):

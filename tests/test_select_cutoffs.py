@@ -19,6 +19,7 @@ import torch
 import select_cutoffs
 from cutoff_selection import runs
 from diagnostics import UserError, load_run, recommend
+from diagnostics.files import read_json
 from tests.runs import contents, save_tiny, write_prompts
 
 DIAGNOSE = import_module("diagnostics.diagnose")  # the name in the package is the function's
@@ -131,7 +132,7 @@ def test_the_table_is_what_recommend_says_of_each_run(world):
         assert (row["device"], row["dtype"]) == ("cpu", "float32")
         assert row["seconds"] == run.manifest["timings"]["seconds_last_session"]
         assert (row["notes"] if run.manifest["n_prompts"] == 2 else "too few prompts").startswith("too few prompts")
-        saved = json.loads((run.path / "recommendation.json").read_text())
+        saved = read_json(run.path / "recommendation.json")
         assert {k: v for k, v in saved.items() if k != "predicted"} == {
             k: v for k, v in json.loads(found.to_json()).items() if k != "predicted"
         }
@@ -359,7 +360,7 @@ def test_another_goal_needs_no_model(world, monkeypatch):
     assert table["cutoff"].tolist() == [1] * 4 != before["cutoff"].tolist()
     assert table["run_folder"].tolist() == before["run_folder"].tolist()
     for folder in table["run_folder"]:
-        saved = json.loads((world.out / folder / "recommendation.json").read_text())
+        saved = read_json(world.out / folder / "recommendation.json")
         assert (saved["cutoff"], saved["criterion"]["max_kl"]) == (1, 900)
 
 

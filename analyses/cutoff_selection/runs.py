@@ -19,8 +19,9 @@ from cutoff_selection.tables import Row, in_order, write_tables
 from diagnostics import LoadedModel, Run, UserError, diagnose, load_model, load_run, recommend
 from diagnostics.cli.common import progress
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
+from diagnostics.files import write_sealed
 from diagnostics.identity import tokenizer_digest
-from diagnostics.results import MANIFEST, RECOMMENDATION, read_manifest, write_json
+from diagnostics.results import MANIFEST, RECOMMENDATION, read_manifest
 from diagnostics.savings import LENGTHS
 
 
@@ -142,7 +143,7 @@ def _diagnose(lm: LoadedModel, pair: Pair, folder: Path, title: str) -> Run:
         )
     if run.manifest["arguments"] != pair.asked:
         # The same weights in files that were copied or touched: next time they need not be loaded.
-        write_json(folder / MANIFEST, run.manifest | {"arguments": pair.asked})
+        write_sealed(folder / MANIFEST, run.manifest | {"arguments": pair.asked})
     return run
 
 

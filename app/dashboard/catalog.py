@@ -3,7 +3,6 @@
 The two runs of a fine-tuning are listed beside it, as ``NAME/before`` and ``NAME/after``.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 
 from diagnostics.errors import UserError
 from diagnostics.evaluate.folder import EVALUATION
+from diagnostics.files import read_json
 from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING
-from diagnostics.results import BENCHMARK, MANIFEST, PARTS, RECOMMENDATION, read_manifest
+from diagnostics.parts import PARTS, count_finished, prompts_of
+from diagnostics.results import BENCHMARK, MANIFEST, RECOMMENDATION, read_manifest
 
 # Name, size and time of every file that a folder's content depends on.
 Signature = tuple[tuple[str, int, int], ...]
@@ -52,7 +53,7 @@ class Entry:
         """Prompts whose rows are written."""
         if self.manifest is None or self.manifest["status"] == "complete":
             return 0 if self.manifest is None else int(self.manifest["n_prompts"])
-        return sum(name.startswith(f"{PARTS}/") for name, *_ in self.signature)
+        return count_finished(name.removeprefix(f"{PARTS}/") for name, *_ in self.signature)
 
     @property
     def readable(self) -> bool:
@@ -63,9 +64,9 @@ class Entry:
     def goals(self) -> dict[str, Any]:
         """Goals of the recommendation saved with the run; empty where there is none to read."""
         try:
-            criterion = json.loads((self.path / RECOMMENDATION).read_text(encoding="utf-8"))["criterion"]
+            criterion = read_json(self.path / RECOMMENDATION)["criterion"]
             return {k: float(v) for k, v in criterion.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
 
@@ -111,7 +112,7 @@ def _entry(path: Path, name: str) -> Entry:
 def _signature(path: Path) -> Iterator[tuple[str, int, int]]:
     try:
         files = [f for f in path.iterdir() if f.is_file()]
-        parts = [f for f in (path / PARTS).iterdir() if f.name.isdigit()] if (path / PARTS).is_dir() else []
+        parts = [f for f in (path / PARTS).iterdir() if prompts_of(f.name)] if (path / PARTS).is_dir() else []
         for file in sorted([*files, *parts]):
             status = file.stat()
             yield str(file.relative_to(path)), status.st_size, status.st_mtime_ns

@@ -15,7 +15,9 @@ from pathlib import Path
 import psutil
 
 from diagnostics.errors import UserError
-from diagnostics.results import MANIFEST, PARTS, RECOMMENDATION, read_manifest, write_json
+from diagnostics.files import write_json
+from diagnostics.parts import PARTS, count_finished
+from diagnostics.results import MANIFEST, RECOMMENDATION, read_manifest
 
 JOBS = ".jobs"
 # Seconds that a diagnosis has to end by itself when it is cancelled; its finished prompts are kept either way.
@@ -66,7 +68,7 @@ class Job:
             total = int(manifest["n_prompts"])
             if manifest["status"] == "complete":
                 return total, total
-            return sum(part.name.isdigit() for part in (self.out / PARTS).iterdir()), total
+            return count_finished(part.name for part in (self.out / PARTS).iterdir()), total
         except (UserError, OSError):
             return None
 

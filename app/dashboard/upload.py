@@ -10,13 +10,14 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from diagnostics.errors import UserError
-from diagnostics.results import MANIFEST, SCRATCH, load_run
+from diagnostics.files import SCRATCH
+from diagnostics.results import MANIFEST, load_run
 
 MAX_MEGABYTES = 200
 MAX_FILES = 4096
 MAX_NAME = 200
 # What a run folder, whole or interrupted, is made of; nothing else is unpacked.
-ALLOWED = re.compile(r"[a-z]+\.(json|parquet)|parts/[0-9]{6}/[a-z]+\.parquet")
+ALLOWED = re.compile(r"[a-z]+\.(json|parquet)|parts/[0-9]{6}(-[0-9]{6})?/[a-z]+\.parquet")
 
 
 def import_zip(data: bytes, filename: str, runs: Path) -> str:

@@ -2,13 +2,15 @@
 
 import io
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 import typer
 
 from diagnostics.cli.benchmark import bench
-from diagnostics.cli.common import INTERRUPTED, fail
+from diagnostics.cli.common import HELD, INTERRUPTED, TERMINATED, fail
 from diagnostics.cli.dashboard import dashboard
 from diagnostics.cli.diagnosis import diagnose, recommend
 from diagnostics.cli.evaluation import evaluate
@@ -35,8 +37,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets "?" for the bars
+    if threading.current_thread() is threading.main_thread():
+        # Scratch folders and locks go as after an interrupt.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with HELD:
+            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()  # here, where a full disk below it can still be reported
     except UserError as error:
         fail(str(error))

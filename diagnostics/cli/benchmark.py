@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import load, new_folder, plain, progress
+from diagnostics.cli.common import claim, load, new_folder, plain, progress
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
@@ -42,6 +42,7 @@ def bench(
     from diagnostics.benchmark import benchmark, require_benchmark_place
     from diagnostics.policies import parse_policy
 
+    claim(out)
     require_benchmark_place(out)
     chosen = None if policies is None else [parse_policy(text) for text in policies.split(",")]
     lm = load(arguments)

@@ -4,7 +4,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,12 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 RUNS = Path("runs")
 INTERRUPTED = 130  # exit status, as shells have it for SIGINT
+TERMINATED = 143  # and for SIGTERM
+# What a command holds until it ends: folders that no other process may write.
+HELD = ExitStack()
 
 
 def new_folder(model: str, suffix: str = "", parent: Path = RUNS) -> Path:
     """Name a folder for what a command leaves behind, by the model and the time."""
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name)[:150].strip("-.") or "model"
     return parent / f"{slug}{suffix}_{datetime.now():%Y-%m-%dT%H-%M-%S}"
+
+
+def claim(out: Path) -> None:
+    """Hold the folder that a command writes until it ends; raise UserError that names the process that has it."""
+    from diagnostics.locks import hold_folder
+
+    HELD.enter_context(hold_folder(out))
 
 
 def load(arguments: dict[str, Any]) -> Any:
@@ -62,6 +72,11 @@ def quiet() -> None:
     logging.set_verbosity_error()
     disable_progress_bars()
     hub_logging.set_verbosity_error()
+
+
+def warn(message: str) -> None:
+    """Say in one line on stderr what did not work, though the command did."""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import INTERRUPTED, fail, load, new_folder, plain, progress
+from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress, warn
 from diagnostics.cli.options import (
     Anchors,
     Backend,
@@ -129,7 +129,8 @@ def recommend(
     # Before the model runs for minutes: these say in one line what is wrong with the goals.
     Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence, every_category)
     # os.path, unlike pathlib, takes a name that is too long for one that is not there.
-    if os.path.isfile(os.path.join(model, MANIFEST)):
+    exists = os.path.isfile(os.path.join(model, MANIFEST))
+    if exists:
         _refuse_measuring_options(context)
         run = load_run(model)
     else:
@@ -151,14 +152,20 @@ def recommend(
         )
     except UserError as error:
         raise UserError(f"{error} (what was measured is in {str(run.path)!r})") from None
-    recommendation.save(run.path / RECOMMENDATION)
     if json:
         print(recommendation.to_json())
-        return
-    from diagnostics.terminal.diagnosis import show_recommendation
+    else:
+        from diagnostics.terminal.diagnosis import show_recommendation
 
-    show_recommendation(run, recommendation, Console(highlight=False))
-    print(f"Run folder: {run.path}")
+        show_recommendation(run, recommendation, Console(highlight=False))
+        print(f"Run folder: {run.path}")
+    # Last: what was found is said also where it cannot be kept.
+    try:
+        recommendation.save(run.path / RECOMMENDATION)
+    except UserError as error:
+        if not exists:
+            raise
+        warn(f"{error}: the recommendation is not kept")
 
 
 def _diagnose(arguments: dict[str, Any]) -> Any:
@@ -170,6 +177,7 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
     from diagnostics.prompts import load_prompts
     from diagnostics.results import require_place
 
+    claim(out)
     require_place(out, resume=a["resume"])  # before a large model is loaded
     prompt_set = load_prompts(
         a["prompts"], max_prompts=a["max_prompts"], context_length=a["context_length"], seed=a["seed"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import INTERRUPTED, fail, load, new_folder, plain, progress
+from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
@@ -47,11 +47,13 @@ def evaluate(
     from diagnostics.policies import parse_policy
 
     chosen = [parse_policy(text) for text in policies.split(",")]
+    claim(out)
     lm = load(arguments)
     from diagnostics.evaluate.evaluation import evaluate as run_evaluation
     from diagnostics.evaluate.summary import markdown, summarize
     from diagnostics.evaluate.tasks import load_task
-    from diagnostics.results import write_table, write_text
+    from diagnostics.files import write_table, write_text
+    from diagnostics.results import reporting
 
     loaded = [load_task(name.strip(), lm.tokenizer, limit=limit, seed=seed) for name in tasks.split(",")]
     try:
@@ -73,8 +75,9 @@ def evaluate(
     except KeyboardInterrupt:
         fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
     table = summarize(result, margin=margin, seed=seed)
-    write_table(out / SUMMARY, table)
-    write_text(out / TABLE, markdown(table))
+    with reporting(out, "evaluation"):
+        write_table(out / SUMMARY, table)
+        write_text(out / TABLE, markdown(table))
     if json:
         print(table.to_json(orient="records", indent=1))
     else:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import INTERRUPTED, fail, load, new_folder, plain, progress
+from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress
 from diagnostics.cli.options import Anchors, Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.errors import UserError
@@ -103,6 +103,7 @@ def finetune(
         checkpoint_every=checkpoint_every,
         seed=seed,
     )
+    claim(out)
     lm = load(arguments)
     from diagnostics.finetune.training import finetune as run_finetuning
 

@@ -21,6 +21,7 @@ from diagnostics.evaluate.items import Task
 from diagnostics.evaluate.sandbox import isolation
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
 from diagnostics.identity import tokens_digest
+from diagnostics.locks import one_writer
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
@@ -29,6 +30,7 @@ from diagnostics.versions import hardware, versions
 Progress = Callable[[int, int, str], None]
 
 
+@one_writer
 def evaluate(
     lm: LoadedModel,
     tasks: Sequence[Task],

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,7 +20,9 @@ import pandas as pd
 
 from diagnostics.errors import UserError
 from diagnostics.evaluate.items import ChoiceItem, GenerationItem, Task
-from diagnostics.results import PARTS, claim_folder, write_json, write_table
+from diagnostics.files import read_json, read_table, write_sealed, write_table
+from diagnostics.parts import PARTS
+from diagnostics.results import claim_folder, reporting
 
 if TYPE_CHECKING:
     from diagnostics.policies.base import Policy
@@ -50,7 +51,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
     folder = Path(path)
     manifest = load_manifest(folder)
     try:
-        items = pd.read_parquet(folder / ITEMS)
+        items = read_table(folder / ITEMS)
     except (OSError, ValueError) as error:
         raise UserError(f"no finished evaluation can be read in {str(path)!r}: {error}") from None
     missing = {"task", "policy", "item_id", "score"} - set(items)
@@ -77,25 +78,29 @@ class EvaluationFolder:
 
     def read(self, task: Task) -> pd.DataFrame:
         """Return the rows that there are of a task."""
+        part, items = self._part(task), self.path / ITEMS
+        place = part if part.exists() else items
         try:
-            return pd.read_parquet(self._part(task))
-        except FileNotFoundError:
-            pass
-        try:
-            whole = pd.read_parquet(self.path / ITEMS)
+            rows = read_table(place)
+            if {"policy", "item_id"} <= set(rows) and place == part:
+                return rows
+            return rows[rows["task"] == task.name].dropna(axis="columns", how="all")
         except FileNotFoundError:
             return pd.DataFrame()
-        return whole[whole["task"] == task.name].dropna(axis="columns", how="all")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"the evaluation's file {str(place)!r} is damaged: {error}") from None
 
     def write(self, task: Task, rows: pd.DataFrame) -> None:
         """Keep the rows of a task."""
-        (self.path / PARTS).mkdir(exist_ok=True)
-        write_table(self._part(task), rows)
+        with reporting(self.path, "evaluation"):
+            (self.path / PARTS).mkdir(exist_ok=True)
+            write_table(self._part(task), rows)
 
     def finish(self, made: Evaluation) -> Evaluation:
         """Join the parts into one table; parts stay until then."""
-        write_table(self.path / ITEMS, made.items)
-        write_json(self.path / EVALUATION, made.manifest)
+        with reporting(self.path, "evaluation"):
+            write_table(self.path / ITEMS, made.items)
+            write_sealed(self.path / EVALUATION, made.manifest)
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
         return replace(made, path=self.path)
 
@@ -142,9 +147,9 @@ class AnsweredItems:
 def load_manifest(path: Path) -> dict[str, Any]:
     """Read ``evaluation.json``; raise UserError where it is damaged."""
     try:
-        manifest = json.loads((path / EVALUATION).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"no evaluation can be read in {str(path)!r}: {error}") from None
+        manifest = read_json(path / EVALUATION)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no evaluation can be read in {str(path)!r}: {EVALUATION}: {error}") from None
     if not isinstance(manifest, dict):
         raise UserError(f"the evaluation in {str(path)!r} is damaged")
     return manifest

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from diagnostics.finetune.folder import FineTuning
 
-CARD = "README.md"
-
 
 def model_card(made: FineTuning, base: str) -> str:
     """Return the card of a finished fine-tuning of ``base``, in Markdown."""

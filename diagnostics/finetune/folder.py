@@ -4,7 +4,7 @@
 - ``examples.parquet``: the rows trained on, as token ids; ``parts/`` until all are made
 - ``steps.parquet``: loss, learning rate, gradient norm and cutoff of every step
 - ``sweeps.parquet``: every cutoff on every held-out prompt, before, during and after
-- the adapter, or the whole model, as `load_model` takes it
+- the adapter, or the whole model, as `load_model` takes it; ``speed-diagnostics.sha256``: sums of its files
 - ``before/``, ``after/``: diagnoses of the held-out prompts
 - ``recommendation.json``: of the trained model
 - ``checkpoints/``: until all is finished
@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,12 +23,24 @@ from typing import Any
 import pandas as pd
 
 from diagnostics.errors import UserError
+from diagnostics.files import (
+    SUMS,
+    read_json,
+    read_table,
+    require_sums,
+    scratch_folder,
+    write_sealed,
+    write_sums,
+    write_table,
+)
 from diagnostics.finetune.examples import Counts, Example
-from diagnostics.results import PARTS, claim_folder, write_json, write_table
+from diagnostics.parts import PARTS
+from diagnostics.results import claim_folder
 
 FINETUNING, EXAMPLES, STEPS, SWEEPS = "finetuning.json", "examples.parquet", "steps.parquet", "sweeps.parquet"
 CHECKPOINTS, BEFORE, AFTER = "checkpoints", "before", "after"
 TRAINER_STATE = "trainer_state.json"
+CARD = "README.md"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +79,7 @@ def load_finetuning(path: str | Path) -> FineTuning:
     tables: dict[str, pd.DataFrame] = {}
     for name in (STEPS, SWEEPS):
         try:
-            tables[name] = pd.read_parquet(folder / name)
+            tables[name] = read_table(folder / name)
         except FileNotFoundError:
             raise UserError(f"fine-tuning {str(path)!r} has not measured anything yet") from None
         except (OSError, ValueError) as error:
@@ -80,9 +93,9 @@ def load_finetuning(path: str | Path) -> FineTuning:
 def load_manifest(path: Path) -> dict[str, Any]:
     """Read ``finetuning.json``; raise UserError where it is missing or damaged."""
     try:
-        manifest = json.loads((path / FINETUNING).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"no fine-tuning can be read in {str(path)!r}: {error}") from None
+        manifest = read_json(path / FINETUNING)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no fine-tuning can be read in {str(path)!r}: {FINETUNING}: {error}") from None
     fields = {"model": str, "status": str, "n_layers": int, "settings": dict, "identity": dict}
     for name, kind in fields.items():
         if not isinstance(manifest, dict) or not isinstance(manifest.get(name), kind):
@@ -108,7 +121,7 @@ class FineTuningFolder:
         """Return the rows to train on: those that are there, and those of the parts that ``make`` has to make."""
         place = self.path / EXAMPLES
         if place.exists():
-            return _rows(pd.read_parquet(place)), Counts(**self.manifest["data"])
+            return _read_rows(place), Counts(**self.manifest["data"])
         rows: list[Example] = []
         counts = Counts()
         parts = self.path / PARTS
@@ -118,9 +131,12 @@ class FineTuningFolder:
             if not counted.exists():  # written after its rows
                 made, these = make(number)
                 write_table(part, pd.DataFrame(made, columns=list(Example.__annotations__)))
-                write_json(counted, asdict(these))
-            rows += _rows(pd.read_parquet(part))
-            counts += Counts(**json.loads(counted.read_text(encoding="utf-8")))
+                write_sealed(counted, asdict(these))
+            rows += _read_rows(part)
+            try:
+                counts += Counts(**read_json(counted))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{str(counted)!r} is damaged ({error}): remove it, its rows are made anew") from None
         self.note(data=asdict(counts))
         write_table(place, pd.DataFrame(rows, columns=list(Example.__annotations__)))
         shutil.rmtree(parts)
@@ -134,6 +150,7 @@ class FineTuningFolder:
                 json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))  # the last file of one
             except (OSError, ValueError):
                 continue
+            require_sums(path)
             return path
         return None
 
@@ -141,10 +158,21 @@ class FineTuningFolder:
         """Write ``steps.parquet`` or ``sweeps.parquet``."""
         write_table(self.path / name, table)
 
+    def save_weights(self, model: Any, tokenizer: Any | None) -> None:
+        """Write the adapter, or the whole model with its tokenizer, and the sums by which `load_model` checks them."""
+        with scratch_folder(self.path) as scratch:
+            for saved in filter(None, (model, tokenizer)):
+                saved.save_pretrained(scratch)
+            (scratch / CARD).unlink(missing_ok=True)  # peft's own
+            write_sums(scratch)
+            (self.path / SUMS).unlink(missing_ok=True)
+            for file in sorted(scratch.iterdir(), key=lambda file: file.name == SUMS):  # the sums last
+                os.replace(file, self.path / file.name)
+
     def note(self, **additions: Any) -> None:
         """Add to the manifest."""
         self.manifest = self.manifest | additions
-        write_json(self.path / FINETUNING, self.manifest)
+        write_sealed(self.path / FINETUNING, self.manifest)
 
     def discard(self) -> None:
         """Remove the folder: nothing can come of it."""
@@ -157,11 +185,14 @@ class FineTuningFolder:
         return load_finetuning(self.path)
 
 
-def _rows(table: pd.DataFrame) -> list[Example]:
-    return [
-        Example(id=row["id"], input_ids=[*map(int, row["input_ids"])], labels=[*map(int, row["labels"])])
-        for row in table.to_dict("records")
-    ]
+def _read_rows(path: Path) -> list[Example]:
+    try:
+        return [
+            Example(id=row["id"], input_ids=[*map(int, row["input_ids"])], labels=[*map(int, row["labels"])])
+            for row in read_table(path).to_dict("records")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the rows to train on in {str(path)!r} are damaged: {error}") from None
 
 
 def _problem(made: FineTuning) -> str | None:

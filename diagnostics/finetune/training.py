@@ -16,12 +16,14 @@ from transformers import PrinterCallback, TrainerState, TrainingArguments
 from diagnostics.diagnose import diagnose, encode_for_diagnosis
 from diagnostics.encoding import EncodedPrompt
 from diagnostics.errors import UserError
-from diagnostics.finetune.card import CARD, model_card
+from diagnostics.files import write_text
+from diagnostics.finetune.card import model_card
 from diagnostics.finetune.data import collate
 from diagnostics.finetune.examples import IGNORED, Example
 from diagnostics.finetune.folder import (
     AFTER,
     BEFORE,
+    CARD,
     CHECKPOINTS,
     TRAINER_STATE,
     FineTuning,
@@ -34,16 +36,18 @@ from diagnostics.finetune.sources import Source
 from diagnostics.finetune.trainer import SpeedTrainer
 from diagnostics.finetune.watch import Progress, Watch
 from diagnostics.identity import inputs_digest, tokenizer_digest
+from diagnostics.locks import one_writer
 from diagnostics.models import LoadedModel
 from diagnostics.prompts import PromptSet
 from diagnostics.recommend import Criterion, recommend
-from diagnostics.results import RECOMMENDATION, write_text
+from diagnostics.results import RECOMMENDATION, reporting
 from diagnostics.teacher import Teacher, observe_teacher
 from diagnostics.versions import hardware, versions
 
 KEPT_CHECKPOINTS = 2
 
 
+@one_writer
 def finetune(
     lm: LoadedModel,
     source: Source,
@@ -123,8 +127,9 @@ def finetune(
     recommendation = recommend(after, **goals)
     recommendation.save(folder.path / AFTER / RECOMMENDATION)
     recommendation.save(folder.path / RECOMMENDATION)
-    write_text(folder.path / CARD, model_card(load_finetuning(folder.path), lm.name))
-    return folder.finish()
+    with reporting(folder.path, "fine-tuning"):
+        write_text(folder.path / CARD, model_card(load_finetuning(folder.path), lm.name))
+        return folder.finish()
 
 
 def _require_trainable(lm: LoadedModel) -> None:
@@ -178,18 +183,16 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     last = folder.checkpoint()
-    if last is not None and last.name == f"checkpoint-{settings.steps}":
-        # Resumed after its last step, a Trainer goes on to the end of the epoch.
-        trainer._load_from_checkpoint(str(last))
-        watch.write_steps(TrainerState.load_from_json(str(last / TRAINER_STATE)))
-    else:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with reporting(folder.path, "fine-tuning"):
+        if last is not None and last.name == f"checkpoint-{settings.steps}":
+            # Resumed after its last step, a Trainer goes on to the end of the epoch.
+            trainer._load_from_checkpoint(str(last))
+            watch.write_steps(TrainerState.load_from_json(str(last / TRAINER_STATE)))
+        else:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        folder.save_weights(model, None if settings.method == "lora" else lm.tokenizer)
     if settings.method == "lora":
-        model.save_pretrained(folder.path)
         model.merge_and_unload()
-    else:
-        model.save_pretrained(folder.path)
-        lm.tokenizer.save_pretrained(folder.path)
     return LoadedModel.wrap(lm.model, lm.tokenizer, folder.path.name)
 
 

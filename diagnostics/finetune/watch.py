@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from diagnostics.encoding import EncodedPrompt
 from diagnostics.errors import UserError
+from diagnostics.files import read_table, write_sums
 from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuningFolder
 from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sweeps import sweep_cutoffs
@@ -41,7 +42,10 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take up what was measured until the checkpoint, or measure the model before its first step."""
         if state.global_step:
-            there = pd.read_parquet(self.folder.path / SWEEPS)
+            try:
+                there = read_table(self.folder.path / SWEEPS)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{str(self.folder.path / SWEEPS)!r} is damaged: {error}") from None
             self.sweeps = [there[there["step"] <= state.global_step]]
         else:
             self.write_steps(state)
@@ -58,10 +62,11 @@ class Watch(TrainerCallback):
         self._require_number(state.log_history[-1].get("loss", 0.0), state.global_step)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the curve of the loss; a checkpoint needs no pickle of its arguments."""
+        """Write the curve of the loss and the checkpoint's sums; a checkpoint needs no pickle of its arguments."""
         self.write_steps(state)
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "training_args.bin"
-        written.unlink(missing_ok=True)
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (checkpoint / "training_args.bin").unlink(missing_ok=True)
+        write_sums(checkpoint)
 
     def write_steps(self, state: TrainerState) -> None:
         """Write the curve of the loss so far."""

@@ -1,11 +1,11 @@
 """Read what `recommend` wrote, for the policies that follow it."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import UserError
+from diagnostics.files import read_json
 from diagnostics.results import RECOMMENDATION
 
 
@@ -26,11 +26,11 @@ def read_recommendation(path: str | Path) -> dict[str, Any]:
     # os.path, unlike pathlib, takes a name that is too long for one that is not there.
     place = Path(path) / RECOMMENDATION if os.path.isdir(path) else Path(path)
     try:
-        data = json.loads(place.read_text(encoding="utf-8"))
+        data = read_json(place)
     except OSError as error:
         raise UserError(f"no recommendation in {str(path)!r} ({error.strerror}): make one with `recommend`") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{str(place)!r} is not a recommendation: it is not JSON") from None
+    except ValueError as error:
+        raise UserError(f"{str(place)!r} is not a recommendation, or damaged ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{str(place)!r} is not a recommendation: it is not a JSON object")
     return data

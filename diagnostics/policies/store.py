@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diagnostics.anatomy import dissect
 from diagnostics.errors import UserError
+from diagnostics.files import BLANK, SEAL, flush_folder, require_sealed_file, seal_file
 from diagnostics.identity import ModelIdentity
 from diagnostics.models import LoadedModel
 from diagnostics.policies import parse_policy
@@ -69,8 +70,10 @@ def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Mod
     place = Path(path)
     try:
         part = place.parent / f".{place.name}.part"
-        save_file(tensors, part, metadata={HEADER: json.dumps(header)})
+        save_file(tensors, part, metadata={HEADER: json.dumps(header), SEAL: BLANK})
+        seal_file(part)
         part.replace(place)
+        flush_folder(place.parent)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -87,6 +90,7 @@ def load_cache(path: str | Path, model: LoadedModel | nn.Module) -> PolicyCache:
     """
     module = _module(model)
     try:
+        require_sealed_file(Path(path))
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             if not isinstance(header, dict) or header.get("format") != FORMAT:
