@@ -537,7 +537,7 @@ NAMES = st.lists(PIECES | ANY, min_size=1, max_size=8).map("".join).filter(lambd
 
 
 @given(top=st.just("") | NAMES, extra=st.lists(NAMES, max_size=3), whole=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_name_leads_out_of_the_folder(files, top, extra, whole):
     # Longer names of folders are in a test of their own.
     top = top if len(top.strip("/").split("/")[-1]) <= 200 else ""
@@ -600,7 +600,7 @@ def test_compressed_data_that_is_damaged(files, runs, method):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_damage_anywhere(files, data):
     """As above; a bit that nobody reads may as well be wrong."""
     packed = bytearray(pack(files, "run/"))

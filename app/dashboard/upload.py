@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from diagnostics.errors import UserError
 from diagnostics.files import SCRATCH
-from diagnostics.results import MANIFEST, load_run
+from diagnostics.results import MANIFEST
+from diagnostics.untrusted import require_harmless
 
 MAX_MEGABYTES = 200
 MAX_FILES = 4096
@@ -45,7 +46,7 @@ def import_zip(data: bytes, filename: str, runs: Path) -> str:
             target = folder / place
             target.parent.mkdir(parents=True, exist_ok=True)
             left -= _unpack(archive, info, target, left)
-        load_run(folder)
+        require_harmless(folder)
         folder.rename(runs / name)
     except UserError as error:
         raise UserError(_said(error, folder, filename)) from None
