@@ -27,10 +27,11 @@ def require_harmless(folder: Path) -> None:
     command = [sys.executable, "-m", "diagnostics.untrusted", str(folder)]
     # One thread, and the system's own memory: pools of both would count as memory taken.
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    here = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
             command,
-            env=os.environ | quiet | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])},
+            env=os.environ | quiet | {"PYTHONPATH": here},
             capture_output=True,
             timeout=SECONDS,
             check=False,

@@ -16,6 +16,7 @@ from torch import nn
 
 import diagnostics
 from diagnostics.converted import cache_folder
+from diagnostics.files import read_json, write_sealed
 from diagnostics.identity import configuration_digest
 from diagnostics.versions import versions
 
@@ -65,7 +66,7 @@ def digest_of(key: Mapping[str, Any]) -> str:
 def read_proof(digest: str) -> Proof | None:
     """Return a kept finding, None where there is none that can be read."""
     try:
-        kept = json.loads((proofs_folder() / f"{digest}.json").read_text("utf-8"))
+        kept = read_json(proofs_folder() / f"{digest}.json")
         return Proof({str(k): str(v) for k, v in kept["failed"].items()}, kept["unproved"])
     except (OSError, ValueError, KeyError, AttributeError):
         return None
@@ -73,12 +74,10 @@ def read_proof(digest: str) -> Proof | None:
 
 def keep_proof(digest: str, key: Mapping[str, Any], proof: Proof) -> None:
     """Keep a finding for later processes; where the cache folder cannot be written each process tests for itself."""
-    from diagnostics.results import write_text
-
     target = proofs_folder() / f"{digest}.json"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, json.dumps({"key": key, **asdict(proof)}, indent=1, default=str))
+        write_sealed(target, json.loads(json.dumps({"key": key, **asdict(proof)}, default=str)))
     except OSError:
         return
 
