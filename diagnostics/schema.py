@@ -71,11 +71,11 @@ def tables_problem(manifest: dict[str, Any], tables: Tables) -> str | None:
                 return f"table {name} has no column {column}"
             if column not in TEXTS | LISTS and not pd.api.types.is_numeric_dtype(table[column]):
                 return f"column {column} of table {name} is not numbers"
-            if column in TEXTS and not table[column].map(lambda text: isinstance(text, str)).all():
+            if column in TEXTS and not all(isinstance(text, str) for text in table[column].unique()):
                 return f"column {column} of table {name} is not text"
         if name in rows and len(table) != expected * rows[name]:
             return f"table {name} has {len(table)} rows instead of {expected * rows[name]}"
-        if table.duplicated(KEYS[name]).any() or not set(table["prompt_id"]) <= set(prompts["prompt_id"]):
+        if table.duplicated(KEYS[name]).any() or not set(table["prompt_id"].unique()) <= set(prompts["prompt_id"]):
             return f"table {name} has rows of other prompts, or rows twice"
         for column in set(KEYS[name]) & set(ranges):
             if not table[column].between(*ranges[column]).all():

@@ -105,6 +105,21 @@ def finetune(
     folder = FineTuningFolder(Path(out), _manifest(lm, source, held_out, encoded, settings, arguments), resume=resume)
     if folder.complete:
         return load_finetuning(folder.path)
+    with reporting(folder.path, "fine-tuning"):
+        return _carry_out(lm, source, held_out, encoded, settings, goals, folder, progress)
+
+
+def _carry_out(
+    lm: LoadedModel,
+    source: Source,
+    held_out: PromptSet,
+    encoded: Sequence[EncodedPrompt],
+    settings: Settings,
+    goals: dict[str, Any],
+    folder: FineTuningFolder,
+    progress: Progress | None,
+) -> FineTuning:
+    """Do what is left of a fine-tuning: rows, measurement before, training, measurement after."""
     report = progress or (lambda done, total, what: None)
     rows, _ = folder.examples(source.n_parts, partial(_make_part, lm, source, report))
     examples = _without(rows, {prompt.token_ids for prompt in encoded})
@@ -127,9 +142,8 @@ def finetune(
     recommendation = recommend(after, **goals)
     recommendation.save(folder.path / AFTER / RECOMMENDATION)
     recommendation.save(folder.path / RECOMMENDATION)
-    with reporting(folder.path, "fine-tuning"):
-        write_text(folder.path / CARD, model_card(load_finetuning(folder.path), lm.name))
-        return folder.finish()
+    write_text(folder.path / CARD, model_card(load_finetuning(folder.path), lm.name))
+    return folder.finish()
 
 
 def _require_trainable(lm: LoadedModel) -> None:
@@ -183,14 +197,13 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     last = folder.checkpoint()
-    with reporting(folder.path, "fine-tuning"):
-        if last is not None and last.name == f"checkpoint-{settings.steps}":
-            # Resumed after its last step, a Trainer goes on to the end of the epoch.
-            trainer._load_from_checkpoint(str(last))
-            watch.write_steps(TrainerState.load_from_json(str(last / TRAINER_STATE)))
-        else:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        folder.save_weights(model, None if settings.method == "lora" else lm.tokenizer)
+    if last is not None and last.name == f"checkpoint-{settings.steps}":
+        # Resumed after its last step, a Trainer goes on to the end of the epoch.
+        trainer._load_from_checkpoint(str(last))
+        watch.write_steps(TrainerState.load_from_json(str(last / TRAINER_STATE)))
+    else:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    folder.save_weights(model, None if settings.method == "lora" else lm.tokenizer)
     if settings.method == "lora":
         model.merge_and_unload()
     return LoadedModel.wrap(lm.model, lm.tokenizer, folder.path.name)
