@@ -199,11 +199,13 @@ def benchmark(
 def load_benchmark(path: str | Path) -> Benchmark:
     """Read a benchmark from its folder; raise UserError where there is none."""
     folder = Path(path)
+    name = BENCHMARK_MANIFEST
     try:
-        manifest, rows = read_json(folder / BENCHMARK_MANIFEST), None
-        rows = read_table(folder / BENCHMARK)
+        manifest = read_json(folder / name)
+        name = BENCHMARK
+        rows = read_table(folder / name)
     except (OSError, ValueError) as error:
-        raise UserError(f"no benchmark can be read in {str(path)!r}: {error}") from None
+        raise UserError(f"no benchmark can be read in {str(path)!r}: {name}: {error}") from None
     if problem := _problem(manifest, rows):
         raise UserError(f"the benchmark in {str(path)!r} is damaged: {problem}")
     return Benchmark(manifest, rows, folder)

@@ -18,19 +18,19 @@ from diagnostics.errors import UserError
 
 MEGABYTES = 1500  # that the process may take
 SECONDS = 60
+READER = [sys.executable, "-m", "diagnostics.untrusted"]
 # Numbers and texts in all tables together; a run of 5,000 prompts, 32 layers and 32 heads has 60 million.
 MAX_CELLS = 100_000_000
 
 
 def require_harmless(folder: Path) -> None:
     """Raise UserError, in one line, unless the folder is a run that can be read in bounded memory and time."""
-    command = [sys.executable, "-m", "diagnostics.untrusted", str(folder)]
     # One thread, and the system's own memory: pools of both would count as memory taken.
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
     here = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
-            command,
+            [*READER, str(folder)],
             env=os.environ | quiet | {"PYTHONPATH": here},
             capture_output=True,
             timeout=SECONDS,

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import struct
+import sys
 import tempfile
 import tracemalloc
 import warnings
@@ -13,6 +14,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import check_faults
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 
 from dashboard import upload
 from dashboard.upload import MAX_FILES, MAX_MEGABYTES, import_zip
-from diagnostics import UserError, diagnose, load_prompts, load_run, recommend
+from diagnostics import UserError, diagnose, load_prompts, load_run, recommend, untrusted
 from tests.runs import DECODE_TOKENS, contents, write_prompts
 from tests.tiny import tiny_model
 
@@ -639,3 +641,40 @@ def test_no_error_names_a_folder_that_is_gone(files, runs, name):
 def test_an_error_of_several_lines(files, runs):
     """pyarrow's, in the middle of that of `load_run`, which promises one line."""
     refused(pack(files | {"layers.parquet": b"PAR1" + bytes(100) + b"PAR1"}), runs)
+
+
+BOMBS = [bomb for bomb in check_faults.BOMBS if bomb.__name__ not in ("_one_category", "_odd_types")]
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb.__name__)
+def test_little_files_that_hold_much(files, runs, bomb):
+    """Rows that repeat, long texts, lists and beginnings: none of it is ever in this process."""
+    packed = pack(bomb(files))
+    assert len(packed) < 20 << 20
+    tracemalloc.start()
+    try:
+        refused(packed, runs)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_texts_that_repeat_are_a_run_like_any_other(files, folders, runs):
+    """Dictionary-encoded, as other writers leave them."""
+    name = import_zip(pack(check_faults._one_category(files)), "upload.zip", runs)
+    assert_same(load_run(runs / name), load_run(folders / "whole"))
+
+
+def test_types_that_pandas_does_not_know(files, runs):
+    refused(pack(check_faults._odd_types(files)), runs, "prompts.parquet|damaged")
+
+
+def test_a_reader_that_crashes_or_hangs_is_a_refusal(files, runs, monkeypatch):
+    for code, said in (
+        ("import os; os.abort()", "cannot be read within"),
+        ("import time; time.sleep(60)", "1 s: copy"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(untrusted, "SECONDS", 1)
+            patch.setattr(untrusted, "READER", [sys.executable, "-c", code])
+            refused(pack(files), runs, said)

@@ -349,6 +349,28 @@ def test_recommend_on_a_run_needs_no_model(world, command, tmp_path, monkeypatch
     assert {name for name in after if after[name] != before[name]} == {"out/recommendation.json"}
 
 
+@pytest.mark.parametrize("json_only", [False, True])
+def test_recommend_on_a_run_that_cannot_be_written_says_what_it_found(world, command, tmp_path, monkeypatch, json_only):
+    """Such as one of a colleague, or on a medium that is read-only."""
+    from diagnostics import files
+
+    shutil.copytree(world.run, tmp_path / "run")
+    more = ("--json",) if json_only else ()
+    wanted = command("recommend", tmp_path / "run", *more)[1]
+    before = contents(tmp_path)
+
+    def refuse(prefix, dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
+    status, out, err = command("recommend", tmp_path / "run", *more)
+    assert (status, out) == (0, wanted)
+    assert err.startswith("warning: cannot write ")
+    assert "Read-only file system" in err
+    assert err.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
 def test_a_budget_below_one_layer_keeps_what_was_measured(world, command, tmp_path):
     status, out, err = command(*with_option("--kv-budget", 0.1)(world))
     assert (status, out, err.count("\n")) == (2, "", 1)

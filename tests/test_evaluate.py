@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from diagnostics import FullPolicy, SpeedPolicy, UserError, generate, load_run
-from diagnostics.evaluate import answering
+from diagnostics.evaluate import answering, folder
 from diagnostics.evaluate.evaluation import draw, evaluate
 from diagnostics.evaluate.folder import load_evaluation
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
@@ -348,6 +349,35 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, monkeypatch, capfd, arg
     assert said in err
     assert err.count("\n") == 1
     assert contents(world) == before
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "items.parquet"])
+def test_a_single_bit_is_found(lm, choice, tmp_path, name):
+    evaluate(lm, [choice], [], out=tmp_path / "out")
+    data = bytearray((tmp_path / "out" / name).read_bytes())
+    data[len(data) // 3] ^= 1
+    (tmp_path / "out" / name).write_bytes(data)
+    with pytest.raises(UserError, match=name):
+        load_evaluation(tmp_path / "out")
+    with pytest.raises(UserError, match=name):
+        evaluate(lm, [choice], [], out=tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("size", [500, 3000])
+def test_a_full_disk_names_the_folder_and_how_to_go_on(lm, choice, writing, tmp_path, size, monkeypatch):
+    monkeypatch.setattr(folder, "WRITE_EVERY_S", 0)
+    wanted = evaluate(lm, [choice, writing], POLICIES).items
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(UserError, match=rf"cannot write .*{tmp_path}/out.*(--resume|File too large)") as caught:
+            evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    found = evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out", resume=True)
+    pd.testing.assert_frame_equal(found.items, wanted)
+    assert set(contents(tmp_path / "out")) == {"evaluation.json", "items.parquet"}
 
 
 def test_damaged_evaluations_are_refused(world, lm, choice, tmp_path):

@@ -1,6 +1,7 @@
 """A whole fine-tuning: what it leaves behind, that it goes on after any stop, and the command."""
 
 import json
+import resource
 import shutil
 from importlib import import_module
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from diagnostics import UserError, load_model, load_run
 from diagnostics.diagnose import encode_for_diagnosis
-from diagnostics.files import read_json
+from diagnostics.files import SUMS, read_json
 from diagnostics.finetune import (
     Settings,
     Source,
@@ -48,6 +49,7 @@ FILES = {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    SUMS,
     "before",
     "after",
     "recommendation.json",
@@ -288,6 +290,49 @@ def test_a_checkpoint_that_is_half_written_is_not_used(world, tmp_path, damage):
     steps = []
     run(world, tmp_path / "out", resume=True, progress=lambda done, _, what: what == "training" and steps.append(done))
     assert steps == [3, 4, 5, 6]
+    assert_same(tmp_path / "out", world.out)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_damaged_checkpoint_is_refused_by_the_file(world, tmp_path, name):
+    """Going on from it would end with other numbers."""
+    with pytest.raises(Stop):
+        run(world, tmp_path / "out", progress=stop_at(places(world.calls)["training-5"]))
+    damaged = tmp_path / "out" / "checkpoints" / "checkpoint-4" / name
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 4
+    damaged.write_bytes(data)
+    with pytest.raises(UserError, match=f"checkpoint-4/{name}' is damaged"):
+        run(world, tmp_path / "out", resume=True)
+    shutil.rmtree(damaged.parent)
+    run(world, tmp_path / "out", resume=True)
+    assert_same(tmp_path / "out", world.out)
+
+
+def test_damaged_weights_are_refused_by_the_file(world, tmp_path):
+    shutil.copytree(world.out, tmp_path / "out")
+    damaged = tmp_path / "out" / "adapter_model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors' is damaged"):
+        load_model(tmp_path / "out")
+    (tmp_path / "out" / SUMS).unlink()
+    load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", [1500, 4000, 9000, 20000])
+def test_full_disk(world, tmp_path, size):
+    """Whatever is being written: rows, a diagnosis, a table, a checkpoint, the adapter."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write to|cannot write .*continue with --resume") as caught:
+            run(world, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    run(world, tmp_path / "out", resume=True)
     assert_same(tmp_path / "out", world.out)
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -413,3 +414,37 @@ def test_normal_bound_is_what_scipy_says():
             (loss[:, column],), np.mean, alternative="less", confidence_level=0.95, rng=np.random.default_rng(1)
         ).confidence_interval.high
         assert recommendation.evidence[column]["kl_bound"] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("n_prompts", [28, 300])
+def test_the_bound_is_that_of_scipy(n_prompts):
+    """Which draws the same resamples, and holds all of their values at once."""
+    values = np.random.default_rng(3).exponential(size=(n_prompts, 5))
+    for confidence in (0.6, 0.95):
+        found = stats.bootstrap(
+            (values,), np.mean, axis=0, alternative="less", confidence_level=confidence, rng=np.random.default_rng(0)
+        )
+        bound = upper_bound(values, confidence=confidence)
+        np.testing.assert_allclose(bound, found.confidence_interval.high, rtol=1e-12)
+
+
+def test_thousands_of_prompts_need_little_memory():
+    """All values of all resamples of one loss would be 12 GB."""
+    values = np.random.default_rng(4).exponential(size=(5000, 32))
+    tracemalloc.start()
+    try:
+        bound = upper_bound(values)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 << 20
+    error = values.std(axis=0) / np.sqrt(len(values))
+    np.testing.assert_allclose(bound, values.mean(axis=0) + 1.645 * error, atol=0.3 * error.max())
+
+
+def test_a_recommendation_that_is_no_number_is_refused_by_name():
+    """The command's JSON is read by programs."""
+    found = recommend(make_run([[0.5, 0.0]] * 6))
+    found.data["evidence"][1]["kl"] = float("nan")
+    with pytest.raises(UserError, match=r"evidence\[1\]\.kl is not a finite number"):
+        found.to_json()

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import UserError, diagnose, files, load_model, load_prompts, load_run, recommend, results
+from diagnostics import UserError, diagnose, files, load_model, load_prompts, load_run, parts, recommend, results
 from diagnostics.files import SCRATCH, read_json
 from diagnostics.results import RunWriter
 from diagnostics.schema import TABLES
@@ -233,6 +233,63 @@ def test_killed_before_the_manifest_was_written(tiny, tmp_path, finished):
     assert_same_tables(tiny(out, resume=True), load_run(finished))
 
 
+def part_names(run):
+    return sorted(path.name for path in (run / "parts").iterdir())
+
+
+def test_prompts_are_joined_and_end_with_the_same_numbers(tiny, tmp_path, finished, monkeypatch):
+    """A run of thousands of prompts would otherwise be tens of thousands of little files."""
+    monkeypatch.setattr(parts, "BATCH", 2)
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        tiny(out, progress=stop_after(5))
+    assert part_names(out) == ["000000-000001", "000002-000003", "000004"]
+    run = load_run(out)
+    assert list(run.prompts["prompt_id"]) == [f"p{i}" for i in range(5)]
+    assert parts.count_finished(part_names(out)) == 5
+    assert_same_tables(tiny(out, resume=True), load_run(finished))
+    assert {path.name for path in out.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_killed_while_prompts_are_joined(tiny, tmp_path, finished, monkeypatch, gone):
+    """Once the joined folder is there it counts, whatever is left of the single ones."""
+    monkeypatch.setattr(parts, "BATCH", 2)
+    out = tmp_path / "run"
+    removed = []
+
+    def enough(path):
+        removed.append(path)
+        return path.name.isdigit() and len([r for r in removed if r.name.isdigit()]) > gone
+
+    with monkeypatch.context() as patched:
+        kill_at(patched, shutil, "rmtree", lambda path, **_: enough(path))
+        with pytest.raises(Killed):
+            tiny(out)
+    assert part_names(out) == (["000000", "000000-000001", "000001"] if gone == 0 else ["000000-000001", "000001"])
+    assert list(load_run(out).prompts["prompt_id"]) == ["p0", "p1"]
+    seen = []
+    run = tiny(out, resume=True, progress=lambda done, total, prompt_id: seen.append(prompt_id))
+    assert seen == [f"p{i}" for i in range(2, N_PROMPTS)] + [""]
+    assert_same_tables(run, load_run(finished))
+
+
+def test_a_run_is_read_while_its_prompts_are_joined(tiny, interrupted, monkeypatch):
+    """What was listed may be gone when it is read."""
+    original = results._read_tables
+
+    def join_first(folder):
+        if folder.name == "000001":
+            monkeypatch.setattr(results, "_read_tables", original)
+            monkeypatch.setattr(parts, "BATCH", 2)
+            parts.Parts(interrupted, original)._join(0)
+        return original(folder)
+
+    monkeypatch.setattr(results, "_read_tables", join_first)
+    assert list(load_run(interrupted).prompts["prompt_id"]) == ["p0", "p1"]
+    assert part_names(interrupted) == ["000000-000001"]
+
+
 def command(*arguments, **options):
     """Start the real command in a process of its own, with as many threads as this one."""
     return subprocess.Popen(
@@ -290,6 +347,36 @@ def test_interrupt_is_one_line_that_says_how_to_go_on(tiny, tmp_path):
     assert stderr.count("\n") == 1
     assert f"continue with --out {out} --resume" in stderr
     assert len(load_run(out).prompts) >= 1
+
+
+def test_sigterm_leaves_what_is_finished_and_nothing_else(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "many.jsonl", n_prompts=60, n_tokens=440)
+    out = tmp_path / "runs" / "run"
+    process = command("diagnose", tiny.model, "--prompts", prompts, "--decode-tokens", 32, "--out", out)
+    wait_for_parts(process, out, 1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (143, "")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]  # no lock
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+    assert len(load_run(out).prompts) >= 1
+
+
+def test_a_second_process_with_the_same_folder_is_told_so(tiny, tmp_path):
+    prompts = write_prompts(tmp_path / "many.jsonl", n_prompts=60, n_tokens=440)
+    out = tmp_path / "run"
+    arguments = ("diagnose", tiny.model, "--prompts", prompts, "--decode-tokens", 32, "--out", out)
+    first = command(*arguments)
+    try:
+        wait_for_parts(first, out, 1)
+        for more in ((), ("--resume",)):
+            second = command(*arguments, *more)
+            stdout, stderr = second.communicate(timeout=60)
+            assert (second.returncode, stdout, stderr.count("\n")) == (2, "", 1)
+            assert f"another process (pid {first.pid} on " in stderr
+    finally:
+        first.kill()
+        first.communicate()
 
 
 # --- A full disk ---
@@ -415,6 +502,25 @@ def test_damaged_runs_are_refused(run_folder, name):
         load_run(run_folder)
     assert "\n" not in str(caught.value)
     assert str(run_folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "prompts.parquet", "layers.parquet", "cutoffs.parquet"])
+def test_a_single_bit_is_found(run_folder, name):
+    """Also one that changes a number and nothing else."""
+    data = bytearray((run_folder / name).read_bytes())
+    data[len(data) // 3] ^= 1
+    (run_folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"damaged.*{name}|{name}.*damaged"):
+        load_run(run_folder)
+
+
+def test_runs_of_earlier_versions_are_read(run_folder, finished):
+    """Their files have no seals."""
+    edit_manifest(run_folder)
+    for name in COLUMNS | DETAIL:
+        pd.read_parquet(run_folder / f"{name}.parquet").to_parquet(run_folder / f"{name}.parquet", index=False)
+        assert files.MARK.encode() not in (run_folder / f"{name}.parquet").read_bytes()
+    assert_same_tables(load_run(run_folder), load_run(finished))
 
 
 def test_damaged_part_is_refused(interrupted):

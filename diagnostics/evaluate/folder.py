@@ -53,7 +53,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
     try:
         items = read_table(folder / ITEMS)
     except (OSError, ValueError) as error:
-        raise UserError(f"no finished evaluation can be read in {str(path)!r}: {error}") from None
+        raise UserError(f"no finished evaluation can be read in {str(path)!r}: {ITEMS}: {error}") from None
     missing = {"task", "policy", "item_id", "score"} - set(items)
     if missing or not isinstance(manifest.get("model"), str):
         raise UserError(f"the evaluation in {str(path)!r} is damaged")

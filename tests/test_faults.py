@@ -1,0 +1,22 @@
+"""Kills, full disks, damages and archives, a few of each; the figures are those of analyses/check_faults.py."""
+
+import random
+
+import check_faults
+import pytest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return check_faults.World(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize(("name", "number"), [("kills", 6), ("disks", 3), ("damages", 80), ("archives", 14)])
+def test_no_fault_is_silent(world, name, number):
+    said = []
+    count = getattr(check_faults, name)(world, number, random.Random(7), lambda *text: said.append(text))
+    assert not said
+    assert count["faults"] == 0
+    assert sum(count.values()) >= number
