@@ -268,11 +268,13 @@ def require_sums(folder: Path) -> None:
         raise UserError(f"{str(folder / SUMS)!r} cannot be read ({error})") from None
     for line in lines:
         digest, _, name = line.partition("  ")
+        if len(digest) != 64 or not name or Path(name).name != name or not name.isprintable():
+            raise UserError(f"{str(folder / SUMS)!r} is damaged: it has a line that is no sum of a file; delete it")
         path = folder / name
         try:
             with path.open("rb") as file:
-                fits = Path(name).name == name and hashlib.file_digest(file, "sha256").hexdigest() == digest
+                fits = hashlib.file_digest(file, "sha256").hexdigest() == digest
         except (OSError, ValueError) as error:
-            raise UserError(f"{str(path)!r} cannot be read ({error})") from None
+            raise UserError(f"{str(path)!r}, named in {SUMS}, cannot be read ({error})") from None
         if not fits:
             raise UserError(f"{str(path)!r} is damaged: its SHA-256 is not that in {SUMS}; delete {SUMS} to use it")

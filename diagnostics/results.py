@@ -289,7 +289,11 @@ def reporting(path: Path, kind: str = "run") -> Iterator[None]:
         if reason is None:
             raise
         started = kind != "run" or os.path.isdir(path / PARTS)
-        after = "what is finished is kept, continue with --resume" if started else "choose another --out"
+        after = (
+            "what is finished is kept, continue with --resume"
+            if started
+            else "choose another --out, or continue with --resume when it can be written"
+        )
         raise UserError(f"cannot write {kind} folder {str(path)!r}: {reason}; {after}") from None
 
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from diagnostics import FullPolicy, SpeedPolicy, UserError, generate, load_run
-from diagnostics.evaluate import answering, folder
+from diagnostics.evaluate import answering
 from diagnostics.evaluate.evaluation import draw, evaluate
 from diagnostics.evaluate.folder import load_evaluation
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
@@ -364,8 +364,7 @@ def test_a_single_bit_is_found(lm, choice, tmp_path, name):
 
 
 @pytest.mark.parametrize("size", [500, 3000])
-def test_a_full_disk_names_the_folder_and_how_to_go_on(lm, choice, writing, tmp_path, size, monkeypatch):
-    monkeypatch.setattr(folder, "WRITE_EVERY_S", 0)
+def test_a_full_disk_names_the_folder_and_how_to_go_on(lm, choice, writing, tmp_path, size):
     wanted = evaluate(lm, [choice, writing], POLICIES).items
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
