@@ -53,6 +53,10 @@ class Anatomy:
     reshapes: bool = False
     expert_share: float = 1.0
 
+    def room(self, n_new: int) -> int | None:
+        """Prompt tokens that fit with ``n_new`` more, the last of which is predicted and never run; None: no limit."""
+        return None if self.max_positions is None else self.max_positions - max(n_new - 1, 0)
+
     def window(self, layer: int) -> int | None:
         """Width of a layer's sliding window in positions, None where it sees everything."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None

@@ -131,10 +131,11 @@ def benchmark(
     ):
         if value < least:
             raise UserError(f"{name} is {value}: give {least} or more")
-    positions = lm.anatomy.max_positions
-    if positions is not None and max(lengths) + new_tokens > positions:
+    room = lm.anatomy.room(new_tokens)
+    if room is not None and max(lengths) > room:
         raise UserError(
-            f"{max(lengths)} prompt tokens and {new_tokens} new ones exceed the {positions} positions of {lm.name!r}"
+            f"{max(lengths)} prompt tokens and {new_tokens} new ones exceed the {lm.anatomy.max_positions} positions "
+            f"of {lm.name!r}"
         )
     policies = list(dict.fromkeys([FullPolicy(), *policies]))
     for policy in policies:

@@ -177,12 +177,17 @@ def _diagnose_prompt(
     layout = Layout(int(segments.n_anchor), n_prompt)
     inside = range(layout.prompt.start, layout.prompt.stop)
     evidence = tuple((max(a, inside.start), min(b, inside.stop)) for a, b in prompt.evidence)
+    evidence = tuple((a, b) for a, b in evidence if a < b)
+    notes = list(prompt.notes)
+    if sum(b - a for a, b in evidence) < sum(b - a for a, b in prompt.evidence):
+        some = "some" if evidence else "all"
+        notes.append(f"{some} of the evidence is anchor or the last prompt token, where no evidence mass is measured")
     context = PromptContext(
         layout=layout,
         n_layers=lm.anatomy.n_layers,
         readout=readout,
         model_name=lm.name,
-        evidence=tuple((a, b) for a, b in evidence if a < b),
+        evidence=evidence,
         lens_positions=lens_positions,
         detail=detail,
         teacher=teacher,
@@ -200,7 +205,7 @@ def _diagnose_prompt(
         "has_bos": prompt.has_bos,
         "reference": "given" if prompt.reference_ids is not None else "greedy",
         "reference_text": lm.tokenizer.decode(outcome.reference_ids),
-        "notes": "; ".join(prompt.notes),
+        "notes": "; ".join(notes),
     }
     measured = [observer.measured() for observer in watching]
     tables = _tables(row, measured)
@@ -280,9 +285,9 @@ def _detail_tables(
 
 def encode_for_diagnosis(lm: LoadedModel, prompts: PromptSet, decode_tokens: int) -> list[EncodedPrompt]:
     """Encode prompts so that they leave room for the decode tokens within the model's positions."""
-    positions = lm.anatomy.max_positions
-    limit = None if positions is None else positions - decode_tokens + 1
+    limit = lm.anatomy.room(decode_tokens)
     if limit is not None and limit < 1:
+        positions = lm.anatomy.max_positions
         raise UserError(f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}")
     return encode_prompts(prompts, lm.tokenizer, limit=limit, max_reference_tokens=decode_tokens)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diagnostics.chat_template import Rendered, Span, refuse_control_tokens, render
 from diagnostics.errors import UserError
 from diagnostics.prompts import Message, Prompt, PromptSet
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from diagnostics.models import LoadedModel
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -142,12 +141,18 @@ def encode_prompt(
     if prompt.messages is not None and not chat:
         notes.append("no chat template: the messages are joined as plain paragraphs")
 
+    subject = f"prompt {prompt.id!r}"
+    if prompt.messages is None or not chat:  # what the author wrote around it may hold such tokens, data may not
+        for data in (prompt.document, *(insert.text for insert in prompt.inserts)):
+            refuse_control_tokens(subject, tokenizer, "the document", data)
+
     def encode(document: str) -> _Tokens:
         content = prompt.fill(document)
         if not isinstance(content, str):
+            rendered = render(subject, tokenizer, content) if chat else _join(content)
             if chat:
-                return _tokenize(tokenizer, _apply_template(prompt.id, tokenizer, content), special=False)
-            content = _join(content)
+                return _tokenize(tokenizer, rendered.text, special=False, contents=rendered.contents)
+            return _tokenize(tokenizer, rendered.text, special=True, contents=rendered.contents)
         # A text that begins with BoS brings its special tokens itself; a second BoS would be one too many.
         written = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
         return _tokenize(tokenizer, content, special=not written)
@@ -157,6 +162,8 @@ def encode_prompt(
     size, tokens = _longest(cuts, lambda size: encode(prompt.document[:size]), allowed)
     if allowed is not None and len(tokens.ids) > allowed:
         raise PromptTooLong(prompt, len(tokens.ids), allowed, context_length)
+    if tokenizer.bos_token_id is not None and tokens.ids[:2] == (tokenizer.bos_token_id,) * 2:
+        raise UserError(f"{subject} begins with {tokenizer.bos_token!r} twice: the second would be a prompt token")
     if not tokens.ids:
         raise UserError(f"prompt {prompt.id!r} has no tokens: the tokenizer leaves nothing of its text")
     if size < len(prompt.document):
@@ -181,17 +188,21 @@ def encode_prompt(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A text, its tokens, the characters of each (None if unknown), and how many tokens were left out."""
+    """A text, its tokens, the characters of each (None if unknown), and how many tokens were left out.
+
+    ``contents`` are the characters that the prompt's author wrote: the rest is the chat template's.
+    """
 
     text: str
     ids: tuple[int, ...]
     offsets: Sequence[Span] | None
     stripped: int
+    contents: tuple[Span, ...]
 
 
 def encode_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Encode messages as they are through the tokenizer's chat template; raise UserError where it refuses them."""
-    return _tokenize(tokenizer, _apply_template("prompt", tokenizer, messages), special=False).ids
+    return _tokenize(tokenizer, render("the prompt", tokenizer, messages).text, special=False).ids
 
 
 def encode_input(
@@ -212,11 +223,11 @@ def encode_input(
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
         tokens = encode_messages([*messages, {"role": "user", "content": text}], lm.tokenizer)
-    positions = lm.anatomy.max_positions
-    if positions is not None and len(tokens) + max_new_tokens > positions:
+    room = lm.anatomy.room(max_new_tokens)
+    if room is not None and len(tokens) > room:
         raise UserError(
-            f"the prompt has {len(tokens)} tokens; with {max_new_tokens} new ones they exceed the {positions} "
-            f"positions of {lm.name!r}"
+            f"the prompt has {len(tokens)} tokens; with {max_new_tokens} new ones they exceed the "
+            f"{lm.anatomy.max_positions} positions of {lm.name!r}"
         )
     return torch.tensor([tokens], device=lm.device)
 
@@ -246,7 +257,9 @@ def token_texts(
     return texts
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> _Tokens:
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool, contents: tuple[Span, ...] | None = None
+) -> _Tokens:
     output = tokenizer(
         text,
         add_special_tokens=special,
@@ -262,19 +275,17 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> _
     # The mask marks what the tokenizer added by itself; if that is all there is, nothing of the text is left.
     while special and stop and added[stop - 1]:
         stop -= 1
-    return _Tokens(text, tuple(ids[:stop]), output.get("offset_mapping"), len(ids) - stop)
+    contents = ((0, len(text)),) if contents is None else contents
+    return _Tokens(text, tuple(ids[:stop]), output.get("offset_mapping"), len(ids) - stop, contents)
 
 
-def _apply_template(prompt_id: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # templates are programs of the tokenizer's author and raise what they like
-        reason = " ".join(str(error).split())
-        raise UserError(f"prompt {prompt_id!r}: the chat template refuses its messages ({reason})") from error
-
-
-def _join(messages: Sequence[Message]) -> str:
-    return "\n\n".join([f"{message['role']}: {message['content']}" for message in messages] + ["assistant:"])
+def _join(messages: Sequence[Message]) -> Rendered:
+    text, contents = "", []
+    for message in messages:
+        text += f"{message['role']}: "
+        contents.append((len(text), len(text) + len(message["content"])))
+        text += f"{message['content']}\n\n"
+    return Rendered(f"{text}assistant:", tuple(contents))
 
 
 def _reference_ids(
@@ -349,7 +360,7 @@ def _evidence(prompt: Prompt, tokens: _Tokens, notes: list[str]) -> tuple[Span, 
     if tokens.offsets is None:
         notes.append("evidence not used: the tokenizer cannot tell the characters of a token")
         return ()
-    found = [_occurrences(tokens.text, span) if isinstance(span, str) else [span] for span in prompt.evidence]
+    found = [_occurrences(tokens, span) if isinstance(span, str) else [span] for span in prompt.evidence]
     if lost := sum(not places for places in found):
         notes.append(f"{lost} of {len(found)} evidence strings are not in the prompt as encoded")
     marked = bytearray(len(tokens.text))
@@ -358,8 +369,15 @@ def _evidence(prompt: Prompt, tokens: _Tokens, notes: list[str]) -> tuple[Span, 
     return tuple(_runs([marked.find(1, *offset) >= 0 for offset in tokens.offsets[: len(tokens.ids)]]))
 
 
-def _occurrences(text: str, part: str) -> list[Span]:
-    return [match.span() for match in re.finditer(re.escape(part), text)]
+def _occurrences(tokens: _Tokens, part: str) -> list[Span]:
+    """Where a string stands in what the author wrote, overlapping ones included."""
+    places = []
+    for start, stop in tokens.contents:
+        at = tokens.text.find(part, start, stop)
+        while at >= 0:
+            places.append((at, at + len(part)))
+            at = tokens.text.find(part, at + 1, stop)
+    return places
 
 
 def _runs(flags: Sequence[bool]) -> list[Span]:

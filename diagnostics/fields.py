@@ -16,7 +16,7 @@ def wrong(field: str, reason: str) -> UserError:
 def parse_object(line: str) -> dict[str, Any]:
     """Return the JSON object of a line; raise UserError where it is none."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists a thousand deep
@@ -24,6 +24,20 @@ def parse_object(line: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"must be a JSON object, not {kind(record)}")
     return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object; raise UserError for a name that comes twice, of which JSON would take the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise wrong(twice.encode(errors="backslashreplace").decode()[:60], "is given twice")
+    return record
+
+
+def _refuse_constant(name: str) -> Any:
+    raise UserError(f"not valid JSON ({name} is no JSON number)")
 
 
 def check_text(field: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError, one_line
 from diagnostics.files import require_sums
 from diagnostics.identity import ModelIdentity
-from diagnostics.libraries import NNSIGHT, TRANSFORMERS, library_of, stock_model
+from diagnostics.libraries import NNSIGHT, TRANSFORMER_LENS, TRANSFORMERS, library_of, stock_model
 
 # Tensors of old checkpoints that are computed from the configuration.
 DERIVED = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".attention.masked_bias")
@@ -58,6 +58,8 @@ class LoadedModel:
             )
         if tokenizer is None:
             tokenizer = getattr(wrapper, "tokenizer", None)
+            if library == TRANSFORMER_LENS and tokenizer is not None:
+                tokenizer = _own_tokenizer(tokenizer)
         if tokenizer is None:
             raise UserError("the model comes without a tokenizer: use LoadedModel.wrap(model, tokenizer)")
         name = name or getattr(inner.config, "_name_or_path", "") or "model"
@@ -172,6 +174,25 @@ def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any)
     except Exception as error:  # as above
         raise UserError(f"adapter {name!r} cannot be merged: {one_line(error)}") from error
     return replace(LoadedModel.wrap(merged, base.tokenizer, name), base=adapter.base)
+
+
+def _own_tokenizer(bridged: Any) -> Any:
+    """Load a model's tokenizer as the model has it: TransformerLens makes every tokenizer add BoS before a text."""
+    if bridged.bos_token_id is None:
+        return bridged
+
+    from transformers import AutoTokenizer
+
+    source = bridged.init_kwargs.get("name_or_path") or bridged.name_or_path
+    try:
+        own = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # no folder, no hub, a name of the user's own
+        raise UserError(
+            f"the bridge's tokenizer adds BoS, and the model's own cannot be loaded from {source!r}: "
+            "use LoadedModel.wrap(bridge, tokenizer)"
+        ) from error
+    own.chat_template = bridged.chat_template or own.chat_template
+    return own
 
 
 def _require_all_weights(report: dict[str, Any], name: str) -> None:

@@ -2,6 +2,7 @@
 
 A prompt may hold a long *document* at the mark ``{document}``. The document is what gives way when a prompt
 is too long: it is cut at its end, while everything around it and everything inserted into it stays whole.
+``{{document}}`` is no mark, but stands for the text ``{document}``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,12 +18,15 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from diagnostics.errors import UserError
-from diagnostics.fields import check_name, check_text, parse_object, wrong
+from diagnostics.fields import check_name, check_text, kind, wrong
 from diagnostics.inserts import Insert, place_inserts
+from diagnostics.jsonl import read_records
 
 Message = dict[str, str]
 
 PLACEHOLDER = "{document}"
+# The mark, or the mark in a second pair of braces, which stands for the mark's own text.
+_MARKS = re.compile(r"\{\{document\}\}|\{document\}")
 ROLES = ("system", "user", "assistant")
 FILE_FIELDS = ("id", "messages", "text", "document", "reference", "evidence", "category")
 MIN_CONTEXT_LENGTH = 16
@@ -37,7 +42,8 @@ class Prompt:
     id
         Its name, unique in its set, 1 to 200 characters.
     messages
-        ``{"role": ..., "content": ...}`` in order, the last one from the user.
+        ``{"role": ..., "content": ...}`` in order, the last one from the user; a content is text, or a list of
+        ``{"type": "text", "text": ...}``.
     text
         The prompt as it is, given to the model without a chat template.
     document
@@ -90,7 +96,7 @@ class Prompt:
         document = place_inserts(document, self.inserts)
 
         def filled(content: str) -> str:
-            return content.replace(PLACEHOLDER, document, 1) if self.document else content
+            return _MARKS.sub(lambda mark: document if mark[0] == PLACEHOLDER else PLACEHOLDER, content)
 
         if self.messages is None:
             return filled(str(self.text))
@@ -104,7 +110,7 @@ class Prompt:
     def _check_document(self) -> None:
         if self.document != "":
             check_text("document", self.document)
-        marks = sum(content.count(PLACEHOLDER) for content in self._contents())
+        marks = sum(_MARKS.findall(content).count(PLACEHOLDER) for content in self._contents())
         if marks and not self.document:
             raise wrong("document", f"is missing, but the prompt has a {PLACEHOLDER} mark")
         if self.document and marks != 1:
@@ -130,6 +136,8 @@ class Prompt:
             raise wrong("evidence", f"{_shown(span)} is neither a string nor a [start, end] pair")
         if self.text is None or self.document:
             raise wrong("evidence", '[start, end] is only for "text" without a document: quote it instead')
+        if _MARKS.search(self.text):
+            raise wrong("evidence", "[start, end] is not for a text with {{document}}: quote it instead")
         start, end = span
         if not 0 <= start < end <= len(self.text):
             raise wrong("evidence", f"[{start}, {end}] is no part of the text's {len(self.text)} characters")
@@ -216,36 +224,25 @@ def load_prompts(
 
 
 def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
-    prompts: dict[str, Prompt] = {}
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    prompt = _parse_line(line, default_id=f"line-{number}")
-                    if prompt.id in prompts:
-                        raise wrong("id", f"{_shown(prompt.id)} is already the id of an earlier prompt")
-                except UserError as error:
-                    raise UserError(f"{path}:{number}: {error}") from None
-                prompts[prompt.id] = prompt
-                if len(prompts) == max_prompts:
-                    break
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         if path.suffix or len(path.parts) > 1:
-            raise UserError(f"no such prompt file: {path}") from None
-        raise UserError(f"no prompt set '{path}': use 'builtin' or the path of a .jsonl file") from None
-    except OSError as error:
-        raise UserError(f"cannot read prompts from {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a UTF-8 text file: prompts are one JSON object per line") from None
+            raise UserError(f"no such prompt file: {path}")
+        raise UserError(f"no prompt set {str(path)!r}: use 'builtin' or the path of a .jsonl file")
+    prompts: dict[str, Prompt] = {}
+
+    def take(record: dict[str, Any], number: int) -> None:
+        prompt = _parse(record, default_id=f"line-{number}")
+        if prompt.id in prompts:
+            raise wrong("id", f"{_shown(prompt.id)} is already the id of an earlier prompt")
+        prompts[prompt.id] = prompt
+
+    read_records(path, "prompts", take, most=max_prompts)
     if not prompts:
         raise UserError(f"{path} has no prompts: write one JSON object per line")
     return list(prompts.values())
 
 
-def _parse_line(line: str, default_id: str) -> Prompt:
-    record = parse_object(line)
+def _parse(record: dict[str, Any], default_id: str) -> Prompt:
     for field in record:
         if field not in FILE_FIELDS:
             raise UserError(f"unknown field {_shown(field)}; the fields are {', '.join(FILE_FIELDS)}")
@@ -260,15 +257,34 @@ def _parse_line(line: str, default_id: str) -> Prompt:
 def _checked_messages(messages: Any) -> tuple[Message, ...]:
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise wrong("messages", "must be a list of at least one message")
+    checked = []
     for message in messages:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise wrong("messages", 'every message has exactly "role" and "content"')
         if message["role"] not in ROLES:
             raise wrong("messages", f"role {_shown(message['role'])} is none of {', '.join(ROLES)}")
-        check_text("messages", message["content"])
+        checked.append({"role": message["role"], "content": text_of(message["content"])})
     if messages[-1]["role"] != "user":
         raise wrong("messages", 'the last must be from the user; an expected answer belongs in "reference"')
-    return tuple(dict(message) for message in messages)
+    return tuple(checked)
+
+
+def text_of(content: Any) -> str:
+    """Text of a message's content: a string, or a list of parts ``{"type": "text", "text": ...}``, joined as they are.
+
+    Raises UserError for anything else, such as a part that is an image.
+    """
+    if isinstance(content, Sequence) and not isinstance(content, str) and all(isinstance(p, Mapping) for p in content):
+        for part in content:
+            if part.get("type") != "text":
+                raise wrong("messages", f"a content has a part of type {_shown(part.get('type'))}: only text is served")
+            if set(part) != {"type", "text"}:
+                raise wrong("messages", 'a part of type "text" has exactly "type" and "text"')
+            if not isinstance(part["text"], str):
+                raise wrong("messages", f"a part's text must be text, not {kind(part['text'])}")
+        content = "".join(part["text"] for part in content)
+    check_text("messages", content)
+    return str(content)
 
 
 def _shown(value: Any) -> str:

@@ -243,7 +243,7 @@ def test_a_prompt_alone_ends_with_the_generation_prompt():
     assert labels[-1] == -100
 
 
-@pytest.mark.parametrize("content", ["k", "<think>", "One<|im_end|>two", "im_end", "a\n", "  b", "é\u2028ü"])
+@pytest.mark.parametrize("content", ["k", "<think>", "im_end", "a\n", "  b", "é\u2028ü"])
 def test_contents_that_look_like_the_template(content):
     tokenizer = tokenizer_with(CHATML)
     talk = conversation(("user", content), ("assistant", content), ("user", content), ("assistant", content))

@@ -116,7 +116,7 @@ def test_sources_that_are_no_prompt_file(tmp_path):
         ("foo", "no prompt set 'foo': use 'builtin' or the path of a .jsonl file"),
         ("foo.jsonl", "no such prompt file: foo.jsonl"),
         (tmp_path / "missing", "no such prompt file: "),
-        (tmp_path, "cannot read prompts from .*: Is a directory"),
+        (tmp_path, "cannot read prompts .*: Is a directory"),
         (binary, "is not a UTF-8 text file"),
         (tmp_path / "empty.jsonl", "has no prompts"),
     ]:

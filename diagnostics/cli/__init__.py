@@ -41,6 +41,7 @@ def main() -> None:
         # Scratch folders and locks go as after an interrupt.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
+        _require_utf8(sys.argv[1:])
         with HELD:
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()  # here, where a full disk below it can still be reported
@@ -57,3 +58,12 @@ def main() -> None:
     if status == INTERRUPTED:
         fail("interrupted", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _require_utf8(arguments: list[str]) -> None:
+    """Refuse names that JSON and tables, which are UTF-8, cannot hold: before any work, not after it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"argument {argument!a} is not UTF-8: rename the file or folder") from None

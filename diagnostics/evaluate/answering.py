@@ -72,8 +72,9 @@ def _choose(lm: LoadedModel, task: Task, item: ChoiceItem, policy: Policy, query
 def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, query: str, shared: SharedPrefill) -> Row:
     """Generate greedily until a stop string, the end of text, or the limit."""
     encoded = _encode(lm, item.context, task.chat)
-    positions = lm.anatomy.max_positions
-    if positions is not None and len(encoded.ids) + task.max_new_tokens > positions:
+    room = lm.anatomy.room(task.max_new_tokens)
+    if room is not None and len(encoded.ids) > room:
+        positions = lm.anatomy.max_positions
         raise UserError(f"item {item.id!r} has {len(encoded.ids)} tokens: too many for the {positions} positions")
     logits, cache = prefill_context(lm, policy, encoded, query=query, shared=shared)
     said = Continuation(lm.tokenizer, encoded.ids)

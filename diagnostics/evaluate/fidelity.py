@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from diagnostics.diagnose import encode_for_diagnosis
 from diagnostics.divergence import kl_divergence, log_probabilities, reported
-from diagnostics.encoding import EncodedPrompt, encode_prompts
+from diagnostics.encoding import EncodedPrompt
 from diagnostics.errors import UserError
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, prefill_context
 from diagnostics.generate import decode, generate
@@ -61,13 +62,7 @@ def fidelity(
         raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
     for policy in policies:
         policy.check(lm.anatomy)
-    positions = lm.anatomy.max_positions
-    encoded = encode_prompts(
-        prompts,
-        lm.tokenizer,
-        limit=None if positions is None else positions - decode_tokens,
-        max_reference_tokens=decode_tokens,
-    )
+    encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
     rows = []
     for index, prompt in enumerate(encoded):
         if progress:

@@ -129,11 +129,11 @@ def score(
     Raises UserError for a continuation without tokens, and for what does not fit the model's positions.
     """
     longest = max((len(continuation) for continuation in continuations), default=0)
-    positions = lm.anatomy.max_positions
-    # The last token of a continuation is predicted, never run.
-    if positions is not None and len(context.ids) + longest - 1 > positions:
+    room = lm.anatomy.room(longest)
+    if room is not None and len(context.ids) > room:
         raise UserError(
-            f"a context of {len(context.ids)} tokens and {longest} more exceed the {positions} positions of {lm.name!r}"
+            f"a context of {len(context.ids)} tokens and {longest} more exceed the {lm.anatomy.max_positions} "
+            f"positions of {lm.name!r}"
         )
     if not all(continuations):
         raise UserError("a continuation has no tokens")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from diagnostics.encoding import Span
+from diagnostics.chat_template import Span, find_contents, refuse_control_tokens
 from diagnostics.errors import UserError
 from diagnostics.finetune.conversations import Conversation
 from diagnostics.finetune.examples import IGNORED
@@ -37,7 +37,13 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
         If there is no chat template, if it refuses the messages, or if it does not write each of them in the same way
         whatever follows, so that no single row of tokens is what inference feeds at every turn.
     """
+    for number, message in enumerate(conversation.messages, start=1):
+        subject = f"conversation {conversation.id!r}"
+        refuse_control_tokens(subject, tokenizer, f"message {number}", message["content"])
     text, answers = _write(conversation, tokenizer)
+    for role in ("system", "user"):  # what it does to answers is known by now
+        if find_contents([message for message in conversation.messages if message["role"] == role], text) is None:
+            raise _refusal(conversation, tokenizer, f"does not write all that the {role} says")
     ids: list[int] = []
     labels: list[int] = []
     for number, piece in enumerate(_tokenize(conversation, tokenizer, text, answers)):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import UserError
-from diagnostics.fields import check_name, check_text, kind, wrong
+from diagnostics.fields import check_name, kind, wrong
 from diagnostics.jsonl import read_records
-from diagnostics.prompts import ROLES, Message
+from diagnostics.prompts import ROLES, Message, text_of
 
 FIELDS = ("id", "messages", "category")
 
@@ -64,6 +64,7 @@ def _checked(messages: Any) -> tuple[Message, ...]:
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise wrong("messages", "must be a list of at least one message")
     before = ""
+    checked = []
     for message in messages:
         if not isinstance(message, Mapping):
             raise wrong("messages", f"a message must be an object, not {kind(message)}")
@@ -73,12 +74,13 @@ def _checked(messages: Any) -> tuple[Message, ...]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise wrong("messages", f"role {role!r:.60} is none of {', '.join(ROLES)}")
-        check_text("messages", content)
+        content = text_of(content)
+        checked.append({"role": role, "content": content})
         if role == "assistant" and before != "user":
             raise wrong("messages", "what the assistant says must follow a message from the user")
-        if role == "assistant" and not str(content).strip():
+        if role == "assistant" and not content.strip():
             raise wrong("messages", "an answer is blank")
         before = str(role)
     if before == "system":
         raise wrong("messages", "the last must be from the user or the assistant")
-    return tuple(dict(message) for message in messages)
+    return tuple(checked)
