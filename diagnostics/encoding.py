@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diagnostics.chat_template import Rendered, Span, refuse_control_tokens, render
 from diagnostics.errors import UserError
-from diagnostics.prompts import Message, Prompt, PromptSet
+from diagnostics.prompts import Message, Prompt, PromptSet, escaped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,7 +219,7 @@ def encode_input(
     if chat is False or not templated:
         if system is not None:
             raise UserError("--system needs a chat template")
-        tokens = encode_prompt(Prompt(id="prompt", text="{document}", document=text), lm.tokenizer).token_ids
+        tokens = encode_prompt(Prompt(id="prompt", text=escaped(text)), lm.tokenizer).token_ids
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
         tokens = encode_messages([*messages, {"role": "user", "content": text}], lm.tokenizer)

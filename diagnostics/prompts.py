@@ -33,6 +33,11 @@ MIN_CONTEXT_LENGTH = 16
 DEFAULT_CONTEXT_LENGTH = 1024
 
 
+def escaped(text: str) -> str:
+    """Return a text in which nothing is a mark, as a prompt's ``text`` or content."""
+    return text.replace(PLACEHOLDER, f"{{{PLACEHOLDER}}}")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt: a conversation (``messages``) or a plain ``text``, never both.

@@ -281,3 +281,21 @@ def test_memory_does_not_grow(backend):
         if repetition in (3, 11, 19):
             counts.append(alive())
     assert len(set(counts)) == 1, counts
+
+
+def test_a_bridge_reads_the_tokens_that_its_model_reads(tmp_path):
+    """TransformerLens makes tokenizers add BoS; this model's own does not."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from diagnostics.prompts import Prompt, PromptSet
+
+    folder = save_tiny(tmp_path / "model")
+    prompts = PromptSet((Prompt("p", text="w5 w6 w7 w8 w9", reference="w7 w8"),), "set")
+    stock = diagnose(load_model(folder, device="cpu"), prompts)
+    bridge = TransformerBridge.boot_transformers(str(folder), device="cpu")
+    bridged = diagnose(bridge, prompts)
+    assert bridged.prompts["n_prompt"][0] == stock.prompts["n_prompt"][0] == 5
+    np.testing.assert_allclose(bridged.array("kl"), stock.array("kl"), atol=TOLERANCE, rtol=TOLERANCE)
+    bridge.tokenizer.init_kwargs["name_or_path"] = str(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"use LoadedModel\.wrap\(bridge, tokenizer\)"):
+        diagnose(bridge, prompts)

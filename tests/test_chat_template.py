@@ -7,7 +7,7 @@ from diagnostics.encoding import encode_messages, encode_prompt
 from diagnostics.errors import UserError
 from diagnostics.finetune.chat_tokens import encode_conversation
 from diagnostics.finetune.conversations import Conversation
-from diagnostics.prompts import Prompt
+from diagnostics.prompts import Prompt, escaped
 from tests.test_encoding import read
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
@@ -120,9 +120,11 @@ def test_training_refuses_a_template_that_loses_what_the_user_says():
 
 
 def test_the_mark_has_an_escape():
-    escaped = Prompt("p", text="Write {{document}} where {document} goes.", document="it {document} {{document}}")
-    assert escaped.fill(escaped.document) == "Write {document} where it {document} {{document}} goes."
+    prompt = Prompt("p", text="Write {{document}} where {document} goes.", document="it {document} {{document}}")
+    assert prompt.fill(prompt.document) == "Write {document} where it {document} {{document}} goes."
     assert Prompt("p", text="{{document}}").fill("") == "{document}"
+    for text in ("{document}", "{{document}}", "{{{document}}}", "{x}"):
+        assert Prompt("p", text=escaped(text)).fill("") == text
     with pytest.raises(UserError, match="goes to one"):
         Prompt("p", text="{{document}}", document="x")
     with pytest.raises(UserError, match="quote it instead"):

@@ -149,7 +149,7 @@ BAD_INPUT = {
     "missing prompts": case(with_prompts("nowhere.jsonl"), "no such prompt file: nowhere.jsonl"),
     "name of two lines": case(with_prompts("no\nwhere.jsonl"), "no such prompt file: no where.jsonl"),
     "unknown prompt set": case(with_prompts("nonsense"), "no prompt set 'nonsense'"),
-    "folder as prompts": case(with_prompts("tiny"), "cannot read prompts from", "directory"),
+    "folder as prompts": case(with_prompts("tiny"), "cannot read prompts", "directory"),
     "corrupt prompts": case(with_prompts("corrupt"), "corrupt.jsonl:2: not valid JSON"),
     "binary prompts": case(with_prompts("binary"), "binary.jsonl is not a UTF-8 text file"),
     "unknown field": case(with_prompts("unknown_field"), "unknown.jsonl:1", '"txt"'),
@@ -468,3 +468,12 @@ def test_help_of_a_command_lists_its_options(command):
     )
     for option in [*options.split(), "--resume", "--json", "--max-nll-increase", "--min-agreement", "--kv-budget"]:
         assert option in out
+
+
+def test_an_argument_that_is_not_utf8_is_refused_before_any_work(monkeypatch, capfd, tmp_path):
+    name = str(tmp_path / "run-\udcff")
+    status, out, err = run_command(monkeypatch, capfd, "recommend", "no/such/model", "--out", name)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: argument ")
+    assert "is not UTF-8" in err
+    assert err.count("\n") == 1
