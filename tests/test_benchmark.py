@@ -665,7 +665,7 @@ BAD_INPUT = {
     "foreign digits": case("--lengths", "１６", said=["is not a number of tokens"]),
     "5000 digits": case("--lengths", "9" * 5000, said=["length"]),
     "beyond the positions": case("--lengths", "16,512", said=["512 prompt tokens and 2 new ones exceed the 512"]),
-    "beyond with the new": case("--lengths", "16", "--new-tokens", 497, said=["16 prompt tokens and 497 new ones"]),
+    "beyond with the new": case("--lengths", "16", "--new-tokens", 498, said=["16 prompt tokens and 498 new ones"]),
     # the policies
     "no policies": case("--policies", "", said=["policy '' is not one of: fastkv, full, projected, speed"]),
     "unknown policy": case("--policies", "full,magic", said=["'magic' is not one of"]),

@@ -508,10 +508,10 @@ BAD_INPUT = {
     "too long a name": case("--prompt", "@" + "x" * 300, said=["cannot read the prompt", "File name too long"]),
     "home of nobody": case("--prompt", "@~nosuchuser/x.txt", said=["cannot read the prompt '~nosuchuser/x.txt'"]),
     "binary file": case("--prompt", "@{root}/binary.txt", said=["binary.txt' is not UTF-8 text"]),
-    "half a character": case("--prompt", "w5 \udcff", said=["surrogate"]),
+    "half a character": case("--prompt", "w5 \udcff", said=["is not UTF-8"]),
     "prompt beyond the positions": case(
-        *("--prompt", "@{root}/long.txt", "--max-new-tokens", 12),
-        said=["501 tokens", "12 new ones", "512 positions"],
+        *("--prompt", "@{root}/long.txt", "--max-new-tokens", 13),
+        said=["501 tokens", "13 new ones", "512 positions"],
     ),
     "prompt beyond the positions by default": case("--prompt", "@{root}/long.txt", said=["128 new ones", "512"]),
     "chat without a template": case(*GOOD, "--chat", said=["has no chat template: use --text"]),
