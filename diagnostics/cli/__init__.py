@@ -66,4 +66,4 @@ def _require_utf8(arguments: list[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            raise UserError(f"argument {argument!a} is not UTF-8: write it otherwise, or rename the file or folder") from None
+            raise UserError(f"argument {argument!a} is not UTF-8: give text, or rename the file or folder") from None
