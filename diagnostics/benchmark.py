@@ -24,6 +24,7 @@ from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.results import BENCHMARK, MANIFEST, is_unused, require_writable
+from diagnostics.rope import rope_lengths
 from diagnostics.savings import Held, decode_bytes, kv_bytes, prefill_flops
 from diagnostics.versions import hardware, versions
 
@@ -137,6 +138,12 @@ def benchmark(
             f"{max(lengths)} prompt tokens and {new_tokens} new ones exceed the {lm.anatomy.max_positions} positions "
             f"of {lm.name!r}"
         )
+    rope = rope_lengths(lm.anatomy.stack)
+    for length in lengths:
+        if rope.mixes(length, length + new_tokens):
+            raise UserError(
+                f"{rope.reason}: {length} prompt tokens and {new_tokens} new ones are on both sides of that"
+            )
     policies = list(dict.fromkeys([FullPolicy(), *policies]))
     for policy in policies:
         policy.check(lm.anatomy)

@@ -7,7 +7,7 @@ say which tokens are prompt and which are decode phase, and give the KV cache ou
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from diagnostics.policies.base import Policy
 from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.full import FullPolicy
 from diagnostics.policies.runtime import Runtime, ShallowCallDone, active, running
+from diagnostics.rope import RopeLengths
 
 Model = LoadedModel | nn.Module
 
@@ -59,6 +60,7 @@ def prefill(
     cache: PolicyCache | None = None,
     chunk_size: int | None = None,
     more: bool = False,
+    length: int | None = None,
 ) -> tuple[Tensor | None, PolicyCache]:
     """Take prompt tokens into a KV cache.
 
@@ -80,6 +82,9 @@ def prefill(
     more
         Whether more of the prompt is to follow, such as a question after its document. Then no token is decode
         phase and there are no logits.
+    length
+        Tokens that the text will have in all, padding included, where more is to follow: a model whose rotary
+        frequencies depend on the length takes those of such a text.
 
     Returns
     -------
@@ -108,19 +113,26 @@ def prefill(
         runtime.see_padding(cache, attention_mask, len(input_ids), tokens, input_ids.device)
         if past == 0 and not more:
             runtime.require_anchors(tokens if cache.padding is None else tokens - int(cache.padding.max()))
-        logits = None
-        for start in range(0, tokens, chunk):
-            stop = min(start + chunk, tokens)
-            runtime.expect(head=min(max(head - start, 0), stop - start), tail=max(0, stop - max(start, tokens - tail)))
-            try:
-                logits = module(
-                    input_ids=input_ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1
-                ).logits
-            except ShallowCallDone:
-                runtime.finish()
+        cache.length = max(cache.length, past + tokens, length or 0)
+        logits = _take(module, runtime, input_ids, cache, chunk=chunk, head=head, tail=tail)
         if past == 0:
             cache.n_prompt = tokens
         return (None if more or logits is None else logits[:, -1]), cache
+
+
+def _take(
+    module: Any, runtime: Runtime, input_ids: Tensor, cache: PolicyCache, *, chunk: int, head: int, tail: int
+) -> Tensor | None:
+    """Run tokens in chunks, the first ``head`` and the last ``tail`` of them decode phase; logits of the last."""
+    tokens, logits = input_ids.shape[1], None
+    for start in range(0, tokens, chunk):
+        stop = min(start + chunk, tokens)
+        runtime.expect(head=min(max(head - start, 0), stop - start), tail=max(0, stop - max(start, tokens - tail)))
+        with suppress(ShallowCallDone):
+            logits = module(
+                input_ids=input_ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
+    return logits
 
 
 @torch.no_grad()
@@ -191,6 +203,7 @@ def generate(
         if streamer is not None:
             streamer.put(input_ids.cpu())
         begun = _now(input_ids.device)
+        fresh = cache.n_columns == 0
         logits, cache = prefill(module, input_ids, attention_mask, cache=cache, chunk_size=chunk_size)
         assert logits is not None
         running_rows = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -208,7 +221,14 @@ def generate(
             # Without ends there is nothing to wait for: the device can run ahead.
             if len(generated) == max_new_tokens or (len(ends) and not running_rows.any()):
                 break
-            logits = decode(module, token[:, None], cache)[:, -1]
+            if fresh and outgrown(cache, runtime.rope):
+                # As stock generate() does: prompt and answer so far anew, with the frequencies of longer texts.
+                cache.reset()
+                length = input_ids.shape[1] + len(generated)
+                prefill(module, input_ids, attention_mask, cache=cache, chunk_size=chunk_size, length=length)
+                logits = decode(module, torch.stack(generated, dim=1), cache)[:, -1]
+            else:
+                logits = decode(module, token[:, None], cache)[:, -1]
         finished = _now(input_ids.device)
         if streamer is not None:
             streamer.end()
@@ -220,6 +240,14 @@ def generate(
         tpot_s=(finished - first) / steps if steps else float("nan"),
         kv_bytes=cache.kv_bytes,
     )
+
+
+def outgrown(cache: PolicyCache, rope: RopeLengths) -> bool:
+    """Whether one token more has other rotary frequencies than those that the keys of a cache were made with."""
+    if not rope.switches:
+        return False
+    padding = 0 if cache.padding is None else int(cache.padding.min())
+    return rope.factors(max(cache.n_columns + 1, cache.length) - padding) != cache.factors
 
 
 def _module(model: Model) -> Any:

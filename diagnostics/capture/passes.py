@@ -18,6 +18,7 @@ from diagnostics.capture.base import AttentionRows, ContextRows, DecodeRows, Obs
 from diagnostics.capture.residual_path import ResidualPath, residual_paths
 from diagnostics.errors import UserError
 from diagnostics.models import LoadedModel
+from diagnostics.rope import rope_lengths
 
 # Query rows up to the first decode row that are kept for the saliency window, that one included: FastKV's window.
 N_WINDOW = 8
@@ -99,6 +100,7 @@ class PassCapture(ABC):
     def __init__(self, lm: LoadedModel) -> None:
         self.lm = lm
         self._paths: tuple[ResidualPath, ...] = ()
+        self._rope = rope_lengths(lm.anatomy.stack)
 
     @property
     def paths(self) -> tuple[ResidualPath, ...]:
@@ -126,6 +128,10 @@ class PassCapture(ABC):
     ) -> Outcome:
         """Take one prompt through the model; see `diagnostics.capture.base.Capture`."""
         prompt = torch.tensor([prompt_ids], device=self.lm.device)
+        self._rope.settle()
+        if self._rope.mixes(max(1, len(prompt_ids) - 1), len(prompt_ids) + n_decode - 1) and reference_ids is None:
+            # The passes of prompt and reference would share keys of two sets of rotary frequencies.
+            reference_ids = self._greedy_across(prompt, n_decode).tolist()
         watch = Watch(self.lm, observers, n_prompt=prompt.shape[1], n_anchors=n_anchors)
         # A plain cache keeps every position in every layer, also where the model's own would forget (sliding windows).
         cache = DynamicCache() if reference_ids is None or self.reads_cache else None
@@ -148,10 +154,26 @@ class PassCapture(ABC):
             observer.on_outcome(outcome)
         return outcome
 
+    def _greedy_across(self, prompt: Tensor, n_decode: int) -> Tensor:
+        """Continue greedily; where rotary frequencies change, all tokens run anew, as in ``generate()``."""
+        ends, rows, new, cache = self._ends(), prompt, prompt, DynamicCache()
+        for _ in range(n_decode):
+            if cache.get_seq_length() and self._rope.mixes(cache.get_seq_length(), rows.shape[1]):
+                new, cache = rows, DynamicCache()
+            logits = self.lm.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            new = logits[:, -1:].argmax(-1)
+            rows = torch.cat([rows, new], dim=1)
+            if new.item() in ends:
+                break
+        return rows[0, prompt.shape[1] :]
+
+    def _ends(self) -> set[int]:
+        ends: Any = self.lm.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends])
+
     def _greedy(self, token: Tensor, cache: Cache, n_decode: int) -> Tensor:
         """Continue greedily at full depth and leave the cache as it was found."""
-        ends: Any = self.lm.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
+        ends = self._ends()
         tokens = []
         for _ in range(n_decode):
             logits = self.lm.model(input_ids=token, past_key_values=cache, use_cache=True).logits

@@ -12,9 +12,10 @@ from diagnostics.evaluate.humaneval import METRIC as PASSES
 from diagnostics.evaluate.humaneval import passes
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, encode_context, encode_pair, prefill_context, score
-from diagnostics.generate import decode, end_tokens
+from diagnostics.generate import decode, end_tokens, outgrown
 from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
+from diagnostics.rope import rope_lengths
 
 Row = dict[str, Any]
 # Tokens of the context that say how the first token after them is written.
@@ -77,7 +78,7 @@ def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, qu
         positions = lm.anatomy.max_positions
         raise UserError(f"item {item.id!r} has {len(encoded.ids)} tokens: too many for the {positions} positions")
     logits, cache = prefill_context(lm, policy, encoded, query=query, shared=shared)
-    said = Continuation(lm.tokenizer, encoded.ids)
+    said, rope = Continuation(lm.tokenizer, encoded.ids), rope_lengths(lm.anatomy.stack)
     ends = set(end_tokens(lm.model).tolist())
     ids: list[int] = []
     text, finished = "", False
@@ -89,7 +90,11 @@ def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, qu
         ids.append(token)
         text, finished = cut_at_stop(said.text(ids), task.stop)
         if not finished and len(ids) < task.max_new_tokens:
-            logits = decode(lm, torch.tensor([[token]], device=lm.device), cache)[:, -1]
+            new = [token]
+            if outgrown(cache, rope):  # context and answer so far anew, with the rotary frequencies of longer texts
+                length, new = len(encoded.ids) + len(ids), ids
+                _, cache = prefill_context(lm, policy, encoded, query=query, shared=shared, length=length)
+            logits = decode(lm, torch.tensor([new], device=lm.device), cache)[:, -1]
     made = {"n_prompt": len(encoded.ids), "score": _score(task, item, text), "answer": text}
     if task.metric != PASSES:
         made["accepted"] = " | ".join(item.answers)

@@ -92,7 +92,8 @@ def _log_probabilities(
     lm: LoadedModel, prompt: EncodedPrompt, reference: Tensor, policy: Policy, shared: SharedPrefill
 ) -> Tensor:
     """Log-probabilities at every decode position, [n, vocabulary]."""
-    logits, cache = prefill_context(lm, policy, Encoded((), prompt.token_ids), shared=shared)
+    length = len(prompt.token_ids) + len(reference) - 1
+    logits, cache = prefill_context(lm, policy, Encoded((), prompt.token_ids), shared=shared, length=length)
     if len(reference) > 1:
         logits = torch.cat([logits, decode(lm, reference[None, :-1], cache)[0]])
     return log_probabilities(logits)

@@ -27,6 +27,7 @@ from diagnostics.models import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.full import FullPolicy
+from diagnostics.rope import rope_lengths
 
 QUERIES = ("prompt", "later", "decode")
 # Continuations run as batches, each with a copy of the context's cache; copies and logits take no more bytes than this.
@@ -96,16 +97,24 @@ class SharedPrefill:
 
     def __init__(self, lm: LoadedModel, chunk_size: int | None = None) -> None:
         self.lm, self.chunk_size = lm, chunk_size
-        self._caches: dict[tuple[int, ...], PolicyCache] = {}
+        self._caches: dict[tuple[int, tuple[int, ...]], PolicyCache] = {}
 
-    def cache(self, policy: Policy, ids: Sequence[int]) -> PolicyCache | None:
-        """Return the policy's cache of prompt tokens, none of them decode phase; None if it has to make its own."""
+    def cache(self, policy: Policy, ids: Sequence[int], length: int) -> PolicyCache | None:
+        """Return the policy's cache of prompt tokens, none of them decode phase; None if it has to make its own.
+
+        ``length`` is the number of tokens that the text is to have in all.
+        """
         if type(policy).from_full is Policy.from_full or not ids:
             return None
-        key = tuple(ids)
+        key = rope_lengths(self.lm.anatomy.stack).factors(length), tuple(ids)
         if key not in self._caches:
             _, self._caches[key] = prefill(
-                self.lm, _tensor(self.lm, ids), policy=FullPolicy(), chunk_size=self.chunk_size, more=True
+                self.lm,
+                _tensor(self.lm, ids),
+                policy=FullPolicy(),
+                chunk_size=self.chunk_size,
+                more=True,
+                length=length,
             )
         return policy.from_full(self._caches[key])
 
@@ -137,12 +146,21 @@ def score(
         )
     if not all(continuations):
         raise UserError("a continuation has no tokens")
-    first, cache = prefill_context(lm, policy, context, query=query, chunk_size=chunk_size, shared=shared)
-    later = _later_logits(lm, cache, [continuation[:-1] for continuation in continuations], first.shape[-1])
-    return [
-        _scored(first if more is None else torch.cat([first, more]), torch.tensor(list(ids)))
-        for ids, more in zip(continuations, later, strict=True)
-    ]
+    # Texts on both sides of a length at which rotary frequencies change share no keys.
+    rope, groups = rope_lengths(lm.anatomy.stack), dict[int, list[int]]()
+    lengths = [len(context.ids) + len(continuation) - 1 for continuation in continuations]
+    for place, length in enumerate(lengths):
+        groups.setdefault(rope.factors(length), []).append(place)
+    scored: dict[int, Scored] = {}
+    for places in groups.values():
+        length, rows = max(lengths[place] for place in places), [continuations[place][:-1] for place in places]
+        first, cache = prefill_context(
+            lm, policy, context, query=query, chunk_size=chunk_size, shared=shared, length=length
+        )
+        for place, more in zip(places, _later_logits(lm, cache, rows, first.shape[-1]), strict=True):
+            ids = torch.tensor(list(continuations[place]))
+            scored[place] = _scored(first if more is None else torch.cat([first, more]), ids)
+    return [scored[place] for place in range(len(continuations))]
 
 
 def _later_logits(
@@ -170,28 +188,32 @@ def prefill_context(
     query: str = "prompt",
     chunk_size: int | None = None,
     shared: SharedPrefill | None = None,
+    length: int = 0,
 ) -> tuple[Tensor, PolicyCache]:
     """Take a context into a cache, and return the logits [1, vocabulary] of the token after it, and the cache.
 
-    With ``shared``, what full depth computed is used where the policy's cache follows from it.
+    With ``shared``, what full depth computed is used where the policy's cache follows from it. ``length`` is the number
+    of tokens of the text in all, where what follows the context is known.
     """
     if query not in QUERIES:
         raise UserError(f"query is {query!r}: give one of {', '.join(QUERIES)}")
     if not context.ids:
         raise UserError("a context has no tokens")
+    length = max(length, len(context.ids))
     chunk_size = shared.chunk_size if shared else chunk_size
     chunk = chunk_size if policy.chunked else None
     apart = bool(context.document) and bool(context.query) and query != "prompt"
     in_decode = apart and query == "decode"
     # What is prompt for all policies alike, and the decode phase after it.
     n_prompt = len(context.document) if in_decode else len(context.ids) - policy.boundary
-    cache = shared.cache(policy, context.ids[: max(n_prompt, 0)]) if shared else None
+    cache = shared.cache(policy, context.ids[: max(n_prompt, 0)], length) if shared else None
     if cache is not None:
         return decode(lm, _tensor(lm, context.ids[n_prompt:]), cache)[:, -1], cache
     if not apart:
-        logits, cache = prefill(lm, _tensor(lm, context.ids), policy=policy, chunk_size=chunk)
+        logits, cache = prefill(lm, _tensor(lm, context.ids), policy=policy, chunk_size=chunk, length=length)
     else:
-        _, cache = prefill(lm, _tensor(lm, context.document), policy=policy, chunk_size=chunk, more=policy.chunked)
+        document = _tensor(lm, context.document)
+        _, cache = prefill(lm, document, policy=policy, chunk_size=chunk, more=policy.chunked, length=length)
         if in_decode:
             return decode(lm, _tensor(lm, context.query), cache)[:, -1], cache
         logits, cache = prefill(lm, _tensor(lm, context.query), cache=cache, chunk_size=chunk)

@@ -29,6 +29,7 @@ from diagnostics.libraries import TRANSFORMERS, library_of, stock_model
 from diagnostics.policies.masks import SERVED
 from diagnostics.policies.occupancy import holder_of, occupy, require_free
 from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.rope import rope_lengths
 from diagnostics.self_test import require_trainable
 
 # What collators add to batches of several texts in one row.
@@ -74,8 +75,8 @@ def train_under(policy: SpeedPolicy, model: Any) -> Iterator[Visibility]:
     require_trainable(inner, anatomy, name)
     with ExitStack() as stack:
         visibility = Visibility(policy, inner, anatomy)
-        visibility.attach(model, stack)
         stack.enter_context(occupy(inner, _Training(visibility)))
+        visibility.attach(model, stack)
         yield visibility
 
 
@@ -127,12 +128,16 @@ class Visibility:
     def __init__(self, policy: SpeedPolicy, model: Any, anatomy: Anatomy) -> None:
         self.policy, self.model, self.anatomy = policy, model, anatomy
         self.at_full_depth = False
+        self.rope = rope_lengths(anatomy.stack)
         self.n_positions = self.n_deep = 0
         self._labels: Tensor | None = None
         self._decode_mask: Tensor | None = None
         self._plan: Plan | None = None  # between the start of the stack and the final norm: never in a backward pass
         self._head: Plan | None = None
         self._warned = False
+
+    def __getstate__(self) -> Any:
+        raise UserError("this model is being trained under a policy: copy or pickle it outside of train_under")
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         """Add all hooks; ``model`` is what the user calls: the model itself, or a wrapper of it."""
@@ -141,6 +146,7 @@ class Visibility:
             stack.callback(module.register_forward_pre_hook(_Before(module, edit), with_kwargs=True).remove)
 
         anatomy = self.anatomy
+        self.rope.settle()
         for module in {model, self.model}:  # a wrapper may call the forward method of the model, past its hooks
             before(module, self._before_model)
             stack.callback(module.register_forward_hook(self._after_model, always_call=True).remove)
@@ -178,6 +184,8 @@ class Visibility:
         inputs = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         self._plan = self._head = None
+        if self.rope and inputs is not None:
+            self._require_frequencies(inputs, given.get("attention_mask"))
         if self._stock or inputs is None:
             return
         self._refuse(given)
@@ -221,6 +229,17 @@ class Visibility:
         given[_PLAN] = self._plan = plan
         self.n_positions += real.numel()
         self.n_deep += plan.columns.numel()
+
+    def _require_frequencies(self, inputs: Tensor, mask: Any) -> None:
+        """Refuse a batch whose rows, alone, would have other rotary frequencies than the batch has."""
+        lengths = {inputs.shape[1]}
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            lengths.update(mask.ne(0).sum(1).tolist())
+        if self.rope.mixes(*lengths):
+            raise UserError(
+                f"{self.rope.reason}: rows of {min(lengths)} tokens do not fit into a batch of {max(lengths)}, padding "
+                "included; put texts on one side of that into a batch, or one text into each"
+            )
 
     def _refuse(self, given: dict[str, Any]) -> None:
         """Refuse what a batch may bring along that training does not serve."""

@@ -104,6 +104,7 @@ class PolicyLayer(CacheLayerMixin):
             return key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._settle(key_states)
         new = key_states.shape[2]
         assert new == count(incoming), f"{new} keys for {count(incoming)} columns"
         if count(self.pieces) + new > self.keys.shape[2]:
@@ -116,6 +117,13 @@ class PolicyLayer(CacheLayerMixin):
         if self.only_store:
             raise KeysStored
         return self.keys[:, :, seen], self.values[:, :, seen]
+
+    def _settle(self, like: Tensor) -> None:
+        """Bring the storage to where the layer computes now, and out of `torch.inference_mode` when that has ended."""
+        if self.keys.device != like.device:  # of an offloaded or a moved model
+            self.keys, self.values = self.keys.to(like.device), self.values.to(like.device)
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self.keys, self.values = self.keys.clone(), self.values.clone()
 
     def keep(self, index: Tensor, piece: Piece) -> None:
         """Keep only these slots, int64 [batch, kv_heads, kept], which hold ``piece`` from now on."""
@@ -221,7 +229,9 @@ class PolicyCache(Cache):
     """KV cache of one policy: ``len(cache.layers)`` layers that may hold different tokens.
 
     ``n_columns`` is the number of columns seen by the model, ``padding`` int64 [batch] the padding columns at the left
-    of each row, or None. ``batch`` is None until the first call.
+    of each row, or None. ``batch`` is None until the first call. ``length`` is the number of columns that its text is
+    known to come to, and ``factors`` the set of rotary frequencies of its keys, where a model has several (see
+    `diagnostics.rope`).
     """
 
     def __init__(self, policy: Policy, anatomy: Anatomy) -> None:
@@ -233,6 +243,8 @@ class PolicyCache(Cache):
         self.batch: int | None = None
         self.padding: Tensor | None = None
         self.decoded: Pieces = ()  # columns of the decode phase
+        self.length = 0
+        self.factors: int | None = None
         self.writing = False  # a call has begun and not ended
 
     @property
@@ -302,7 +314,7 @@ class PolicyCache(Cache):
             layer.check_crop(stop)
         for layer in self.layers:
             layer.crop_to(stop)
-        self.n_columns, self.n_prompt = stop, min(self.n_prompt, stop)
+        self.n_columns, self.n_prompt, self.length = stop, min(self.n_prompt, stop), min(self.length, stop)
         self.decoded = tuple(cropped for piece in self.decoded if (cropped := piece.until(stop)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -326,6 +338,7 @@ class PolicyCache(Cache):
         super().reset()
         self.n_columns, self.n_prompt, self.batch, self.padding = 0, 0, None, None
         self.decoded = ()
+        self.length, self.factors = 0, None
         self.writing = False
 
 

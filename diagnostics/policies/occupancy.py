@@ -30,8 +30,9 @@ def require_free(model: nn.Module) -> None:
 
 @contextmanager
 def occupy(model: nn.Module, holder: Holder) -> Iterator[None]:
-    """Hold a model inside the block."""
-    _HELD[model] = holder
+    """Hold a model inside the block; raise UserError if another holds it."""
+    if _HELD.setdefault(model, holder) is not holder:
+        require_free(model)
     try:
         yield
     finally:
