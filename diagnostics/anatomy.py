@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from diagnostics.errors import UserError
+from diagnostics.libraries import is_compiled
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 OUTPUT_PROJECTION_NAMES = ("o_proj", "c_proj", "dense", "out_proj", "wo")
@@ -122,6 +123,9 @@ def dissect(model: Any, name: str) -> Anatomy:
     """Find the parts of a transformers causal language model; raise UserError, naming the model, where it cannot."""
     config = model.config.get_text_config(decoder=True)
     refuse_config(model.config, name)
+
+    if is_compiled(model):
+        raise UserError(f"model {name!r} is compiled, and compiled code leaves out hooks: give it as it was before")
 
     def refuse(reason: str) -> UserError:
         return UserError(

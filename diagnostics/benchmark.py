@@ -140,7 +140,7 @@ def benchmark(
         )
     rope = rope_lengths(lm.anatomy.stack)
     for length in lengths:
-        if rope.mixes(length, length + new_tokens):
+        if rope.mixes(length, length + new_tokens - 1):
             raise UserError(
                 f"{rope.reason}: {length} prompt tokens and {new_tokens} new ones are on both sides of that"
             )

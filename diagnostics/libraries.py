@@ -29,6 +29,16 @@ def stock_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile stands before a model's own code: what was compiled before leaves out later hooks."""
+    for module in (model, *model.modules()):
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            return True
+        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            return True
+    return False
+
+
 def twin(model: Any) -> Any:
     """Copy a model's modules and share its weights: libraries that change modules in place get their own."""
     tensors = [*model.parameters(), *model.buffers()]

@@ -7,6 +7,7 @@ type; the rest goes in chunks that the backward pass computes again, so that no 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,14 +42,17 @@ def distillation_loss(
     return _mean(_divergence, student_logits[mask], teacher_logits.detach()[mask], n_items)
 
 
-def supervised_loss(logits: Tensor, labels: Tensor, *, n_items: Tensor | int | None = None) -> Tensor:
+def supervised_loss(
+    logits: Tensor, labels: Tensor, *, n_items: Tensor | int | None = None, smoothing: float = 0.0
+) -> Tensor:
     """Mean cross-entropy in nats of the targets in ``labels`` [batch, tokens], -100 where there is none.
 
     ``logits`` [batch, tokens, vocabulary] of a position are for the label after it, as in transformers; ``n_items`` as
-    in `distillation_loss`. Without any target the loss is 0.
+    in `distillation_loss`. ``smoothing`` is the share of a target that the whole vocabulary gets, as in transformers'
+    ``label_smoothing_factor``. Without any target the loss is 0.
     """
     mask = predicting(labels)
-    return _mean(_cross_entropy, logits[mask], labels.roll(-1, dims=1)[mask], n_items)
+    return _mean(partial(_cross_entropy, smoothing=smoothing), logits[mask], labels.roll(-1, dims=1)[mask], n_items)
 
 
 def mixed_loss(
@@ -58,6 +62,7 @@ def mixed_loss(
     *,
     supervised: float,
     n_items: Tensor | int | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """``supervised`` times the cross-entropy of the targets plus the rest times the distillation at their positions.
 
@@ -65,7 +70,8 @@ def mixed_loss(
     """
     require_share(supervised)
     taught = distillation_loss(student_logits, teacher_logits, predicting(labels), n_items=n_items)
-    return supervised * supervised_loss(student_logits, labels, n_items=n_items) + (1 - supervised) * taught
+    told = supervised_loss(student_logits, labels, n_items=n_items, smoothing=smoothing)
+    return supervised * told + (1 - supervised) * taught
 
 
 def require_share(supervised: float) -> None:
@@ -96,8 +102,11 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_divergence(log_probabilities(teacher), log_probabilities(student)).sum()
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return -log_likelihoods(logits, targets).sum()
+def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    told = -log_likelihoods(logits, targets).sum()
+    if smoothing == 0:
+        return told
+    return (1 - smoothing) * told - smoothing * log_probabilities(logits).mean(-1).sum()
 
 
 def _at_least_one(n_items: Tensor | int) -> Tensor | int:

@@ -55,12 +55,30 @@ class SpeedTrainer(Trainer):
         if teacher is not None and teacher is model:
             raise UserError("the teacher is the model itself and would be frozen: give a copy, or a PEFT model alone")
         super().__init__(model, **trainer)
+        self._refuse_arguments(supervised)
         self.schedule = CutoffSchedule(schedule, schedule) if isinstance(schedule, int) else schedule
         self.anchors, self.supervised = anchors, supervised
         self._visibility: Visibility | None = None
         self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         # `compute_loss` below divides by the targets of all batches of a step.
         self.model_accepts_loss_kwargs = True
+
+    def _refuse_arguments(self, supervised: float) -> None:
+        """Refuse arguments of the Trainer that would change the loss, or the model, and be left out here."""
+        args = self.args
+        sizes = (getattr(getattr(args, "parallelism_config", None), name, 1) for name in ("cp_size", "sp_size"))
+        for refused, reason in (
+            (self.compute_loss_func is not None, "compute_loss_func: it has a loss of its own, see supervised"),
+            (
+                args.label_smoothing_factor != 0 and supervised == 0,
+                "label_smoothing_factor: it smooths targets, which supervised=0 leaves out of the loss",
+            ),
+            (args.use_liger_kernel, "use_liger_kernel: its kernels are untried on the tokens of a policy"),
+            (args.torch_compile, "torch_compile: compiled code may leave out the hooks that a policy is made of"),
+            (any(size > 1 for size in sizes), "context or sequence parallelism: a row has to be in one place"),
+        ):
+            if refused:
+                raise UserError(f"SpeedTrainer does not serve {reason}")
 
     @property
     def cutoff(self) -> int:
@@ -114,11 +132,18 @@ class SpeedTrainer(Trainer):
         given["logits_to_keep"] = kept = labels.shape[1] - max(0, first)
         taught = self._teach(model, given) if self.supervised < 1 else None
         outputs = model(**given, decode_mask=decode_phase(labels, mask))
-        labels = labels[:, -kept:]
+        labels, smoothing = labels[:, -kept:], self.args.label_smoothing_factor
         if taught is None:
-            loss = supervised_loss(outputs.logits, labels, n_items=num_items_in_batch)
+            loss = supervised_loss(outputs.logits, labels, n_items=num_items_in_batch, smoothing=smoothing)
         elif self.supervised:
-            loss = mixed_loss(outputs.logits, taught, labels, supervised=self.supervised, n_items=num_items_in_batch)
+            loss = mixed_loss(
+                outputs.logits,
+                taught,
+                labels,
+                supervised=self.supervised,
+                n_items=num_items_in_batch,
+                smoothing=smoothing,
+            )
         else:
             loss = distillation_loss(outputs.logits, taught, predicting(labels), n_items=num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

@@ -246,7 +246,7 @@ class Runtime:
             raise UserError(f"the KV cache holds {cache.batch} rows, the input {batch}")
         cache.writing = True
         self.call = call = Call(self, cache, n_new, head, tail)
-        call.notes["logits"] = wanted
+        call.notes["logits"] = wanted if isinstance(keep, int) else 0  # places are counted from the first token
         # A mask of four dimensions is passed on as it is: the model builds none. Layers get theirs in `_BeforeLayer`.
         kwargs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs.device)
         kwargs |= {"past_key_values": cache, "use_cache": True}
