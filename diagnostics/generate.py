@@ -108,6 +108,8 @@ def prefill(
         past = cache.n_columns
         chunk = tokens if chunk_size is None else chunk_size
         head, tail = _phases(policy, cache, tokens, more)
+        if not more and policy.later_prompts:
+            runtime.require_boundary(cache, tokens, policy.boundary)
         if not policy.chunked and past == 0 and (chunk < tokens or more):
             raise UserError(f"{policy.name} chooses among all prompt tokens: it cannot take them in several calls")
         runtime.see_padding(cache, attention_mask, len(input_ids), tokens, input_ids.device)

@@ -229,7 +229,7 @@ class Runtime:
         self.see_padding(cache, mask, batch, n_new, inputs.device)
         wanted = _count_wanted(keep, n_new)
         if dropped is not None and cache.n_columns == 0:
-            expected = 0, self._begin_anew(cache, dropped, n_new)
+            expected = 0, self._begin_anew(cache, dropped, n_new, wanted)
         head, tail = expected or self._phases(cache, n_new, wanted)
         self._keep_frequencies(cache, n_new)
         own = _positions(cache, n_new, inputs.device)
@@ -281,13 +281,18 @@ class Runtime:
                         "not in the tokens' places; leave it out, or look at the model at full depth"
                     )
 
-    def _begin_anew(self, cache: PolicyCache, dropped: PolicyCache, n_new: int) -> int:
+    def _begin_anew(self, cache: PolicyCache, dropped: PolicyCache, n_new: int, wanted: int) -> int:
         """Number of decode-phase tokens at the end of all tokens, with which stock ``generate()`` begins anew."""
         pieces = dropped.decoded
         if not self.policy.chunked or len(pieces) != 1 or pieces[0].stop != dropped.n_columns:
             raise UserError(
                 f"{self.rope.reason}, where generate() runs all tokens anew, which {self.policy} cannot after this "
                 "prompt: generate fewer tokens"
+            )
+        padding = 0 if cache.padding is None else int(cache.padding.min())
+        if self.rope.mixes(n_new - max(wanted, 1) + 1 - padding, n_new - padding):
+            raise UserError(
+                f"{self.rope.reason}, and drafts of assisted generation cross that: leave out the assistant"
             )
         for layer, before in zip(cache.layers, dropped.layers, strict=True):
             layer.record_past, layer.room = before.record_past, before.room
@@ -392,11 +397,21 @@ class Runtime:
         if self.policy.anchors > n_prompt:
             raise UserError(f"{self.policy}: the prompt has {n_prompt} tokens, fewer than the anchors")
 
+    def require_boundary(self, cache: PolicyCache, n_new: int, tail: int) -> None:
+        """Raise UserError if some of the last ``tail`` prompt tokens, decode phase, are in the cache as prompt."""
+        if n_new < tail and cache.n_columns and not cache.awaits_token:
+            raise UserError(
+                f"{self.policy}: the last {tail} prompt tokens are decode phase, and of these only {n_new} are new: "
+                "give them in one call"
+            )
+
     def _phases(self, cache: PolicyCache, n_new: int, wanted: int | None) -> tuple[int, int]:
         """Decode-phase tokens at the head and at the tail of a call that nobody announced."""
         if cache.n_columns and (not wanted or not self.policy.later_prompts):
             return 0, n_new
-        tail = min(n_new, max(wanted or 1, 1) + self.policy.boundary - 1)
+        tail = max(wanted or 1, 1) + self.policy.boundary - 1
+        self.require_boundary(cache, n_new, tail)
+        tail = min(n_new, tail)
         return min(int(cache.n_columns > 0 and cache.awaits_token), n_new - tail), tail
 
     def _cache(self, given: Any) -> PolicyCache:

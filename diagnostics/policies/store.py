@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Mod
         "n_columns": cache.n_columns,
         "n_prompt": cache.n_prompt,
         "batch": cache.batch,
+        "length": cache.length,
+        "factors": cache.factors,
         "layers": layers,
         "decoded": [[piece.start, piece.stop] for piece in cache.decoded],
         "forgotten": [layer.hidden_stop for layer in cache.layers],
@@ -111,10 +114,13 @@ def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> 
     cache = PolicyCache(parse_policy(header["policy"]), anatomy)
     cache.n_columns, cache.n_prompt = header["n_columns"], header["n_prompt"]
     cache.batch = header["batch"]
+    cache.length, cache.factors = header["length"], header["factors"]
     cache.decoded = tuple(Piece(*columns) for columns in header["decoded"])
     cache.padding = tensors.get("padding")
     for index, (layer, pieces) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         device = next(anatomy.layers[index].parameters()).device
+        if device.type == "meta":  # an offloaded layer: the first call moves its keys to where it computes
+            device = torch.device("cpu")
         keys, values = tensors[f"keys.{index}"].to(device), tensors[f"values.{index}"].to(device)
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = with_room(keys, layer.room), with_room(values, layer.room)
