@@ -73,6 +73,7 @@ class RopeLengths:
 
         transformers does so itself in a shorter call, though not in one of exactly `longest` tokens.
         """
+        module: Any
         for module in self.modules if self.longest is not None else ():
             kinds = module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
             for layer_type, kind in kinds.items():
@@ -87,8 +88,8 @@ def rope_lengths(stack: nn.Module) -> RopeLengths:
     switches: set[int] = set()
     longest: int | None = None
     modules: list[nn.Module] = []
-    for module in stack.modules():
-        module = unwrapped(module)
+    for found in stack.modules():
+        module: Any = unwrapped(found)
         kinds = getattr(module, "rope_type", None)
         if not isinstance(kinds, (str, dict)) or not isinstance(module, nn.Module):
             continue

@@ -482,3 +482,60 @@ def test_settings_that_make_no_sense(lm, wrong, said):
     with pytest.raises(UserError, match=said) as error:
         Settings(**{"cutoff": 3} | wrong).settled(lm)
     assert "\n" not in str(error.value)
+
+
+# --- Arguments of the Trainer that change the loss ---
+
+
+def trained_loss(folder, supervised, smoothing, **arguments):
+    trainer = make(with_adapter(tiny_model("llama")), folder, schedule=2, supervised=supervised, learning_rate=0.0)
+    trainer.args.label_smoothing_factor = smoothing
+    for name, value in arguments.items():
+        setattr(trainer.args, name, value)
+    return trainer.train().training_loss
+
+
+def test_label_smoothing_is_in_the_loss(tmp_path):
+    plain, smooth = (trained_loss(tmp_path / str(s), 1.0, s) for s in (0.0, 0.5))
+    lm, total, targets, spread = with_adapter(tiny_model("llama")), 0.0, 0, 0.0
+    with train_under(SpeedPolicy(2), lm), torch.no_grad():
+        for row in ROWS:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            log_p = lm(input_ids=ids, labels=labels).logits[0, :-1].double().log_softmax(-1)
+            at = labels[0, 1:] != -100
+            total -= float(log_p[at].gather(-1, labels[0, 1:][at][:, None]).sum())
+            spread -= float(log_p[at].mean(-1).sum())
+            targets += int(at.sum())
+    assert plain == pytest.approx(total / targets, rel=1e-4)
+    assert smooth == pytest.approx((0.5 * total + 0.5 * spread) / targets, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("supervised", "arguments", "trainer", "message"),
+    [
+        (0.0, {"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor: it smooths targets"),
+        (1.0, {}, {"compute_loss_func": lambda *_, **__: None}, "compute_loss_func"),
+        (1.0, {"torch_compile": True}, {}, "torch_compile"),
+        (1.0, {"use_liger_kernel": True}, {}, "use_liger_kernel"),
+    ],
+)
+def test_arguments_that_would_be_left_out_of_the_loss_are_refused(tmp_path, supervised, arguments, trainer, message):
+    settings = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False, **(arguments | {"torch_compile": False})
+    )
+    for name, value in arguments.items():
+        setattr(settings, name, value)
+    model = with_adapter(tiny_model("llama"))
+    with pytest.raises(UserError, match=f"SpeedTrainer does not serve {message}"):
+        SpeedTrainer(model, schedule=2, supervised=supervised, args=settings, train_dataset=ROWS, **trainer)
+
+
+def test_noise_on_embeddings_is_the_students_alone(tmp_path):
+    loss = {}
+    for alpha in (None, 40.0):
+        trainer = make(
+            with_adapter(tiny_model("llama")), tmp_path / str(alpha), schedule=2, supervised=1.0, learning_rate=0.0
+        )
+        trainer.neftune_noise_alpha = alpha
+        loss[alpha] = trainer.train().training_loss
+    assert loss[40.0] != pytest.approx(loss[None], rel=1e-3)

@@ -183,7 +183,7 @@ class Runtime:
         def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             given = model_kwargs.get("past_key_values")
             result = stock(generation_config, model_kwargs, *args, **kwargs)
-            made = model_kwargs.get("past_key_values")
+            made: Any = model_kwargs.get("past_key_values")
             if given is None and type(made) is DynamicCache and not made.offloading:
                 model_kwargs["past_key_values"] = self.new_cache()
             return result
