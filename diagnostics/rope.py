@@ -91,7 +91,7 @@ def rope_lengths(stack: nn.Module) -> RopeLengths:
     for found in stack.modules():
         module: Any = unwrapped(found)
         kinds = getattr(module, "rope_type", None)
-        if not isinstance(kinds, (str, dict)) or not isinstance(module, nn.Module):
+        if not isinstance(kinds, (str, dict)):
             continue
         for layer_type, kind in kinds.items() if isinstance(kinds, dict) else ((None, kinds),):
             if "dynamic" in kind:
