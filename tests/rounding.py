@@ -18,7 +18,7 @@ def _add_up(values, dims, keepdim):
     if not rows.shape[-1]:
         result = rows.new_zeros(rows.shape[:-1])
     else:
-        result = torch.from_numpy(np.add.accumulate(rows.flip(-1).numpy(), axis=-1)[..., -1].copy())
+        result = torch.from_numpy(np.add.accumulate(rows.detach().flip(-1).numpy(), axis=-1)[..., -1].copy())
     return result.reshape([1 if d in dims else n for d, n in enumerate(values.shape)]) if keepdim else result
 
 
