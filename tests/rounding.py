@@ -14,8 +14,9 @@ def _add_up(values, dims, keepdim):
     """Sum over ``dims``, strictly one number after the other."""
     dims = sorted({d % values.ndim for d in (dims or range(values.ndim))})
     rest = [d for d in range(values.ndim) if d not in dims]
-    rows = values.permute(*rest, *dims).reshape(*(values.shape[d] for d in rest), -1)
-    if not rows.shape[-1]:
+    count = int(np.prod([values.shape[d] for d in dims]))
+    rows = values.permute(*rest, *dims).reshape(*(values.shape[d] for d in rest), count)
+    if not rows.numel():
         result = rows.new_zeros(rows.shape[:-1])
     else:
         result = torch.from_numpy(np.add.accumulate(rows.detach().flip(-1).numpy(), axis=-1)[..., -1].copy())
