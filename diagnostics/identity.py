@@ -209,6 +209,8 @@ def _named_tensors(model: Any, inner: nn.Module, idle: set[int]) -> list[_Named]
                     continue
                 if kind == "buffer" and _changes_with_length(module, name):
                     continue
+                if name == "bias" and name in module._buffers and not tensor.is_meta and not tensor.any():
+                    continue  # TransformerLens gives a head without a bias one of zeros
                 seen.add(id(tensor))
                 full = prefix + _plain_name(f"{path}.{name}" if path else name)
                 found.append(_Named(kind, full, tensor, _getter(tensor, offloaded, name)))
