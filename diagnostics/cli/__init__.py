@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -32,17 +34,27 @@ for command in (recommend, diagnose, generate, bench, evaluate, finetune, report
     app.command()(command)
 
 
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Let SIGTERM end the command as an interrupt does, so that scratch folders and locks go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """Entry point: what is wrong with the input is one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets "?" for the bars
-    if threading.current_thread() is threading.main_thread():
-        # Scratch folders and locks go as after an interrupt.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         _require_utf8(sys.argv[1:])
-        with HELD:
+        with _ending_in_order(), HELD:
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()  # here, where a full disk below it can still be reported
     except UserError as error:
