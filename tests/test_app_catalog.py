@@ -591,7 +591,7 @@ def test_what_is_started(monkeypatch, capfd, tmp_path, replaced, browser):
     ((program, words, environment),) = replaced
     assert program == words[0] == sys.executable
     assert words[1:4] == ["-m", "streamlit", "run"]
-    assert Path(words[4]) == ROOT / "app" / "main.py"
+    assert Path(words[4]) == ROOT / "app" / "server.py"
     options = dict(word.removeprefix("--").split("=", 1) for word in words[5:])
     assert options["server.address"] == "127.0.0.1"
     assert options["browser.gatherUsageStats"] == "false"
@@ -643,7 +643,7 @@ def test_the_installed_copy_is_found_and_whole(tmp_path):
     (site / "app").mkdir()
     (site / "app" / "main.py").write_text("")
     done = program_of(site)
-    assert done.stdout.strip() == str(site / "speed_diagnostics_app" / "main.py"), done.stderr
+    assert done.stdout.strip() == str(site / "speed_diagnostics_app" / "server.py"), done.stderr
     there = set(contents(site / "speed_diagnostics_app"))
     assert {str(p.relative_to(ROOT / "app")) for p in (ROOT / "app").rglob("*.py")} | {"icon.svg"} <= there
 
@@ -663,7 +663,7 @@ def test_the_wheel_holds_the_app(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     shutil.unpack_archive(wheel, site, "zip")
-    assert program_of(site).stdout.strip() == str(site / "speed_diagnostics_app" / "main.py")
+    assert program_of(site).stdout.strip() == str(site / "speed_diagnostics_app" / "server.py")
 
 
 def test_an_editable_installation_has_no_copy_of_the_app():
