@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from diagnostics import FullPolicy, LoadedModel, SpeedPolicy, UserError, diagnose, recommend
@@ -152,6 +159,20 @@ def test_layers_with_inputs_of_their_own_are_refused_by_name(kind, settings):
 def test_attention_of_another_shape_in_some_layers_is_refused_by_name():
     with pytest.raises(UserError, match="changes from layer to layer"):
         made("gemma4_text", **(PER_LAYER_INPUTS | {"hidden_size_per_layer_input": 0, "global_head_dim": 16}))
+
+
+def test_a_class_for_text_and_pictures_is_refused_by_policies_with_advice_that_helps():
+    """Its masks come as a dictionary; the text model alone, with the same weights, runs."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=COMMON | {"sliding_window": 9}, vision_config=vision, mm_tokens_per_image=4)
+    both = Gemma3ForConditionalGeneration(config).eval()
+    with pytest.raises(UserError, match="use the class of its text model alone"), SpeedPolicy(3)(both):
+        pass
+    text = Gemma3ForCausalLM(config.text_config).eval()
+    text.model.load_state_dict(both.model.language_model.state_dict())
+    with SpeedPolicy(3)(text):
+        text.generate(torch.tensor([random_ids(12)]), max_new_tokens=2)
 
 
 def test_chunked_attention_is_refused_by_name():
