@@ -709,7 +709,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(copy, monkeypatch, open_app
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("diagnostics.results.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("diagnostics.files.tempfile.mkdtemp", refuse)
     at.button(key="save").click().run()
     assert "Permission denied" in calm(at)[0]
     assert not (folder / RECOMMENDATION).exists()

@@ -111,6 +111,7 @@ def test_a_run_of_an_earlier_version_is_read_but_not_continued(begun, tmp_path):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     for name in ("libraries", "configuration", "adapters", "buffers", "token_ids"):
         del manifest["identity"][name]
+    del manifest["seal"]  # earlier versions wrote none
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="begun by an earlier version"):
         diagnose(load_model(begun / "model"), PROMPTS, out=tmp_path / "run", resume=True, **SETTINGS)
