@@ -273,8 +273,10 @@ def test_a_sliding_window_model(world, made):
 @pytest.mark.parametrize("model", ["tiny", "chat"])
 def test_the_streamed_text_is_the_generated_text(world, made, command, model, spec):
     folder = getattr(world, model)
-    text = made("--policy", spec, model=folder)["text"]
-    status, out, _ = command(folder, "--prompt", PROMPT, "--max-new-tokens", NEW, "--policy", spec)
+    # A chat template writes the BoS token itself, and what it writes is refused in a message.
+    prompt = PROMPT.removeprefix("<s> ") if model == "chat" else PROMPT
+    text = made("--policy", spec, model=folder, prompt=prompt)["text"]
+    status, out, _ = command(folder, "--prompt", prompt, "--max-new-tokens", NEW, "--policy", spec)
     assert (status, out) == (0, f"{text}\n")
 
 
