@@ -15,7 +15,7 @@ TABLE = Path(__file__).parents[1] / "analyses" / "results" / "families.csv"
     [
         ("olmo3", "proven"),
         ("diffllama", "refused: .* more than once"),
-        ("llama4_text", "refused: .* chunked attention"),
+        ("llama4_text", "refused: .*chunked attention"),
         ("gemma3n_text", "refused: the check of sweep ended in"),
         ("mamba", "refused: "),
         ("reformer", "not built: "),
