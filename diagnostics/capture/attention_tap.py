@@ -47,10 +47,6 @@ def attention_tap(model: nn.Module, attentions: tuple[nn.Module, ...], handler: 
 
     ``handler`` returns what the attention should return, usually ``call.proceed()``.
     """
-    # Each configuration by itself: the public setter would overwrite sub-configurations too, past undoing.
-    held = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    configs = [config for config in held if hasattr(config, "_attn_implementation_internal")]
-    before = [(config, config._attn_implementation_internal) for config in configs]
     inner: str = model.config._attn_implementation  # type: ignore[union-attr, assignment]
     tapped = _register(inner)
 
@@ -71,14 +67,27 @@ def attention_tap(model: nn.Module, attentions: tuple[nn.Module, ...], handler: 
 
         _RECORDERS[module] = record
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = tapped
+        with attention_implementation(model, tapped):
+            yield
+    finally:
+        for module in attentions:
+            _RECORDERS.pop(module, None)
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Have all parts of a model use the attention implementation of this name inside the block."""
+    # Each configuration by itself: the public setter would overwrite sub-configurations too, past undoing.
+    held = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs = [config for config in held if hasattr(config, "_attn_implementation_internal")]
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
         yield
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
-        for module in attentions:
-            _RECORDERS.pop(module, None)
 
 
 def _register(inner: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.anatomy import Anatomy, parameter_names
+from diagnostics.capture.attention_tap import attention_implementation
 
 MASKED_BY = ("sdpa", "eager")  # implementations that take a mask for every query and key
 
@@ -75,15 +76,8 @@ def masks(model: Any) -> Iterator[None]:
     if model.config._attn_implementation in MASKED_BY:
         yield
         return
-    held = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    before = [(c, c._attn_implementation_internal) for c in held if hasattr(c, "_attn_implementation_internal")]
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    with attention_implementation(model, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"):
         yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
 
 
 @contextmanager
