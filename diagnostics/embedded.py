@@ -7,7 +7,7 @@ SmolLM2-135M-Instruct (30 layers, 8192 positions, Apache-2.0) ships inside the P
 import importlib.util
 from pathlib import Path
 
-from diagnostics.converted import cache_folder, convert_once, write_converted
+from diagnostics.converted import cache_folder, convert_once
 from diagnostics.errors import UserError
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
@@ -33,4 +33,7 @@ def embedded_model_folder() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    # Here, not above: whoever only names the embedded model need not load torch.
+    from diagnostics.gguf import write_converted
+
     write_converted(gguf, folder, EMBEDDED_MODEL)

@@ -9,10 +9,10 @@ import torch
 
 from diagnostics.adapters import fetch_adapter, holds_adapter, is_adapter, merge, read_adapter
 from diagnostics.anatomy import Anatomy, dissect, refuse_config
-from diagnostics.converted import converted_gguf
 from diagnostics.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.errors import UserError, one_line
 from diagnostics.files import require_sums
+from diagnostics.gguf import converted_gguf
 from diagnostics.identity import ModelIdentity
 from diagnostics.libraries import NNSIGHT, TRANSFORMER_LENS, TRANSFORMERS, library_of, stock_model
 

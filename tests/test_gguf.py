@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics import UserError, converted, load_model
+from diagnostics import UserError, converted, gguf, load_model
 from tests.gguf_files import BASE, HEAD_DIM, N_FREQUENCIES, WIDTH, write_gguf
 from tests.runs import contents
 
@@ -120,8 +120,8 @@ def test_it_is_converted_once_and_anew_where_its_content_changed(tmp_path, monke
     file = write_gguf(tmp_path / "m.gguf")
     first = load_model(file)
     made = []
-    write = converted.write_converted
-    monkeypatch.setattr(converted, "write_converted", lambda *args: made.append(args) or write(*args))
+    write = gguf.write_converted
+    monkeypatch.setattr(gguf, "write_converted", lambda *args: made.append(args) or write(*args))
     again = load_model(file)
     copy = load_model(file.rename(tmp_path / "copy.gguf"))
     assert made == []
@@ -139,7 +139,7 @@ def test_a_conversion_that_was_killed_leaves_nothing_to_be_taken_for_one(tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(converted, "write_converted", killed)
+        patch.setattr(gguf, "write_converted", killed)
         with pytest.raises(KeyboardInterrupt):
             load_model(file)
     assert not list(cache.glob("gguf/*"))

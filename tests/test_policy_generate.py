@@ -694,9 +694,9 @@ def test_a_policy_follows_a_real_run(tmp_path, model):
     ("content", "message"),
     [
         (None, "no recommendation in .*make one with `recommend`"),
-        (b"", "is not JSON"),
-        (b"{cutoff: 3}", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
+        (b"", "is not a recommendation, or damaged"),
+        (b"{cutoff: 3}", "is not a recommendation, or damaged"),
+        (b"\xff\xfe", "is not a recommendation, or damaged"),
         (b"[]", "is not a JSON object"),
         (b"null", "is not a JSON object"),
         (b"{}", "is not a recommendation|no stabilization region"),

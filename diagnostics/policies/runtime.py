@@ -435,14 +435,10 @@ class Runtime:
         """Learn the padding of the first call; refuse masks that are not left padding."""
         if mask is None:
             return
-        if isinstance(mask, dict):
-            raise UserError(
-                f"{type(self.model).__name__} makes masks for text and other media together, which a policy cannot "
-                "take: use the class of its text model alone"
-            )
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise UserError(
-                "a policy makes the attention masks itself: give attention_mask as [batch, tokens], or none"
+                "a policy makes the attention masks itself: give attention_mask as [batch, tokens], or none; where a "
+                "class for text and other media makes them, use the class of its text model alone"
             )
         total = cache.n_columns + n_new
         if tuple(mask.shape) != (batch, total):
