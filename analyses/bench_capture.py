@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from diagnostics.capture import BACKENDS, HOOKS, make_capture
-from diagnostics.capture.base import Capture, Layout
-from diagnostics.cutoff_sweep import CutoffSweep
-from diagnostics.memory import peak_memory
-from diagnostics.models import LoadedModel, load_model
-from diagnostics.probes import all_probes
-from diagnostics.probes.base import PromptContext
-from diagnostics.readout import Readout
-from diagnostics.versions import hardware, versions
+from diagnostics.diagnosis.capture import BACKENDS, HOOKS, make_capture
+from diagnostics.diagnosis.observers import Capture, Layout
+from diagnostics.diagnosis.probes import all_probes
+from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
+from diagnostics.diagnosis.probes.probe import PromptContext
+from diagnostics.diagnosis.readout import Readout
+from diagnostics.models.loading import LoadedModel, load_model
+from diagnostics.support.memory import peak_memory
+from diagnostics.support.versions import hardware, versions
 
 N_DECODE = 64
 BARE = "bare"

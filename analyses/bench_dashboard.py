@@ -22,9 +22,9 @@ import pandas as pd
 
 from browsing import browsing, go, serving, settled
 from diagnostics import recommend
-from diagnostics.results import RECOMMENDATION, RunWriter
-from diagnostics.schema import COLUMNS, SCHEMA_VERSION
-from diagnostics.versions import hardware, versions
+from diagnostics.runs.run import RECOMMENDATION, RunWriter
+from diagnostics.runs.schema import COLUMNS, SCHEMA_VERSION
+from diagnostics.support.versions import hardware, versions
 
 N_PROMPTS, N_LAYERS, N_HEADS, N_TOKENS, N_LENS, DETAIL_PROMPTS = 64, 32, 32, 1024, 24, 7
 PAGES = ("Layers", "Cutoff", "Benchmark", "Compare", "Playground", "New diagnosis", "Overview")

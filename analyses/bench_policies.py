@@ -19,8 +19,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from diagnostics import LoadedModel, Policy, UserError, decode, generate, parse_policy
-from diagnostics.benchmark import benchmark
-from diagnostics.files import write_table
+from diagnostics.generation.benchmarks import benchmark
+from diagnostics.support.files import write_table
 from diagnostics.terminal.benchmark import show_benchmark
 
 LENGTHS = [1024, 4096, 8192, 32768, 65536, 131072]

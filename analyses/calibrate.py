@@ -21,12 +21,12 @@ from calibration_study.pool import pool
 from calibration_study.prediction import correlations, price
 from diagnostics import Run, SpeedPolicy, UserError, diagnose, load_model, load_prompts
 from diagnostics.cli.common import fail
-from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.evaluate.evaluation import evaluate
 from diagnostics.evaluate.tasks import load_task
-from diagnostics.files import write_json, write_text
-from diagnostics.prompts import PromptSet
-from diagnostics.versions import hardware, versions
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.prompts.prompt import PromptSet
+from diagnostics.support.files import write_json, write_text
+from diagnostics.support.versions import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "calibration"
 TASKS = ("basic_skills_common_knowledge", "basic_skills_logical_reasoning", "arc_easy", "csqa")

@@ -20,8 +20,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from diagnostics.errors import UserError
-from diagnostics.models import LoadedModel
+from diagnostics.models.loading import LoadedModel
+from diagnostics.support.errors import UserError
 
 N_LAYERS = 4
 MAX_PARAMETERS = 120_000_000
@@ -88,7 +88,7 @@ def main() -> None:
 
 def outcome(family: str, attention: str) -> dict[str, str]:
     """Return what the self-test says of a family: ``proven`` or a line, for each use."""
-    from diagnostics.capture import make_capture
+    from diagnostics.diagnosis.capture import make_capture
     from diagnostics.self_test import prove
 
     uses = ("diagnosis", "policies", "training")

@@ -36,8 +36,8 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from diagnostics.evaluate.lm_eval import PolicyLM
-from diagnostics.models import LoadedModel, load_model
-from diagnostics.versions import hardware, versions
+from diagnostics.models.loading import LoadedModel, load_model
+from diagnostics.support.versions import hardware, versions
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 64

@@ -18,14 +18,14 @@ from rich.progress import Progress
 
 from diagnostics import UserError, load_model
 from diagnostics.cli.common import fail, quiet
-from diagnostics.diagnose import encode_for_diagnosis
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.files import write_text
+from diagnostics.diagnosis.diagnosis import encode_for_diagnosis
+from diagnostics.diagnosis.teacher import observe_teacher
 from diagnostics.finetune import Settings, load_held_out
 from diagnostics.finetune.sources import HELD_OUT
 from diagnostics.finetune.sweeps import sweep_cutoffs
-from diagnostics.results import RECOMMENDATION
-from diagnostics.teacher import observe_teacher
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.support.files import write_text
 
 STOCK, MEASURED = "stock", "longer"
 

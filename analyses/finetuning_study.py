@@ -27,8 +27,6 @@ from rich.progress import Progress
 
 from diagnostics import UserError, load_model
 from diagnostics.cli.common import fail, quiet
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.files import write_json, write_text
 from diagnostics.finetune import (
     Counts,
     Example,
@@ -42,8 +40,10 @@ from diagnostics.finetune import (
 )
 from diagnostics.finetune.sources import HELD_OUT
 from diagnostics.finetune.summary import by_category
-from diagnostics.models import LoadedModel
-from diagnostics.results import RECOMMENDATION
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.models.loading import LoadedModel
+from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.support.files import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results" / "finetuning"
 CUTOFF, SEEDS = 20, (0, 1, 2)

@@ -19,12 +19,12 @@ from rich.progress import Progress
 
 from diagnostics import UserError, load_model, parse_policy
 from diagnostics.cli.common import fail, quiet
-from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.evaluate import Evaluation, evaluate, load_evaluation, load_task, summarize
 from diagnostics.evaluate.folder import ITEMS
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.statistics import average
-from diagnostics.files import write_text
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.files import write_text
 from quality import TABLES
 
 STOCK = "stock"

@@ -16,11 +16,11 @@ from rich.progress import Progress
 
 from diagnostics import UserError, load_model, parse_policy
 from diagnostics.cli.common import fail
-from diagnostics.embedded import EMBEDDED_MODEL
 from diagnostics.evaluate import evaluate, load_task, summarize
 from diagnostics.evaluate.summary import markdown
-from diagnostics.files import write_json, write_text
-from diagnostics.versions import hardware, versions
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.files import write_json, write_text
+from diagnostics.support.versions import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 # Tasks of each table, on which the model is far enough above chance to have something to lose, and items of each.

@@ -34,7 +34,7 @@ from cutoff_selection.runs import select
 from cutoff_selection.tables import TABLE, show
 from diagnostics import UserError
 from diagnostics.cli.common import INTERRUPTED, fail, quiet
-from diagnostics.results import MANIFEST, require_writable
+from diagnostics.runs.run import MANIFEST, require_writable
 
 
 class Parser(argparse.ArgumentParser):

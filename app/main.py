@@ -7,7 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from dashboard.state import entries, md, runs_folder
-from diagnostics.errors import UserError
+from diagnostics.support.errors import UserError
 
 st.set_page_config(page_title="SPEED diagnostics", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
 
@@ -54,7 +54,7 @@ def load_ahead() -> threading.Timer:
         import_module("diagnostics.figures")
         # plotly loads the rest of itself with the first figure.
         import_module("plotly.graph_objects").Figure(layout={"template": "plotly"}).to_json()
-        import_module("diagnostics.generate")
+        import_module("diagnostics.generation.generation")
 
     timer = threading.Timer(0.5, load)
     timer.daemon = True

@@ -5,12 +5,13 @@ The public names come from their modules when they are first used: reading a run
 
 from typing import TYPE_CHECKING
 
-from diagnostics.lazy import find_on_demand
+from diagnostics.support.lazy import find_on_demand
+from diagnostics.support.moved import find_moved
 
 if TYPE_CHECKING:
-    from diagnostics.diagnose import diagnose
-    from diagnostics.errors import UserError
-    from diagnostics.generate import Generation, decode, generate, prefill
+    from diagnostics.cutoffs import Recommendation, RegionRules, find_regions, recommend
+    from diagnostics.diagnosis import diagnose
+    from diagnostics.generation import Generation, decode, generate, prefill
     from diagnostics.models import LoadedModel, load_model
     from diagnostics.policies import Policy, PolicyCache, parse_policy
     from diagnostics.policies.fastkv import FastKVPolicy
@@ -19,14 +20,13 @@ if TYPE_CHECKING:
     from diagnostics.policies.speed import SpeedPolicy
     from diagnostics.policies.store import load_cache, save_cache
     from diagnostics.prompts import Prompt, PromptSet, load_prompts
-    from diagnostics.recommend import Recommendation, recommend
-    from diagnostics.regions import RegionRules, find_regions
-    from diagnostics.results import Run, load_run
+    from diagnostics.runs import Run, load_run
+    from diagnostics.support.errors import UserError
 
 _HOMES = {
-    "diagnose": ("diagnose",),
-    "errors": ("UserError",),
-    "generate": ("Generation", "decode", "generate", "prefill"),
+    "diagnosis": ("diagnose",),
+    "support.errors": ("UserError",),
+    "generation": ("Generation", "decode", "generate", "prefill"),
     "models": ("LoadedModel", "load_model"),
     "policies": ("Policy", "PolicyCache", "parse_policy"),
     "policies.fastkv": ("FastKVPolicy",),
@@ -35,9 +35,8 @@ _HOMES = {
     "policies.speed": ("SpeedPolicy",),
     "policies.store": ("load_cache", "save_cache"),
     "prompts": ("Prompt", "PromptSet", "load_prompts"),
-    "recommend": ("Recommendation", "recommend"),
-    "regions": ("RegionRules", "find_regions"),
-    "results": ("Run", "load_run"),
+    "cutoffs": ("Recommendation", "RegionRules", "find_regions", "recommend"),
+    "runs": ("Run", "load_run"),
 }
 
 __all__ = [
@@ -70,3 +69,4 @@ __all__ = [
 ]
 
 find_on_demand(__name__, _HOMES)
+find_moved()

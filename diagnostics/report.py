@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from diagnostics import figures
-from diagnostics.benchmark import Benchmark
-from diagnostics.errors import UserError
-from diagnostics.files import write_text
-from diagnostics.recommend import Recommendation
-from diagnostics.results import Run
+from diagnostics.cutoffs.recommendation import Recommendation
+from diagnostics.generation.benchmarks import Benchmark
+from diagnostics.runs.run import Run
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import write_text
 from diagnostics.terminal.diagnosis import show_recommendation
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.errors import UserError
+from diagnostics.support.errors import UserError
 
 PADDING = -1
 ANCHOR = 0

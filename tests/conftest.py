@@ -34,7 +34,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def smollm():
-    from diagnostics.models import load_model
+    from diagnostics.models.loading import load_model
 
     return load_model("smollm2-135m-instruct")
 

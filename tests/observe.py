@@ -1,11 +1,11 @@
 """Run one prompt through a capture with every observer, as `diagnose` does."""
 
-from diagnostics.capture.base import Layout
-from diagnostics.capture.hooks import HooksCapture
-from diagnostics.cutoff_sweep import CutoffSweep
-from diagnostics.probes import all_probes
-from diagnostics.probes.base import PromptContext
-from diagnostics.readout import Readout
+from diagnostics.diagnosis.capture.hooks import HooksCapture
+from diagnostics.diagnosis.observers import Layout
+from diagnostics.diagnosis.probes import all_probes
+from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
+from diagnostics.diagnosis.probes.probe import PromptContext
+from diagnostics.diagnosis.readout import Readout
 
 
 def observe(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diagnostics.results import Run
+from diagnostics.runs.run import Run
 from tests.tiny import VOCAB, tiny_model
 
 DECODE_TOKENS = 4

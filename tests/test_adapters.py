@@ -12,9 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from diagnostics import UserError, adapters, load_model
-from diagnostics.embedded import EMBEDDED_MODEL
+from diagnostics import UserError, load_model
 from diagnostics.finetune import Settings
+from diagnostics.models import adapters
+from diagnostics.models.embedded import EMBEDDED_MODEL
 from tests.runs import save_tiny
 from tests.tiny import COMMON, random_ids, tiny_tokenizer
 
@@ -191,16 +192,16 @@ def test_base_beside_the_adapter_and_in_the_working_folder(bases, tmp_path, monk
 
 
 def test_options_and_revision_are_for_the_base(folder, monkeypatch):
-    import diagnostics.models
+    import diagnostics.models.loading
 
     asked = []
-    original = diagnostics.models.load_model
+    original = diagnostics.models.loading.load_model
 
     def load(model, **options):
         asked.append((model, options))
         return original(model, **options)
 
-    monkeypatch.setattr(diagnostics.models, "load_model", load)
+    monkeypatch.setattr(diagnostics.models.loading, "load_model", load)
     options = {"device": "cpu", "dtype": "bfloat16", "trust_remote_code": False}
     edit(folder, revision="v1")
     original(folder, **options)

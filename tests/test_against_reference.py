@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.probes.logit_lens import spaced
+from diagnostics.diagnosis.probes.logit_lens import spaced
 from tests.observe import observe
 from tests.reference import Reference, js_distance, kl
 from tests.tiny import FAMILIES, N_LAYERS, random_ids, tiny_model

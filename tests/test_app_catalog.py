@@ -30,7 +30,7 @@ from dashboard import prompt_text as text_module
 from dashboard.catalog import find_runs
 from dashboard.prompt_text import ATTENTION, EVIDENCE, SEGMENTS, legend, prompt_text, received_attention
 from diagnostics import load_run, recommend
-from diagnostics.files import read_json
+from diagnostics.support.files import read_json
 from tests.runs import contents, make_run, run_command
 
 # The module: `from diagnostics.cli import dashboard` would be the function.

@@ -13,7 +13,7 @@ from dashboard import catalog
 from diagnostics import load_run, recommend
 from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
 from diagnostics.finetune.summary import compare_cutoffs
-from diagnostics.results import MANIFEST, RECOMMENDATION
+from diagnostics.runs.run import MANIFEST, RECOMMENDATION
 from tests.test_app_catalog import write_run
 from tests.test_app_pages import calm, figure, literal, metrics, numbers, same
 from tests.test_finetuning_figures import DAMAGE, TRAINED, change, make_finetuning, save_finetuning

@@ -17,7 +17,7 @@ import pytest
 from dashboard import jobs
 from dashboard.jobs import JOBS, cancel_job, forget_job, list_jobs, resume_job, save_prompts, start_job
 from diagnostics import UserError, diagnose, load_model, load_prompts, load_run
-from diagnostics.files import read_json
+from diagnostics.support.files import read_json
 from tests.runs import contents, save_tiny, write_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

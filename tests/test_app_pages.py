@@ -22,16 +22,16 @@ from streamlit.testing.v1 import AppTest
 
 from dashboard import jobs
 from diagnostics import FullPolicy, SpeedPolicy, diagnose, load_prompts, load_run, recommend
-from diagnostics.benchmark import BENCHMARK_MANIFEST, benchmark, load_benchmark
-from diagnostics.encoding import encode_input
+from diagnostics.cutoffs.recommendation import loss_by_category, retention_at
+from diagnostics.cutoffs.savings import predict_savings
 from diagnostics.figures.layers import CURVES
 from diagnostics.figures.style import per_layer
-from diagnostics.files import read_json
-from diagnostics.finite import finite_mean
-from diagnostics.generate import generate
-from diagnostics.recommend import loss_by_category, retention_at
-from diagnostics.results import MANIFEST, RECOMMENDATION
-from diagnostics.savings import predict_savings
+from diagnostics.generation.benchmarks import BENCHMARK_MANIFEST, benchmark, load_benchmark
+from diagnostics.generation.generation import generate
+from diagnostics.prompts.encoding import encode_input
+from diagnostics.runs.run import MANIFEST, RECOMMENDATION
+from diagnostics.support.files import read_json
+from diagnostics.support.finite import finite_mean
 from tests.runs import save_tiny, write_prompts
 from tests.tiny import tiny_model
 
@@ -709,7 +709,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(copy, monkeypatch, open_app
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("diagnostics.files.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("diagnostics.support.files.tempfile.mkdtemp", refuse)
     at.button(key="save").click().run()
     assert "Permission denied" in calm(at)[0]
     assert not (folder / RECOMMENDATION).exists()

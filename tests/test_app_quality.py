@@ -16,7 +16,7 @@ from diagnostics.evaluate import summary as summary_module
 from diagnostics.evaluate.folder import EVALUATION, ITEMS, Evaluation
 from diagnostics.evaluate.summary import AVERAGE, cell, markdown, summarize
 from diagnostics.figures.quality import policy_label
-from diagnostics.files import read_json
+from diagnostics.support.files import read_json
 from tests.test_app_pages import calm, figure, literal, numbers, same
 from tests.test_quality_figures import POLICIES, make_evaluation, save_evaluation
 

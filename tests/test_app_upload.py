@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from dashboard import upload
 from dashboard.upload import MAX_FILES, MAX_MEGABYTES, import_zip
-from diagnostics import UserError, diagnose, load_prompts, load_run, recommend, untrusted
+from diagnostics import UserError, diagnose, load_prompts, load_run, recommend
+from diagnostics.runs import untrusted
 from tests.runs import DECODE_TOKENS, contents, write_prompts
 from tests.tiny import tiny_model
 

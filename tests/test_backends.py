@@ -19,12 +19,12 @@ from diagnostics import (
     load_prompts,
     load_run,
 )
-from diagnostics.capture import make_capture, transformer_lens
-from diagnostics.capture.hooks import HooksCapture
-from diagnostics.capture.nnsight import NNsightCapture, traced_over
-from diagnostics.capture.transformer_lens import TransformerLensCapture, bridge_over
-from diagnostics.identity import ModelIdentity
-from diagnostics.models import load_model
+from diagnostics.diagnosis.capture import make_capture, transformer_lens
+from diagnostics.diagnosis.capture.hooks import HooksCapture
+from diagnostics.diagnosis.capture.nnsight import NNsightCapture, traced_over
+from diagnostics.diagnosis.capture.transformer_lens import TransformerLensCapture, bridge_over
+from diagnostics.models.identity import ModelIdentity
+from diagnostics.models.loading import load_model
 from tests.observe import observe
 from tests.runs import run_command, save_tiny, write_prompts
 from tests.test_embedded_model import real_prompt
@@ -287,7 +287,7 @@ def test_a_bridge_reads_the_tokens_that_its_model_reads(tmp_path):
     """TransformerLens makes tokenizers add BoS; this model's own does not."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    from diagnostics.prompts import Prompt, PromptSet
+    from diagnostics.prompts.prompt import Prompt, PromptSet
 
     folder = save_tiny(tmp_path / "model")
     prompts = PromptSet((Prompt("p", text="w5 w6 w7 w8 w9", reference="w7 w8"),), "set")

@@ -21,14 +21,14 @@ import torch
 from rich.console import Console
 
 from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy, UserError, load_model, load_run
-from diagnostics.benchmark import Benchmark, benchmark, load_benchmark
-from diagnostics.files import read_json
-from diagnostics.memory import peak_memory, resident
+from diagnostics.generation import benchmarks as BENCHMARK
+from diagnostics.generation.benchmarks import Benchmark, benchmark, load_benchmark
+from diagnostics.support.files import read_json
+from diagnostics.support.memory import peak_memory, resident
 from diagnostics.terminal.benchmark import show_benchmark
 from tests.runs import contents, run_command, save_tiny, write_prompts
 from tests.tiny import N_LAYERS, SLIDING_TYPES, SLIDING_WINDOW, VOCAB, tiny_model
 
-BENCHMARK = import_module("diagnostics.benchmark")  # the name in the package may be the function's
 FILES = {"benchmark.parquet", "benchmark.json"}
 COLUMNS = [
     *("policy", "spec", "cutoff", "n_prompt", "batch_size", "ttft_s", "tpot_s", "kv_bytes", "kv_bytes_formula"),
@@ -627,7 +627,7 @@ def test_the_seed_and_chunks_reach_the_prompts(world, command, calls):
 
 def test_the_embedded_model(smollm, command, monkeypatch):
     """By default it is the model; 30 layers of 3 KV heads of 64 numbers."""
-    monkeypatch.setattr("diagnostics.models.load_model", lambda name, **_: smollm)
+    monkeypatch.setattr("diagnostics.models.loading.load_model", lambda name, **_: smollm)
     status, out, err = command("bench", "--lengths", 48, "--repeats", 1, "--new-tokens", 2, "--out", "out")
     rows = load_benchmark("out").rows.set_index("spec")
     assert (status, err) == (0, "")
@@ -738,7 +738,7 @@ def test_bad_input_is_one_line_and_writes_nothing(world, command, tmp_path, name
 )
 def test_what_needs_no_model_is_refused_before_it_is_loaded(world, command, monkeypatch, name):
     """Nor measured: a folder that cannot be written would lose it all."""
-    monkeypatch.setattr("diagnostics.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("diagnostics.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert command(*asked(world, name))[0] == 2
 
 

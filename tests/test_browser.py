@@ -12,9 +12,9 @@ import pytest
 
 from browsing import browsing, chromium, go, serving, settled
 from diagnostics import diagnose, load_prompts, load_run, recommend
-from diagnostics.benchmark import benchmark
+from diagnostics.generation.benchmarks import benchmark
 from diagnostics.policies.speed import SpeedPolicy
-from diagnostics.results import RECOMMENDATION
+from diagnostics.runs.run import RECOMMENDATION
 from tests.test_finetuning_figures import make_finetuning, save_finetuning
 from tests.tiny import tiny_model
 

@@ -15,13 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from diagnostics import UserError, diagnose, load_prompts
-from diagnostics.capture import attention_tap
-from diagnostics.capture.attention_rows import RecomputedAttention, visible_keys
-from diagnostics.capture.base import Layout
-from diagnostics.capture.hooks import HooksCapture
-from diagnostics.probes import all_probes
-from diagnostics.probes.attention_mass import attend
-from diagnostics.readout import Readout
+from diagnostics.diagnosis.capture import attention_tap
+from diagnostics.diagnosis.capture.attention_rows import RecomputedAttention, visible_keys
+from diagnostics.diagnosis.capture.hooks import HooksCapture
+from diagnostics.diagnosis.observers import Layout
+from diagnostics.diagnosis.probes import all_probes
+from diagnostics.diagnosis.probes.attention_mass import attend
+from diagnostics.diagnosis.readout import Readout
 from tests.observe import observe
 from tests.tiny import FAMILIES, random_ids, tiny_model
 

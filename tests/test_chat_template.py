@@ -3,11 +3,11 @@
 import pytest
 
 from diagnostics import load_prompts
-from diagnostics.encoding import encode_messages, encode_prompt
-from diagnostics.errors import UserError
 from diagnostics.finetune.chat_tokens import encode_conversation
 from diagnostics.finetune.conversations import Conversation
-from diagnostics.prompts import Prompt, escaped
+from diagnostics.prompts.encoding import encode_messages, encode_prompt
+from diagnostics.prompts.prompt import Prompt, escaped
+from diagnostics.support.errors import UserError
 from tests.test_encoding import read
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
@@ -186,7 +186,7 @@ def test_devices_pipes_and_endless_lines_are_refused(tmp_path, monkeypatch):
     for name in ("x\0y", "x\0y.jsonl"):
         with pytest.raises(UserError, match=r"no such prompt file|no prompt set"):
             load_prompts(name)
-    monkeypatch.setattr("diagnostics.jsonl.MAX_LINE", 100)
+    monkeypatch.setattr("diagnostics.support.jsonl.MAX_LINE", 100)
     (tmp_path / "long.jsonl").write_text('{"text": "' + "a" * 100)
     with pytest.raises(UserError, match=r"long\.jsonl:1: the line has 100 characters or more"):
         load_prompts(tmp_path / "long.jsonl")

@@ -6,7 +6,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from diagnostics import cli, load_run
-from diagnostics.files import read_json
+from diagnostics.diagnosis import diagnosis as DIAGNOSE
+from diagnostics.support.files import read_json
 from tests.runs import DECODE_TOKENS, contents, run_command, save_tiny, write_prompts
 from tests.tiny import VOCAB
 
-DIAGNOSE = import_module("diagnostics.diagnose")  # the name in the package is the function's
 TABLES = ("prompts", "layers", "heads", "cutoffs", "tokens", "lens")
 FILES = {"manifest.json", *(f"{name}.parquet" for name in TABLES)}
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2}
@@ -335,7 +334,7 @@ def test_options_of_a_measurement_are_refused_with_a_run(world, command, option)
 def test_recommend_on_a_run_needs_no_model(world, command, tmp_path, monkeypatch):
     _, first, _ = command(*with_option("--json")(world))
     before = contents(tmp_path)
-    monkeypatch.setattr("diagnostics.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("diagnostics.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     status, again, err = command("recommend", "out", "--json")
     assert (status, err) == (0, "")
     assert again == first
@@ -352,7 +351,7 @@ def test_recommend_on_a_run_needs_no_model(world, command, tmp_path, monkeypatch
 @pytest.mark.parametrize("json_only", [False, True])
 def test_recommend_on_a_run_that_cannot_be_written_says_what_it_found(world, command, tmp_path, monkeypatch, json_only):
     """Such as one of a colleague, or on a medium that is read-only."""
-    from diagnostics import files
+    from diagnostics.support import files
 
     shutil.copytree(world.run, tmp_path / "run")
     more = ("--json",) if json_only else ()
@@ -408,7 +407,7 @@ def test_resume_of_a_finished_run(world, command, tmp_path):
 
 
 def test_a_folder_in_the_way_is_found_before_the_model_is_loaded(world, command, monkeypatch):
-    monkeypatch.setattr("diagnostics.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("diagnostics.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     status, _, err = command(*into("run")(world))
     assert status == 2
     assert "add --resume" in err
@@ -428,7 +427,7 @@ def test_interrupt_while_the_model_loads(world, command, monkeypatch, tmp_path):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diagnostics.models.load_model", interrupt)
+    monkeypatch.setattr("diagnostics.models.loading.load_model", interrupt)
     assert command(*into("out")(world)) == (130, "", "error: interrupted\n")
     assert contents(tmp_path) == {}
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,8 @@ import torch
 from rich.console import Console
 
 from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy, cli, load_model, parse_policy
-from diagnostics.generate import Generation
+from diagnostics.generation import generation as GENERATE
+from diagnostics.generation.generation import Generation
 from diagnostics.terminal.generation import show_comparison
 from tests.policy_reference import SlowModel
 from tests.runs import contents, run_command, save_tiny, write_prompts
@@ -23,7 +23,6 @@ from tests.test_policy_generate import reference_logits
 from tests.tiny import N_LAYERS, random_ids, tiny_model, tiny_tokenizer
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
-GENERATE = import_module("diagnostics.generate")  # the name in the package is the function's
 PROMPT_IDS = random_ids(30, seed=3)
 PROMPT = " ".join(["<s>", *(f"w{i}" for i in PROMPT_IDS[1:])])
 N, NEW = len(PROMPT_IDS), 12
@@ -464,7 +463,7 @@ def test_characters_of_several_tokens_are_shown_whole_and_marked(left, right):
 
 def test_the_embedded_model_by_default(smollm, command, monkeypatch):
     """README's line, and the same as JSON; the model is not loaded anew each time."""
-    monkeypatch.setattr("diagnostics.models.load_model", lambda name, **_: smollm)
+    monkeypatch.setattr("diagnostics.models.loading.load_model", lambda name, **_: smollm)
     question = "Write one sentence about the sea."
     arguments = ("--prompt", question, "--max-new-tokens", 16)
     status, out, err = command(*arguments, "--json")
@@ -619,7 +618,7 @@ def test_standard_input_that_is_no_text(world, command, monkeypatch):
     ids=str,
 )
 def test_what_needs_no_model_is_refused_before_it_is_loaded(world, command, monkeypatch, arguments):
-    monkeypatch.setattr("diagnostics.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("diagnostics.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert command(world.tiny, *arguments)[0] == 2
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diagnostics import UserError, diagnose, figures, load_prompts
-from diagnostics.differences import differing, marked_text, same_start
-from diagnostics.encoding import token_texts
+from diagnostics.generation.differences import differing, marked_text, same_start
+from diagnostics.prompts.encoding import token_texts
 from tests.runs import write_prompts
 from tests.tiny import N_LAYERS, tiny_model, tiny_tokenizer
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from diagnostics.capture.attention_rows import RecomputedAttention
-from diagnostics.divergence import kl_divergence, log_probabilities, reported
+from diagnostics.diagnosis.capture.attention_rows import RecomputedAttention
+from diagnostics.diagnosis.probes.logit_lens import spaced
+from diagnostics.diagnosis.readout import Readout
 from diagnostics.evaluate.scoring import _scored
-from diagnostics.probes.logit_lens import spaced
-from diagnostics.readout import Readout
-from diagnostics.sums import mean_row
+from diagnostics.support.divergence import kl_divergence, log_probabilities, reported
+from diagnostics.support.sums import mean_row
 from tests.rounding import SequentialSums
 from tests.tiny import tiny_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.probes.logit_lens import spaced
+from diagnostics.diagnosis.probes.logit_lens import spaced
 from tests.observe import observe
 from tests.reference import Reference, kl
 from tests.test_against_reference import assert_sweep_equals_masked_pass

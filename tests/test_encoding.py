@@ -3,10 +3,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from diagnostics.encoding import PromptTooLong, encode_prompt, encode_prompts
-from diagnostics.errors import UserError
-from diagnostics.inserts import Insert
-from diagnostics.prompts import Prompt, PromptSet, load_prompts
+from diagnostics.prompts.encoding import PromptTooLong, encode_prompt, encode_prompts
+from diagnostics.prompts.inserts import Insert
+from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
+from diagnostics.support.errors import UserError
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer, smollm_tokenizer, word_tokenizer
 
 BYTES = byte_tokenizer()

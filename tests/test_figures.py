@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from diagnostics import figures, recommend
-from diagnostics.benchmark import Benchmark
-from diagnostics.regions import Region
-from diagnostics.savings import predict_savings
+from diagnostics.cutoffs.regions import Region
+from diagnostics.cutoffs.savings import predict_savings
+from diagnostics.generation.benchmarks import Benchmark
 from tests.runs import llama_8b_shape, make_run
 
 N_LAYERS = 32

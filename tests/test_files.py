@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diagnostics import UserError, files
-from diagnostics.files import (
+from diagnostics import UserError
+from diagnostics.support import files
+from diagnostics.support.files import (
     read_json,
     read_table,
     require_sums,
@@ -179,7 +180,7 @@ def test_sums_name_the_file_that_changed(tmp_path):
 
 HOLD = """
 import sys, time
-from diagnostics.locks import hold_folder
+from diagnostics.support.locks import hold_folder
 with hold_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -199,7 +200,7 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_told_which_one_writes(tmp_path, holder):
-    from diagnostics.locks import hold_folder
+    from diagnostics.support.locks import hold_folder
 
     for path in (tmp_path / "a" / "run", tmp_path / "a" / "b" / ".." / "run"):
         with pytest.raises(UserError, match=rf"another process \(pid {holder.pid} on .*, since 20.*\) writes to"):
@@ -209,7 +210,7 @@ def test_a_second_process_is_told_which_one_writes(tmp_path, holder):
 
 
 def test_the_lock_of_a_process_that_was_killed_is_none(tmp_path, holder):
-    from diagnostics.locks import hold_folder
+    from diagnostics.support.locks import hold_folder
 
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -220,7 +221,7 @@ def test_the_lock_of_a_process_that_was_killed_is_none(tmp_path, holder):
 
 
 def test_a_lock_leaves_nothing_behind(tmp_path):
-    from diagnostics.locks import hold_folder
+    from diagnostics.support.locks import hold_folder
 
     with hold_folder(tmp_path / "x" / "y" / "run"), hold_folder(tmp_path / "x" / "y" / "run"):
         assert (tmp_path / "x" / "y").is_dir()
@@ -233,7 +234,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
 def test_another_thread_is_refused(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
-    from diagnostics.locks import hold_folder
+    from diagnostics.support.locks import hold_folder
 
     refused = pytest.raises(UserError, match="another thread")
     with ThreadPoolExecutor(1) as pool, hold_folder(tmp_path / "run"), refused:
@@ -244,7 +245,7 @@ def test_another_thread_is_refused(tmp_path):
 
 
 def test_where_nothing_can_be_locked_the_work_goes_on(tmp_path):
-    from diagnostics.locks import hold_folder
+    from diagnostics.support.locks import hold_folder
 
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "run", tmp_path / ("x" * 300) / "run", Path("/proc/nothing/run")):

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from diagnostics import FullPolicy, SpeedPolicy, UserError, generate
-from diagnostics.encoding import encode_messages, encode_prompts
 from diagnostics.finetune import (
     Conversation,
     Counts,
@@ -24,8 +23,9 @@ from diagnostics.finetune import (
     read_conversations,
     with_answers,
 )
-from diagnostics.models import LoadedModel
-from diagnostics.prompts import Prompt, PromptSet, load_prompts
+from diagnostics.models.loading import LoadedModel
+from diagnostics.prompts.encoding import encode_messages, encode_prompts
+from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
 from tests.tiny import tiny_config
 from tests.tokenizers import byte_tokenizer, smollm_tokenizer
 

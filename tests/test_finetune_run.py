@@ -13,8 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from diagnostics import UserError, load_model, load_run
-from diagnostics.diagnose import encode_for_diagnosis
-from diagnostics.files import SUMS, read_json
+from diagnostics.diagnosis.diagnosis import encode_for_diagnosis
 from diagnostics.finetune import (
     Settings,
     Source,
@@ -27,6 +26,7 @@ from diagnostics.finetune import (
     training,
 )
 from diagnostics.finetune.watch import Watch
+from diagnostics.support.files import SUMS, read_json
 from tests.runs import run_command, save_tiny, write_prompts
 from tests.tiny import N_LAYERS, random_ids
 

@@ -8,7 +8,7 @@ import pytest
 
 from diagnostics import UserError, load_prompts
 from diagnostics.finetune import Conversation, Source, encode_examples, load_data, load_held_out, sources
-from diagnostics.prompts import PromptSet
+from diagnostics.prompts.prompt import PromptSet
 from tests.runs import write_prompts
 from tests.tiny import random_ids, tiny_model
 

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 from diagnostics import figures, recommend
-from diagnostics.errors import UserError
-from diagnostics.files import read_json
 from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning, load_finetuning
 from diagnostics.report import finetuning_data
-from diagnostics.results import MANIFEST, RECOMMENDATION
+from diagnostics.runs.run import MANIFEST, RECOMMENDATION
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import read_json
 from tests.runs import make_run, run_command
 from tests.test_quality_figures import assert_whole
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics import UserError, converted, gguf, load_model
+from diagnostics import UserError, load_model
+from diagnostics.models import converted, gguf
 from tests.gguf_files import BASE, HEAD_DIM, N_FREQUENCIES, WIDTH, write_gguf
 from tests.runs import contents
 

@@ -12,8 +12,8 @@ import torch
 from diagnostics import LoadedModel, SpeedPolicy, UserError, diagnose, load_cache, load_model, prefill, save_cache
 from diagnostics.evaluate import evaluate
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
-from diagnostics.identity import ModelIdentity, tokenizer_digest
-from diagnostics.prompts import Prompt, PromptSet
+from diagnostics.models.identity import ModelIdentity, tokenizer_digest
+from diagnostics.prompts.prompt import Prompt, PromptSet
 from tests.tiny import random_ids, tiny_model
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from diagnostics import LoadedModel, UserError, embedded, load_model
-from diagnostics.anatomy import refuse_config
-from diagnostics.models import _choose_device, _choose_dtype
+from diagnostics import LoadedModel, UserError, load_model
+from diagnostics.models import embedded
+from diagnostics.models.anatomy import refuse_config
+from diagnostics.models.loading import _choose_device, _choose_dtype
 from tests.runs import contents, save_tiny
 from tests.tiny import COMMON, VOCAB, tiny_config, tiny_model, tiny_tokenizer
 

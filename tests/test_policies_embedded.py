@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy, decode, load_prompts, prefill
-from diagnostics.encoding import encode_prompts
+from diagnostics.prompts.encoding import encode_prompts
 from tests.observe import observe
 from tests.policy_reference import SlowModel
 from tests.reference import kl

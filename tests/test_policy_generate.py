@@ -32,7 +32,7 @@ from diagnostics import (
     parse_policy,
     recommend,
 )
-from diagnostics.results import RECOMMENDATION
+from diagnostics.runs.run import RECOMMENDATION
 from tests import policy_reference
 from tests.runs import make_run, write_prompts
 from tests.test_recommend import FALLING, region_layers, spread
@@ -335,7 +335,7 @@ def test_padded_conversations_equal_each_alone(model, policy):
         assert talk(prompts, questions) == alone
 
 
-# --- diagnostics.generate ---
+# --- diagnostics.generation.generation ---
 
 
 @every_policy

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from diagnostics import FullPolicy, ProjectedPolicy, SpeedPolicy, generate, load_cache, prefill, save_cache
-from diagnostics.errors import UserError
 from diagnostics.finetune import train_under
+from diagnostics.support.errors import UserError
 from tests.policy_cases import left_padded, load, tokens
 from tests.tiny import random_ids, tiny_model
 

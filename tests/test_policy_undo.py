@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from diagnostics import FastKVPolicy, FullPolicy, SpeedPolicy, UserError, generate
-from diagnostics.capture import attention_tap
+from diagnostics.diagnosis.capture import attention_tap
 from diagnostics.policies import occupancy
 from tests.policy_cases import FASTKV, POLICIES, each, served, tokens
 from tests.tiny import N_LAYERS, tiny_config, tiny_model

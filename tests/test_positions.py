@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from diagnostics import SpeedPolicy, UserError, diagnose
-from diagnostics.benchmark import benchmark
-from diagnostics.encoding import encode_input
-from diagnostics.evaluate.fidelity import fidelity
-from diagnostics.prompts import Prompt, PromptSet
+from diagnostics.evaluate.policy_fidelity import fidelity
+from diagnostics.generation.benchmarks import benchmark
+from diagnostics.prompts.encoding import encode_input
+from diagnostics.prompts.prompt import Prompt, PromptSet
 from tests.tiny import random_ids, tiny_model
 
 POSITIONS, NEW = 512, 8

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.errors import UserError
-from diagnostics.inserts import Insert, place_inserts
-from diagnostics.prompts import Prompt, PromptSet, load_prompts
+from diagnostics.prompts.inserts import Insert, place_inserts
+from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
+from diagnostics.support.errors import UserError
 
 USER = [{"role": "user", "content": "Hello"}]
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from scipy import stats
 
 from diagnostics import LoadedModel, Prompt, PromptSet, UserError, diagnose, recommend
-from diagnostics.bounds import upper_bound
-from diagnostics.files import read_json
+from diagnostics.cutoffs.bounds import upper_bound
+from diagnostics.support.files import read_json
 from diagnostics.terminal.diagnosis import show_recommendation, show_run
 from tests.runs import llama_8b_shape, make_run
 from tests.tiny import tiny_model

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from diagnostics import RegionRules, UserError, find_regions
-from diagnostics.regions import selection_intervals, stable_interval, uptake
+from diagnostics.cutoffs.regions import selection_intervals, stable_interval, uptake
 from tests.runs import make_run
 
 RULES = RegionRules()  # 40% of the largest uptake, at least 0.02; gaps of 2; two layers or more

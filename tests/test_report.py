@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from diagnostics import benchmark as benchmark_module
 from diagnostics import diagnose, load_prompts, recommend
+from diagnostics.generation import benchmarks as benchmark_module
 from diagnostics.policies.speed import SpeedPolicy
 from tests.runs import run_command, save_tiny, write_prompts
 from tests.tiny import tiny_model

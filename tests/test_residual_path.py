@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from diagnostics.capture.residual_path import Addition, LayerWatch, Shown
+from diagnostics.diagnosis.capture.residual_path import Addition, LayerWatch, Shown
 
 
 def test_gate_norm_and_multiplier_count_together_and_biases_count_for_no_part():

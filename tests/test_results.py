@@ -14,10 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import UserError, diagnose, files, load_model, load_prompts, load_run, parts, recommend, results
-from diagnostics.files import SCRATCH, read_json
-from diagnostics.results import RunWriter
-from diagnostics.schema import TABLES
+from diagnostics import UserError, diagnose, load_model, load_prompts, load_run, recommend
+from diagnostics.runs import parts
+from diagnostics.runs import run as results
+from diagnostics.runs.run import RunWriter
+from diagnostics.runs.schema import TABLES
+from diagnostics.support import files
+from diagnostics.support.files import SCRATCH, read_json
 from tests.runs import DECODE_TOKENS, contents, make_run, save_tiny, write_prompts
 from tests.tiny import N_LAYERS
 

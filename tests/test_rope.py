@@ -20,13 +20,13 @@ from diagnostics import (
     prefill,
     save_cache,
 )
-from diagnostics.benchmark import benchmark
-from diagnostics.errors import UserError
-from diagnostics.evaluate.fidelity import fidelity
+from diagnostics.evaluate.policy_fidelity import fidelity
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, score
 from diagnostics.finetune import train_under
-from diagnostics.prompts import Prompt, PromptSet
-from diagnostics.rope import rope_lengths
+from diagnostics.generation.benchmarks import benchmark
+from diagnostics.models.rope import rope_lengths
+from diagnostics.prompts.prompt import Prompt, PromptSet
+from diagnostics.support.errors import UserError
 from tests import policy_reference
 from tests.policy_cases import left_padded
 from tests.tiny import COMMON, SLIDING_TYPES, random_ids, tiny_tokenizer

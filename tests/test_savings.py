@@ -1,6 +1,6 @@
 import pytest
 
-from diagnostics.savings import Held, kv_bytes, predict_savings
+from diagnostics.cutoffs.savings import Held, kv_bytes, predict_savings
 from tests.runs import llama_8b_shape
 from tests.tiny import tiny_model
 

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.errors import UserError
 from diagnostics.segments import ANCHOR, DECODE, PADDING, PROMPT, Segments
+from diagnostics.support.errors import UserError
 
 counts = st.integers(0, 6)
 

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import weakref
-from importlib import import_module
 from types import SimpleNamespace
 
 import pandas as pd
@@ -19,10 +18,10 @@ import torch
 import select_cutoffs
 from cutoff_selection import runs
 from diagnostics import UserError, load_run, recommend
-from diagnostics.files import read_json
+from diagnostics.diagnosis import diagnosis as DIAGNOSE
+from diagnostics.support.files import read_json
 from tests.runs import contents, save_tiny, write_prompts
 
-DIAGNOSE = import_module("diagnostics.diagnose")  # the name in the package is the function's
 TABLES = {"recommendations.csv", "recommendations.parquet", "recommendations.html"}
 MEASURED = DIAGNOSE._diagnose_prompt
 LOAD = runs.load_model

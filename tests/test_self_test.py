@@ -16,12 +16,12 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from diagnostics import FullPolicy, LoadedModel, SpeedPolicy, UserError, diagnose, recommend
-from diagnostics.anatomy import dissect
-from diagnostics.capture import make_capture, residual_path
-from diagnostics.capture.hooks import HooksCapture
+from diagnostics.diagnosis.capture import make_capture, residual_path
+from diagnostics.diagnosis.capture.hooks import HooksCapture
 from diagnostics.finetune import plan, train_under
+from diagnostics.models.anatomy import dissect
 from diagnostics.policies import call, masks
-from diagnostics.prompts import Prompt, PromptSet
+from diagnostics.prompts.prompt import Prompt, PromptSet
 from diagnostics.self_test import proof as proofs
 from diagnostics.self_test import prove, self_test, switch
 from tests.observe import observe
@@ -225,7 +225,7 @@ def test_a_wrong_multiplier_is_noticed(monkeypatch):
 def test_a_norm_that_is_overlooked_is_noticed(monkeypatch):
     """The capture takes the attention's output for what is added, the residual gains what the norm made of it."""
     monkeypatch.setattr(
-        "diagnostics.capture.passes.residual_paths",
+        "diagnostics.diagnosis.capture.passes.residual_paths",
         lambda anatomy, device: tuple(residual_path.ResidualPath(a, 1.0) for a in anatomy.attentions),
     )
     assert "is missed by" in found(tiny_model("gemma2"))["contribution"]
@@ -244,7 +244,7 @@ def test_a_mask_without_its_window_is_noticed(monkeypatch):
 
 
 def test_a_sweep_that_branches_off_too_late_is_noticed(monkeypatch):
-    from diagnostics.cutoff_sweep import CutoffSweep
+    from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 
     def late(self, rows):
         if self.branches is None:
@@ -311,7 +311,7 @@ def test_small_faults_are_told_from_rounding(monkeypatch):
     lm.model.model.layers[1].__class__ = BendsALittle
     assert "changes earlier logits" in found(lm, "policies")["causality"]
     original = residual_path.multiplier_of
-    for place in ("diagnostics.capture.residual_path", "diagnostics.self_test.residual"):
+    for place in ("diagnostics.diagnosis.capture.residual_path", "diagnostics.self_test.residual"):
         monkeypatch.setattr(f"{place}.multiplier_of", lambda layer: 1.02 * original(layer))
     assert "adds to the residual differs from its parts" in found(tiny_model("granite"))["contribution"]
 

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 
 from diagnostics import FullPolicy, SpeedPolicy, UserError, decode, diagnose, load_prompts, prefill
-from diagnostics.encoding import encode_prompts
-from diagnostics.models import LoadedModel
-from diagnostics.teacher import observe_teacher
+from diagnostics.diagnosis.teacher import observe_teacher
+from diagnostics.models.loading import LoadedModel
+from diagnostics.prompts.encoding import encode_prompts
 from tests.runs import write_prompts
 from tests.tiny import N_LAYERS, tiny_model
 

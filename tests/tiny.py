@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from diagnostics.models import LoadedModel
+from diagnostics.models.loading import LoadedModel
 
 VOCAB = 211
 N_LAYERS = 5

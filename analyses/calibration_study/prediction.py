@@ -12,9 +12,9 @@ import pandas as pd
 from scipy import stats
 
 from diagnostics import Run, SpeedPolicy
+from diagnostics.cutoffs.regions import uptake
 from diagnostics.evaluate.folder import Evaluation
 from diagnostics.policies import parse_policy
-from diagnostics.regions import uptake
 
 N_RESAMPLES = 500
 

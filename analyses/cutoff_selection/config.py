@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from diagnostics import UserError, load_prompts
-from diagnostics.capture import BACKENDS, HOOKS
-from diagnostics.diagnose import DECODE_TOKENS
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.models import DTYPES
-from diagnostics.probes.base import LENS_POSITIONS
-from diagnostics.prompts import MIN_CONTEXT_LENGTH
-from diagnostics.recommend import MAX_KL, Criterion
+from diagnostics.cutoffs.recommendation import MAX_KL, Criterion
+from diagnostics.diagnosis.capture import BACKENDS, HOOKS
+from diagnostics.diagnosis.diagnosis import DECODE_TOKENS
+from diagnostics.diagnosis.probes.probe import LENS_POSITIONS
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.models.loading import DTYPES
+from diagnostics.prompts.prompt import MIN_CONTEXT_LENGTH
 from diagnostics.terminal.diagnosis import GOALS
 
 RUNS = "runs"

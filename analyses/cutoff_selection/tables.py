@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cutoff_selection.config import RATIOS, Plan
-from diagnostics.files import write_table, write_text
+from diagnostics.support.files import write_table, write_text
 from diagnostics.terminal.diagnosis import GOALS
 
 TABLE = "recommendations"

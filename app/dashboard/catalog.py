@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.folder import EVALUATION
-from diagnostics.files import read_json
 from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING
-from diagnostics.parts import PARTS, count_finished, prompts_of
-from diagnostics.results import BENCHMARK, MANIFEST, RECOMMENDATION, read_manifest
+from diagnostics.runs.parts import PARTS, count_finished, prompts_of
+from diagnostics.runs.run import BENCHMARK, MANIFEST, RECOMMENDATION, read_manifest
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import read_json
 
 # Name, size and time of every file that a folder's content depends on.
 Signature = tuple[tuple[str, int, int], ...]

@@ -6,7 +6,7 @@ import streamlit as st
 
 from dashboard.catalog import Entry
 from dashboard.state import md, open_run, saved_recommendation
-from diagnostics.regions import Region
+from diagnostics.cutoffs.regions import Region
 
 
 def headline(entry: Entry) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from diagnostics.errors import UserError
-from diagnostics.files import write_json
-from diagnostics.parts import PARTS, count_finished
-from diagnostics.results import MANIFEST, RECOMMENDATION, read_manifest
+from diagnostics.runs.parts import PARTS, count_finished
+from diagnostics.runs.run import MANIFEST, RECOMMENDATION, read_manifest
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import write_json
 
 JOBS = ".jobs"
 # Seconds that a diagnosis has to end by itself when it is cancelled; its finished prompts are kept either way.

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import streamlit as st
 import torch
 
-from diagnostics.differences import Marked, differing, marked_text
-from diagnostics.errors import UserError
-from diagnostics.generate import Generation, generate
-from diagnostics.models import LoadedModel, load_model
+from diagnostics.generation.differences import Marked, differing, marked_text
+from diagnostics.generation.generation import Generation, generate
+from diagnostics.models.loading import LoadedModel, load_model
 from diagnostics.policies.base import Policy
+from diagnostics.support.errors import UserError
 
 # Seconds between two looks at what was generated: painting takes time that would count as the model's.
 PAINT_EVERY = 0.1

@@ -12,9 +12,9 @@ import streamlit as st
 
 from dashboard.catalog import Entry, Signature, find_runs
 from diagnostics.cli.dashboard import RUNS_VARIABLE
-from diagnostics.errors import UserError
-from diagnostics.recommend import Recommendation, recommend
-from diagnostics.results import Run, load_run
+from diagnostics.cutoffs.recommendation import Recommendation, recommend
+from diagnostics.runs.run import Run, load_run
+from diagnostics.support.errors import UserError
 
 # Key of the session's state: the names of the runs that are compared.
 COMPARED = "compared_runs"

@@ -9,10 +9,10 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from diagnostics.errors import UserError
-from diagnostics.files import SCRATCH
-from diagnostics.results import MANIFEST
-from diagnostics.untrusted import require_harmless
+from diagnostics.runs.run import MANIFEST
+from diagnostics.runs.untrusted import require_harmless
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import SCRATCH
 
 MAX_MEGABYTES = 200
 MAX_FILES = 4096

@@ -5,8 +5,8 @@ import streamlit as st
 from dashboard.catalog import Entry
 from dashboard.state import entries, md, runs_folder, show
 from diagnostics import figures
-from diagnostics.benchmark import Benchmark, load_benchmark
-from diagnostics.errors import UserError
+from diagnostics.generation.benchmarks import Benchmark, load_benchmark
+from diagnostics.support.errors import UserError
 
 COLUMNS = {
     "n_prompt": "prompt tokens",

@@ -7,10 +7,10 @@ from dashboard.catalog import Entry
 from dashboard.headline import metrics
 from dashboard.state import current_run, md, recommendation, saved_recommendation, show
 from diagnostics import figures
-from diagnostics.errors import UserError
-from diagnostics.recommend import Recommendation, loss_by_category, retention_at
-from diagnostics.results import RECOMMENDATION, Run
-from diagnostics.savings import Savings, predict_savings
+from diagnostics.cutoffs.recommendation import Recommendation, loss_by_category, retention_at
+from diagnostics.cutoffs.savings import Savings, predict_savings
+from diagnostics.runs.run import RECOMMENDATION, Run
+from diagnostics.support.errors import UserError
 
 # Goals: name shown, unit and help, range, step.
 GOALS = {

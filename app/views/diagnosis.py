@@ -4,12 +4,12 @@ import streamlit as st
 
 from dashboard.jobs import Job, cancel_job, forget_job, list_jobs, resume_job, save_prompts, start_job
 from dashboard.state import md, runs_folder
-from diagnostics.capture import BACKENDS
 from diagnostics.cli.common import new_folder
 from diagnostics.cli.options import MODEL_HELP
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.errors import UserError
-from diagnostics.models import DTYPES
+from diagnostics.diagnosis.capture import BACKENDS
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.models.loading import DTYPES
+from diagnostics.support.errors import UserError
 
 SYMBOLS = {"running": "progress_activity", "complete": "check", "cancelled": "cancel", "failed": "error"}
 

@@ -10,11 +10,11 @@ from dashboard.catalog import AFTER, BEFORE, Entry, Signature
 from dashboard.headline import metrics
 from dashboard.state import COMPARED, entries, md, recommendation, runs_folder, show
 from diagnostics import figures
-from diagnostics.errors import UserError
+from diagnostics.cutoffs.recommendation import MAX_KL
 from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuning, load_finetuning, load_manifest
 from diagnostics.finetune.summary import compare_cutoffs
-from diagnostics.recommend import MAX_KL
 from diagnostics.report import finetuning_data
+from diagnostics.support.errors import UserError
 
 Runs = dict[str, Entry]
 

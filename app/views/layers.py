@@ -6,8 +6,8 @@ from dashboard.catalog import Entry
 from dashboard.prompt_text import PAGE_TOKENS, legend, prompt_text
 from dashboard.state import current_run, md, saved_recommendation, show
 from diagnostics import figures
-from diagnostics.errors import UserError
-from diagnostics.results import Run
+from diagnostics.runs.run import Run
+from diagnostics.support.errors import UserError
 
 LENS_COLUMNS = 12
 HEAD_MEASURES = {

@@ -9,7 +9,7 @@ from dashboard.catalog import Entry
 from dashboard.headline import headline, headline_savings
 from dashboard.state import current_entry, empty_state, entries, md, runs_folder, saved_recommendation
 from dashboard.upload import MAX_MEGABYTES, import_zip
-from diagnostics.errors import UserError
+from diagnostics.support.errors import UserError
 
 
 def row(entry: Entry) -> dict[str, object]:

@@ -19,7 +19,7 @@ from diagnostics.cli.evaluation import evaluate
 from diagnostics.cli.finetuning import finetune
 from diagnostics.cli.generation import generate
 from diagnostics.cli.report import report
-from diagnostics.errors import UserError
+from diagnostics.support.errors import UserError
 
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

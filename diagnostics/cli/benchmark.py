@@ -8,8 +8,8 @@ from rich.console import Console
 
 from diagnostics.cli.common import claim, load, new_folder, plain, progress
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.errors import UserError
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.errors import UserError
 
 # The depth of the paper, 24 of 32 layers, where nothing is said.
 DEPTH_SHARE = 0.75
@@ -39,7 +39,7 @@ def bench(
     arguments = dict(locals())
     sizes = read_lengths(lengths)
     out = out or new_folder(model, "-bench")
-    from diagnostics.benchmark import benchmark, require_benchmark_place
+    from diagnostics.generation.benchmarks import benchmark, require_benchmark_place
     from diagnostics.policies import parse_policy
 
     claim(out)

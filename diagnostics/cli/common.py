@@ -27,7 +27,7 @@ def new_folder(model: str, suffix: str = "", parent: Path = RUNS) -> Path:
 
 def claim(out: Path) -> None:
     """Hold the folder that a command writes until it ends; raise UserError that names the process that has it."""
-    from diagnostics.locks import hold_folder
+    from diagnostics.support.locks import hold_folder
 
     HELD.enter_context(hold_folder(out))
 
@@ -35,7 +35,7 @@ def claim(out: Path) -> None:
 def load(arguments: dict[str, Any]) -> Any:
     """Load the model that the common options name."""
     quiet()
-    from diagnostics.models import load_model
+    from diagnostics.models.loading import load_model
     from diagnostics.self_test import switch
 
     switch(not arguments["skip_self_test"])
@@ -50,7 +50,7 @@ def plain(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def progress(title: str) -> Iterator[Any]:
-    """Yield a `diagnostics.diagnose.Progress` callback that draws a bar on stderr, if that is a terminal."""
+    """Yield a `diagnostics.diagnosis.diagnosis.Progress` callback that draws a bar on stderr, if that is a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from diagnostics.cli.common import RUNS
-from diagnostics.errors import UserError
+from diagnostics.support.errors import UserError
 
 HOST = "127.0.0.1"
 RUNS_VARIABLE = "SPEED_DIAGNOSTICS_RUNS"  # tells the app which folder

@@ -28,8 +28,8 @@ from diagnostics.cli.options import (
     Seed,
     SkipSelfTest,
 )
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.errors import UserError
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.errors import UserError
 
 # Options of `recommend` that an existing run has no use for.
 MEASURING = (
@@ -121,8 +121,8 @@ def recommend(
 ) -> None:
     """Recommend the SPEED cutoff of a model, with its measured loss; or of an existing run, without the model."""
     arguments = dict(locals())
-    from diagnostics.recommend import Criterion
-    from diagnostics.results import MANIFEST, RECOMMENDATION, load_run
+    from diagnostics.cutoffs.recommendation import Criterion
+    from diagnostics.runs.run import MANIFEST, RECOMMENDATION, load_run
 
     rules = _region_rules(region_rule or [])
     del arguments["context"]
@@ -135,7 +135,7 @@ def recommend(
         run = load_run(model)
     else:
         run = _diagnose(arguments)
-    from diagnostics.recommend import recommend as recommend_cutoff
+    from diagnostics.cutoffs.recommendation import recommend as recommend_cutoff
 
     assert run.path is not None
     try:
@@ -174,8 +174,8 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
     if a["resume"] and a["out"] is None:
         raise UserError("--resume needs --out: the folder of the run to continue")
     out = a["out"] or new_folder(a["model"])
-    from diagnostics.prompts import load_prompts
-    from diagnostics.results import require_place
+    from diagnostics.prompts.prompt import load_prompts
+    from diagnostics.runs.run import require_place
 
     claim(out)
     require_place(out, resume=a["resume"])  # before a large model is loaded
@@ -184,7 +184,7 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
     )
     import torch
 
-    from diagnostics.diagnose import diagnose as run_diagnosis
+    from diagnostics.diagnosis.diagnosis import diagnose as run_diagnosis
 
     lm = load(a)
     try:
@@ -219,7 +219,7 @@ def _refuse_measuring_options(context: typer.Context) -> None:
 
 def _region_rules(settings: list[str]) -> Any:
     """Parse ``name=value`` pairs into region rules."""
-    from diagnostics.regions import RegionRules
+    from diagnostics.cutoffs.regions import RegionRules
 
     types = {name: type(default) for name, default in asdict(RegionRules()).items()}
     values = {}

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.errors import UserError
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.errors import UserError
 
 SUMMARY = "summary.parquet"
 TABLE = "summary.md"
@@ -52,8 +52,8 @@ def evaluate(
     from diagnostics.evaluate.evaluation import evaluate as run_evaluation
     from diagnostics.evaluate.summary import markdown, summarize
     from diagnostics.evaluate.tasks import load_task
-    from diagnostics.files import write_table, write_text
-    from diagnostics.results import reporting
+    from diagnostics.runs.run import reporting
+    from diagnostics.support.files import write_table, write_text
 
     loaded = [load_task(name.strip(), lm.tokenizer, limit=limit, seed=seed) for name in tasks.split(",")]
     try:

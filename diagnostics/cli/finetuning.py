@@ -8,8 +8,8 @@ from rich.console import Console
 
 from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress
 from diagnostics.cli.options import Anchors, Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.errors import UserError
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.errors import UserError
 
 
 def finetune(

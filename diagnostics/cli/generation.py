@@ -10,8 +10,8 @@ from rich.console import Console
 
 from diagnostics.cli.common import load
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.errors import UserError
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.errors import UserError
 
 PromptText = Annotated[str, typer.Option(help="text, @FILE, or @- for standard input")]
 PolicyName = Annotated[
@@ -59,9 +59,9 @@ def generate(
     lm = load(arguments)
     import torch
 
-    from diagnostics.encoding import encode_input
-    from diagnostics.generate import generate as run_generation
+    from diagnostics.generation.generation import generate as run_generation
     from diagnostics.policies.full import FullPolicy
+    from diagnostics.prompts.encoding import encode_input
 
     chosen.check(lm.anatomy)
     ids = encode_input(lm, text, system=system, chat=chat, max_new_tokens=max_new_tokens)

@@ -17,12 +17,12 @@ def report(
     The goals are those of the run's ``recommendation.json``, or the default ones. Of an evaluation: its table and
     figures. Of a fine-tuning: what it changed, and the run of the trained model.
     """
-    from diagnostics.benchmark import load_benchmark
-    from diagnostics.errors import UserError
+    from diagnostics.cutoffs.recommendation import recommend
     from diagnostics.evaluate.folder import EVALUATION, load_evaluation
     from diagnostics.finetune.folder import AFTER, FINETUNING, load_finetuning
-    from diagnostics.recommend import recommend
-    from diagnostics.results import BENCHMARK, MANIFEST, load_run
+    from diagnostics.generation.benchmarks import load_benchmark
+    from diagnostics.runs.run import BENCHMARK, MANIFEST, load_run
+    from diagnostics.support.errors import UserError
 
     try:
         from diagnostics import report as pages
@@ -49,10 +49,10 @@ def report(
 
 def _saved_goals(folder: Path) -> dict[str, Any]:
     """Return the goals of the recommendation in a folder; none where there is none."""
-    from diagnostics.errors import UserError
+    from diagnostics.cutoffs.recommendation import Criterion
     from diagnostics.policies.recommendation import read_recommendation
-    from diagnostics.recommend import Criterion
-    from diagnostics.results import RECOMMENDATION
+    from diagnostics.runs.run import RECOMMENDATION
+    from diagnostics.support.errors import UserError
 
     saved = read_recommendation(folder).get("criterion") if (folder / RECOMMENDATION).exists() else None
     known = {field.name for field in fields(Criterion)}

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.answers import cut_at_stop, failures, score_answer
 from diagnostics.evaluate.humaneval import METRIC as PASSES
 from diagnostics.evaluate.humaneval import passes
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, encode_context, encode_pair, prefill_context, score
-from diagnostics.generate import decode, end_tokens, outgrown
-from diagnostics.models import LoadedModel
+from diagnostics.generation.generation import decode, end_tokens, outgrown
+from diagnostics.models.loading import LoadedModel
+from diagnostics.models.rope import rope_lengths
 from diagnostics.policies.base import Policy
-from diagnostics.rope import rope_lengths
+from diagnostics.support.errors import UserError
 
 Row = dict[str, Any]
 # Tokens of the context that say how the first token after them is written.
@@ -131,6 +131,6 @@ class Continuation:
 def _encode(lm: LoadedModel, context: Context, chat: bool) -> Encoded:
     if not chat:
         return encode_context(lm.tokenizer, context, special=True)
-    from diagnostics.encoding import encode_messages
+    from diagnostics.prompts.encoding import encode_messages
 
     return Encoded((), encode_messages([{"role": "user", "content": context.text}], lm.tokenizer))

@@ -13,19 +13,19 @@ from typing import Any
 
 import pandas as pd
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.answering import answer, token_ids
 from diagnostics.evaluate.folder import AnsweredItems, Evaluation, EvaluationFolder
 from diagnostics.evaluate.humaneval import require_allowed
 from diagnostics.evaluate.items import Task
 from diagnostics.evaluate.sandbox import isolation
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
-from diagnostics.identity import tokens_digest
-from diagnostics.locks import one_writer
-from diagnostics.models import LoadedModel
+from diagnostics.models.identity import tokens_digest
+from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
-from diagnostics.versions import hardware, versions
+from diagnostics.support.errors import UserError
+from diagnostics.support.locks import one_writer
+from diagnostics.support.versions import hardware, versions
 
 Progress = Callable[[int, int, str], None]
 

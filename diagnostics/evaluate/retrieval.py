@@ -11,7 +11,8 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
-from diagnostics.builtin_prompts import (
+from diagnostics.evaluate.items import Context, GenerationItem, Task
+from diagnostics.prompts.builtin import (
     CHARACTERS_PER_TOKEN,
     CITIES,
     THINGS,
@@ -20,11 +21,10 @@ from diagnostics.builtin_prompts import (
     assignments,
     documentation,
 )
-from diagnostics.encoding import encode_prompt
-from diagnostics.errors import UserError
-from diagnostics.evaluate.items import Context, GenerationItem, Task
-from diagnostics.inserts import Insert
-from diagnostics.prompts import PLACEHOLDER, Prompt
+from diagnostics.prompts.encoding import encode_prompt
+from diagnostics.prompts.inserts import Insert
+from diagnostics.prompts.prompt import PLACEHOLDER, Prompt
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

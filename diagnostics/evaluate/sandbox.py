@@ -29,8 +29,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.seccomp import filter_program
+from diagnostics.support.errors import UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 TIMEOUT_S = 10.0

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.divergence import log_likelihoods
-from diagnostics.errors import UserError
 from diagnostics.evaluate.items import Context
-from diagnostics.generate import decode, prefill
-from diagnostics.models import LoadedModel
+from diagnostics.generation.generation import decode, prefill
+from diagnostics.models.loading import LoadedModel
+from diagnostics.models.rope import rope_lengths
 from diagnostics.policies.base import Policy
 from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.full import FullPolicy
-from diagnostics.rope import rope_lengths
+from diagnostics.support.divergence import log_likelihoods
+from diagnostics.support.errors import UserError
 
 QUERIES = ("prompt", "later", "decode")
 # Continuations run as batches, each with a copy of the context's cache; copies and logits take no more bytes than this.

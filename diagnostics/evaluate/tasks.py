@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.humaneval import load_humaneval
 from diagnostics.evaluate.items import Task, read_jsonl
 from diagnostics.evaluate.olmes import load_olmes, olmes_names
 from diagnostics.evaluate.retrieval import retrieval_names, retrieval_task
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

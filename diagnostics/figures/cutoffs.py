@@ -8,6 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from diagnostics.cutoffs.recommendation import Recommendation
+from diagnostics.cutoffs.savings import predict_savings
 from diagnostics.figures.style import (
     BLUE,
     GREEN,
@@ -25,10 +27,8 @@ from diagnostics.figures.style import (
     per_layer,
     tick,
 )
-from diagnostics.finite import finite_mean
-from diagnostics.recommend import Recommendation
-from diagnostics.results import Run
-from diagnostics.savings import predict_savings
+from diagnostics.runs.run import Run
+from diagnostics.support.finite import finite_mean
 
 
 def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, cutoff: int | None = None) -> go.Figure:

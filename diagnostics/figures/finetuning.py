@@ -8,8 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from diagnostics.errors import UserError
 from diagnostics.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILION, add_line, finished, literal, tick
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from diagnostics.finetune.folder import FineTuning

@@ -6,11 +6,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from diagnostics.errors import UserError
+from diagnostics.cutoffs.recommendation import Recommendation
+from diagnostics.cutoffs.regions import Region
 from diagnostics.figures.style import GREY, PALETTE, about, add_curve, finished, literal, per_layer, tick
-from diagnostics.recommend import Recommendation
-from diagnostics.regions import Region
-from diagnostics.results import Run
+from diagnostics.runs.run import Run
+from diagnostics.support.errors import UserError
 
 SELECTION, STABILIZATION = "rgba(230, 159, 0, 0.16)", "rgba(0, 158, 115, 0.14)"
 

@@ -14,11 +14,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from diagnostics.errors import UserError
 from diagnostics.evaluate.answers import FAILURES
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.summary import FULL
 from diagnostics.figures.style import BLUE, GREY, PALETTE, VERMILION, add_line, faint, finished, literal
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from diagnostics.policies.base import Policy

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from diagnostics.results import Run
+from diagnostics.runs.run import Run
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY = (
     *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#8A8A8A"),

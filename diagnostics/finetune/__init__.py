@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from diagnostics.lazy import find_on_demand
+from diagnostics.support.lazy import find_on_demand
 
 if TYPE_CHECKING:
     from diagnostics.finetune.answers import with_answers

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from diagnostics.encoding import PromptTooLong, encode_prompt
-from diagnostics.errors import UserError
 from diagnostics.finetune.chat_tokens import encode_conversation
 from diagnostics.finetune.conversations import Conversation
 from diagnostics.finetune.examples import IGNORED, Counts, Example
-from diagnostics.generate import end_tokens, generate
+from diagnostics.generation.generation import end_tokens, generate
 from diagnostics.policies.full import FullPolicy
-from diagnostics.prompts import PromptSet
+from diagnostics.prompts.encoding import PromptTooLong, encode_prompt
+from diagnostics.prompts.prompt import PromptSet
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from diagnostics.models import LoadedModel
+    from diagnostics.models.loading import LoadedModel
 
 Progress = Callable[[int, int, str], None]
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from diagnostics.chat_template import Span, find_contents, refuse_control_tokens
-from diagnostics.errors import UserError
 from diagnostics.finetune.conversations import Conversation
 from diagnostics.finetune.examples import IGNORED
-from diagnostics.prompts import Message
+from diagnostics.prompts.chat_template import Span, find_contents, refuse_control_tokens
+from diagnostics.prompts.prompt import Message
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagnostics.errors import UserError
-from diagnostics.fields import check_name, kind, wrong
-from diagnostics.jsonl import read_records
-from diagnostics.prompts import ROLES, Message, text_of
+from diagnostics.prompts.prompt import ROLES, Message, text_of
+from diagnostics.support.errors import UserError
+from diagnostics.support.fields import check_name, kind, wrong
+from diagnostics.support.jsonl import read_records
 
 FIELDS = ("id", "messages", "category")
 

@@ -22,8 +22,11 @@ from typing import Any
 
 import pandas as pd
 
-from diagnostics.errors import UserError
-from diagnostics.files import (
+from diagnostics.finetune.examples import Counts, Example
+from diagnostics.runs.parts import PARTS
+from diagnostics.runs.run import claim_folder
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import (
     SUMS,
     read_json,
     read_table,
@@ -33,9 +36,6 @@ from diagnostics.files import (
     write_sums,
     write_table,
 )
-from diagnostics.finetune.examples import Counts, Example
-from diagnostics.parts import PARTS
-from diagnostics.results import claim_folder
 
 FINETUNING, EXAMPLES, STEPS, SWEEPS = "finetuning.json", "examples.parquet", "steps.parquet", "sweeps.parquet"
 CHECKPOINTS, BEFORE, AFTER = "checkpoints", "before", "after"

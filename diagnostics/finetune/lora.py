@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diagnostics.errors import UserError
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
-    from diagnostics.models import LoadedModel
+    from diagnostics.models.loading import LoadedModel
 
 
 def require_peft() -> None:

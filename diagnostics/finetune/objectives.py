@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diagnostics.divergence import kl_divergence, log_likelihoods, log_probabilities
-from diagnostics.errors import UserError
 from diagnostics.finetune.examples import IGNORED
-from diagnostics.sums import wide
+from diagnostics.support.divergence import kl_divergence, log_likelihoods, log_probabilities
+from diagnostics.support.errors import UserError
+from diagnostics.support.sums import wide
 
 CHUNK = 128
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.errors import UserError
 from diagnostics.finetune.examples import IGNORED
 from diagnostics.policies.columns import Piece, span
 from diagnostics.policies.masks import attention_mask
+from diagnostics.support.errors import UserError
 
 PACKED = (
     "this batch holds several texts in one row (packing, padding_free): tokens would see other texts; "

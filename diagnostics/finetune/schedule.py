@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import floor
 
-from diagnostics.errors import UserError
+from diagnostics.support.errors import UserError
 
 
 @dataclass(frozen=True)

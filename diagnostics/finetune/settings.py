@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from diagnostics.errors import UserError
 from diagnostics.finetune.objectives import require_share
 from diagnostics.finetune.schedule import CutoffSchedule
 from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
-    from diagnostics.models import LoadedModel
+    from diagnostics.models.loading import LoadedModel
 
 METHODS = ("lora", "full")
 REFERENCES = ("base", "itself")

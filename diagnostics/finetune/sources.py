@@ -10,20 +10,20 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diagnostics.builtin_prompts import builtin_prompts
-from diagnostics.errors import UserError
 from diagnostics.finetune.answers import with_answers
 from diagnostics.finetune.conversations import FIELDS as CONVERSATION_FIELDS
 from diagnostics.finetune.conversations import Conversation, read_conversations
 from diagnostics.finetune.data import encode_examples
 from diagnostics.finetune.examples import Counts, Example
 from diagnostics.finetune.training_prompts import training_prompts
-from diagnostics.jsonl import read_records
-from diagnostics.prompts import FILE_FIELDS as PROMPT_FIELDS
-from diagnostics.prompts import Prompt, PromptSet, load_prompts
+from diagnostics.prompts.builtin import builtin_prompts
+from diagnostics.prompts.prompt import FILE_FIELDS as PROMPT_FIELDS
+from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
+from diagnostics.support.errors import UserError
+from diagnostics.support.jsonl import read_records
 
 if TYPE_CHECKING:
-    from diagnostics.models import LoadedModel
+    from diagnostics.models.loading import LoadedModel
 
 BUILTIN = "builtin"
 # Kinds of built-in prompts that are kept apart to measure on, unless asked otherwise.

@@ -8,15 +8,15 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from diagnostics.anatomy import dissect
-from diagnostics.capture.base import Layout
-from diagnostics.capture.hooks import HooksCapture
-from diagnostics.cutoff_sweep import CutoffSweep
-from diagnostics.encoding import EncodedPrompt
-from diagnostics.models import LoadedModel
-from diagnostics.probes.base import PromptContext
-from diagnostics.readout import Readout
-from diagnostics.teacher import Teacher
+from diagnostics.diagnosis.capture.hooks import HooksCapture
+from diagnostics.diagnosis.observers import Layout
+from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
+from diagnostics.diagnosis.probes.probe import PromptContext
+from diagnostics.diagnosis.readout import Readout
+from diagnostics.diagnosis.teacher import Teacher
+from diagnostics.models.anatomy import dissect
+from diagnostics.models.loading import LoadedModel
+from diagnostics.prompts.encoding import EncodedPrompt
 
 
 @torch.no_grad()

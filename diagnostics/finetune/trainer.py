@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from diagnostics.errors import UserError
 from diagnostics.finetune.examples import IGNORED
 from diagnostics.finetune.objectives import distillation_loss, mixed_loss, predicting, require_share, supervised_loss
 from diagnostics.finetune.plan import decode_phase
 from diagnostics.finetune.schedule import CutoffSchedule
 from diagnostics.finetune.visibility import Visibility, full_depth, train_under
 from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.support.errors import UserError
 
 
 class SpeedTrainer(Trainer):

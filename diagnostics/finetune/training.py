@@ -13,10 +13,9 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
-from diagnostics.diagnose import diagnose, encode_for_diagnosis
-from diagnostics.encoding import EncodedPrompt
-from diagnostics.errors import UserError
-from diagnostics.files import write_text
+from diagnostics.cutoffs.recommendation import Criterion, recommend
+from diagnostics.diagnosis.diagnosis import diagnose, encode_for_diagnosis
+from diagnostics.diagnosis.teacher import Teacher, observe_teacher
 from diagnostics.finetune.card import model_card
 from diagnostics.finetune.data import collate
 from diagnostics.finetune.examples import IGNORED, Example
@@ -35,14 +34,15 @@ from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sources import Source
 from diagnostics.finetune.trainer import SpeedTrainer
 from diagnostics.finetune.watch import Progress, Watch
-from diagnostics.identity import inputs_digest, tokenizer_digest
-from diagnostics.locks import one_writer
-from diagnostics.models import LoadedModel
-from diagnostics.prompts import PromptSet
-from diagnostics.recommend import Criterion, recommend
-from diagnostics.results import RECOMMENDATION, reporting
-from diagnostics.teacher import Teacher, observe_teacher
-from diagnostics.versions import hardware, versions
+from diagnostics.models.identity import inputs_digest, tokenizer_digest
+from diagnostics.models.loading import LoadedModel
+from diagnostics.prompts.encoding import EncodedPrompt
+from diagnostics.prompts.prompt import PromptSet
+from diagnostics.runs.run import RECOMMENDATION, reporting
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import write_text
+from diagnostics.support.locks import one_writer
+from diagnostics.support.versions import hardware, versions
 
 KEPT_CHECKPOINTS = 2
 

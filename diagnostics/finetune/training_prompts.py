@@ -10,8 +10,8 @@ from dataclasses import replace
 from itertools import zip_longest
 from random import Random
 
-from diagnostics.builtin_prompts import CHARACTERS_PER_TOKEN, ask, builtin_prompts, documentation, source_code
-from diagnostics.prompts import Prompt
+from diagnostics.prompts.builtin import CHARACTERS_PER_TOKEN, ask, builtin_prompts, documentation, source_code
+from diagnostics.prompts.prompt import Prompt
 
 READING = (
     "Copy the first sentence of the text word for word.",

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnostics.anatomy import PER_POSITION, Anatomy, dissect, parameter_names
-from diagnostics.capture.attention_tap import PREFIX
-from diagnostics.errors import UserError
 from diagnostics.finetune.examples import IGNORED
 from diagnostics.finetune.plan import PACKED, Plan, decode_phase, make_plan
-from diagnostics.libraries import TRANSFORMERS, library_of, stock_model
+from diagnostics.models.anatomy import PER_POSITION, Anatomy, dissect, parameter_names
+from diagnostics.models.attention_tap import PREFIX
+from diagnostics.models.libraries import TRANSFORMERS, library_of, stock_model
+from diagnostics.models.rope import rope_lengths
 from diagnostics.policies.masks import SERVED
 from diagnostics.policies.occupancy import holder_of, occupy, require_free
 from diagnostics.policies.speed import SpeedPolicy
-from diagnostics.rope import rope_lengths
 from diagnostics.self_test import require_trainable
+from diagnostics.support.errors import UserError
 
 # What collators add to batches of several texts in one row.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")

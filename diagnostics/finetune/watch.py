@@ -10,15 +10,15 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from diagnostics.encoding import EncodedPrompt
-from diagnostics.errors import UserError
-from diagnostics.files import read_table, write_sums
+from diagnostics.diagnosis.teacher import Teacher
 from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuningFolder
 from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sweeps import sweep_cutoffs
 from diagnostics.finetune.visibility import full_depth
-from diagnostics.models import LoadedModel
-from diagnostics.teacher import Teacher
+from diagnostics.models.loading import LoadedModel
+from diagnostics.prompts.encoding import EncodedPrompt
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import read_table, write_sums
 
 Progress = Callable[[int, int, str], None]
 

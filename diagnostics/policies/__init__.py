@@ -6,9 +6,9 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from diagnostics.errors import UserError
 from diagnostics.policies.base import Policy, Workload
 from diagnostics.policies.cache import PolicyCache
+from diagnostics.support.errors import UserError
 
 __all__ = ["Policy", "PolicyCache", "Workload", "all_policies", "parse_policy"]
 

@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diagnostics.anatomy import Anatomy
-from diagnostics.errors import UserError
+from diagnostics.models.anatomy import Anatomy
 from diagnostics.policies.columns import Pieces
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from diagnostics.capture.attention_tap import AttentionCall
+    from diagnostics.models.attention_tap import AttentionCall
     from diagnostics.policies.cache import PolicyCache
     from diagnostics.policies.runtime import Call, Runtime
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from diagnostics.anatomy import Anatomy
-from diagnostics.errors import UserError
+from diagnostics.models.anatomy import Anatomy
 from diagnostics.policies.columns import Piece, Pieces, count, join
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from diagnostics.policies.base import Policy
@@ -231,7 +231,7 @@ class PolicyCache(Cache):
     ``n_columns`` is the number of columns seen by the model, ``padding`` int64 [batch] the padding columns at the left
     of each row, or None. ``batch`` is None until the first call. ``length`` is the number of columns that its text is
     known to come to, and ``factors`` the set of rotary frequencies of its keys, where a model has several (see
-    `diagnostics.rope`).
+    `diagnostics.models.rope`).
     """
 
     def __init__(self, policy: Policy, anatomy: Anatomy) -> None:

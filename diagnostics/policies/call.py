@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diagnostics.anatomy import PER_POSITION
-from diagnostics.errors import UserError
+from diagnostics.models.anatomy import PER_POSITION
 from diagnostics.policies.cache import KeysStored, PolicyCache
 from diagnostics.policies.columns import EMPTY, Piece, Pieces, join, span, take
 from diagnostics.policies.masks import attention_mask
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from diagnostics.policies.runtime import Runtime

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diagnostics.anatomy import Anatomy
-from diagnostics.errors import UserError
+from diagnostics.models.anatomy import Anatomy
 from diagnostics.policies.base import Policy, Workload, require, require_whole
 from diagnostics.policies.columns import EMPTY, Piece, Pieces, as_tensor
 from diagnostics.policies.recommendation import read_recommendation, whole_number
+from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
-    from diagnostics.capture.attention_tap import AttentionCall
+    from diagnostics.models.attention_tap import AttentionCall
     from diagnostics.policies.runtime import Call
 
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from diagnostics.errors import UserError
 from diagnostics.policies.base import Policy
+from diagnostics.support.errors import UserError
 
 _HELD: dict[nn.Module, Holder] = {}
 

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diagnostics.errors import UserError
-from diagnostics.files import read_json
-from diagnostics.results import RECOMMENDATION
+from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import read_json
 
 
 def recommended_cutoff(path: str | Path) -> int:

@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from diagnostics.anatomy import PER_POSITION, Anatomy, dissect, parameter_names, unwrapped
-from diagnostics.capture.attention_tap import PREFIX, AttentionCall, attention_tap
-from diagnostics.errors import UserError
-from diagnostics.libraries import stock_model
+from diagnostics.models.anatomy import PER_POSITION, Anatomy, dissect, parameter_names, unwrapped
+from diagnostics.models.attention_tap import PREFIX, AttentionCall, attention_tap
+from diagnostics.models.libraries import stock_model
+from diagnostics.models.rope import rope_lengths, said_length
 from diagnostics.policies.base import Policy
 from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.call import Call, take_positions
 from diagnostics.policies.columns import as_tensor, join, span, take
 from diagnostics.policies.masks import SERVED
 from diagnostics.policies.occupancy import holder_of, occupy, require_free
-from diagnostics.rope import rope_lengths, said_length
+from diagnostics.support.errors import UserError
 
 
 class ShallowCallDone(Exception):

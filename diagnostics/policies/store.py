@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diagnostics.anatomy import dissect
-from diagnostics.errors import UserError
-from diagnostics.files import BLANK, SEAL, flush_folder, require_sealed_file, seal_file
-from diagnostics.identity import ModelIdentity
-from diagnostics.models import LoadedModel
+from diagnostics.models.anatomy import dissect
+from diagnostics.models.identity import ModelIdentity
+from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import parse_policy
 from diagnostics.policies.cache import PolicyCache, with_room
 from diagnostics.policies.columns import Piece
-from diagnostics.sameness import difference
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import BLANK, SEAL, flush_folder, require_sealed_file, seal_file
+from diagnostics.support.sameness import difference
 
 FORMAT = "speed-diagnostics KV cache 3"
 HEADER = "cache"

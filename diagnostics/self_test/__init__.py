@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diagnostics.anatomy import Anatomy
-from diagnostics.errors import UserError
+from diagnostics.models.anatomy import Anatomy
 from diagnostics.self_test.proof import Proof, digest_of, keep_proof, key_of, read_proof
+from diagnostics.support.errors import UserError
 
 __all__ = ["Proof", "prove", "require_measurable", "require_runnable", "require_trainable", "self_test", "switch"]
 

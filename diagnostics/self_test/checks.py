@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.anatomy import Anatomy
-from diagnostics.capture.base import DecodeRows, Layout
-from diagnostics.capture.residual_path import watched_layers
-from diagnostics.cutoff_sweep import CutoffSweep
-from diagnostics.errors import UserError
+from diagnostics.diagnosis.capture.residual_path import watched_layers
+from diagnostics.diagnosis.observers import DecodeRows, Layout
+from diagnostics.diagnosis.probes.attention_mass import AttentionMass
+from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
+from diagnostics.diagnosis.probes.probe import Probe, PromptContext
+from diagnostics.diagnosis.readout import Readout
+from diagnostics.models.anatomy import Anatomy
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.policies.speed import SpeedPolicy
-from diagnostics.probes.attention_mass import AttentionMass
-from diagnostics.probes.base import Probe, PromptContext
-from diagnostics.readout import Readout
 from diagnostics.self_test.masked import Batch, Unprovable, masked_logits, masks, stock_logits
 from diagnostics.self_test.residual import Gains, split_problem
+from diagnostics.support.errors import UserError
 
 N_PROMPT, N_DECODE, N_GREEDY, N_PADDING = 20, 4, 2, 5
 # Share of the logits' spread by which they may differ, and share of its size by which an addition may.

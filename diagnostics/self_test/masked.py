@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.anatomy import Anatomy, parameter_names
-from diagnostics.capture.attention_tap import attention_implementation
+from diagnostics.models.anatomy import Anatomy, parameter_names
+from diagnostics.models.attention_tap import attention_implementation
 
 MASKED_BY = ("sdpa", "eager")  # implementations that take a mask for every query and key
 

@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 import diagnostics
-from diagnostics.converted import cache_folder
-from diagnostics.files import read_json, write_sealed
-from diagnostics.identity import configuration_digest
-from diagnostics.versions import versions
+from diagnostics.models.converted import cache_folder
+from diagnostics.models.identity import configuration_digest
+from diagnostics.support.files import read_json, write_sealed
+from diagnostics.support.versions import versions
 
 # Whose versions decide every finding.
 DECIDING = ("python", "speed-diagnostics", "torch", "transformers", "numpy")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.anatomy import Anatomy, unwrapped
-from diagnostics.capture.attention_tap import AttentionCall, attention_tap
-from diagnostics.capture.branch import residual_out
-from diagnostics.capture.residual_path import Gained, LayerWatch, ResidualPath, Shown, multiplier_of, ratio
+from diagnostics.diagnosis.capture.branch import residual_out
+from diagnostics.diagnosis.capture.residual_path import Gained, LayerWatch, ResidualPath, Shown, multiplier_of, ratio
+from diagnostics.models.anatomy import Anatomy, unwrapped
+from diagnostics.models.attention_tap import AttentionCall, attention_tap
 from diagnostics.self_test.masked import Batch, stock_logits
 
 

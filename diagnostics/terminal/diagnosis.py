@@ -9,9 +9,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from diagnostics.recommend import Recommendation
-from diagnostics.regions import Region
-from diagnostics.results import Run
+from diagnostics.cutoffs.recommendation import Recommendation
+from diagnostics.cutoffs.regions import Region
+from diagnostics.runs.run import Run
 from diagnostics.terminal.units import readable_bytes
 
 GOALS = {

@@ -5,11 +5,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from diagnostics.cutoffs.recommendation import recommend
 from diagnostics.finetune.folder import BEFORE, FineTuning
 from diagnostics.finetune.summary import by_category
 from diagnostics.policies.recommendation import read_recommendation
-from diagnostics.recommend import recommend
-from diagnostics.results import load_run
+from diagnostics.runs.run import load_run
 
 AROUND = 3  # rows of the table on either side of a cutoff
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from diagnostics.differences import differing, marked_text, same_start
-from diagnostics.generate import Generation
-from diagnostics.models import LoadedModel
+from diagnostics.generation.differences import differing, marked_text, same_start
+from diagnostics.generation.generation import Generation
+from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.terminal.units import readable_bytes
 

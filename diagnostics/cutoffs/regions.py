@@ -1,0 +1,164 @@
+"""Where the prompt is selected from, and from where on it no longer changes.
+
+Selection. A layer selects from the prompt if different queries look at different prompt tokens (*selectivity*) and if
+what they take there is a good part of what the layer writes (*contribution* to the update). Their product is the
+layer's *uptake*:
+
+    uptake_l = selectivity_l * prompt_contribution_l / update_decode_l
+
+Attention mass alone is no evidence: sinks on common tokens have mass without selectivity, and late layers have mass
+without contribution. Selection layers are those whose uptake reaches ``uptake_share`` of the largest; neighbours
+at most ``max_gap`` layers apart form one interval, single layers are dropped, and the interval with the largest total
+uptake is the selection region. With no uptake above ``min_uptake`` there is none.
+
+Stabilization. From layer s on the prompt is stable if no later layer changes what the next ones read: centred drift
+at most ``max_drift`` (cosine 0.9), and the salient tokens remain the salient ones, overlap at least ``min_overlap``.
+The last layer's own drift does not count: no key or value is computed from its output.
+
+Both are found on the mean curves over prompts; a bootstrap over prompts says how far their ends move.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from diagnostics.cutoffs.bounds import MIN_PROMPTS, resample_counts
+from diagnostics.runs.run import Run
+from diagnostics.support.errors import UserError
+from diagnostics.support.finite import finite_mean, weighted_mean
+
+N_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class RegionRules:
+    """Thresholds of both rules; see the module's text."""
+
+    uptake_share: float = 0.4
+    min_uptake: float = 0.02
+    max_gap: int = 2
+    max_drift: float = 0.1
+    min_overlap: float = 0.5
+    min_layers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            # "not ... <=" so that NaN is refused as well
+            if not 0 <= value < math.inf:
+                raise UserError(f"region rule {name} is {value}: give 0 or more")
+        if not 0 < self.uptake_share <= 1:
+            raise UserError(f"region rule uptake_share is {self.uptake_share}: give a share above 0, 1 at most")
+
+
+@dataclass(frozen=True)
+class Region:
+    """An inclusive interval of layers ``[first, last]``.
+
+    ``first_range`` and ``last_range`` hold 90% of the bootstrap's ends, ``found`` the share of resamples that found
+    a region at all, 0..1; they are None with too few prompts. ``others`` are further intervals, strongest first.
+    """
+
+    first: int
+    last: int
+    first_range: tuple[int, int] | None = None
+    last_range: tuple[int, int] | None = None
+    found: float | None = None
+    others: tuple[tuple[int, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Both regions of a run, None where none was found, with the rules and the curve of the selection."""
+
+    selection: Region | None
+    stabilization: Region | None
+    uptake: np.ndarray
+    rules: RegionRules
+
+
+def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -> Regions:
+    """Locate the selection and the stabilization region of a run."""
+    rules = rules or RegionRules()
+    curves = {name: _per_prompt(run, name) for name in ("drift_prompt_centred", "saliency_overlap")}
+    curves["uptake"] = uptake(run)
+    n_prompts = len(curves["uptake"])
+
+    means = {name: finite_mean(values, axis=0) for name, values in curves.items()}
+    resampled: dict[str, list[np.ndarray]] = {name: [] for name in curves}
+    for counts in resample_counts(
+        np.random.default_rng(seed), n_prompts, N_RESAMPLES if n_prompts >= MIN_PROMPTS else 0
+    ):
+        for name, values in curves.items():
+            resampled[name].extend(weighted_mean(values, counts))
+
+    def selection(curve: np.ndarray) -> list[tuple[int, int]]:
+        return selection_intervals(curve, rules)
+
+    def stabilization(drift: np.ndarray, overlap: np.ndarray) -> list[tuple[int, int]]:
+        return stable_interval(drift, overlap, rules)
+
+    selected, stable = (
+        _region(
+            find(*(means[name] for name in names)),
+            [
+                found[0] if (found := find(*drawn)) else None
+                for drawn in zip(*(resampled[n] for n in names), strict=True)
+            ],
+        )
+        for find, names in ((selection, ("uptake",)), (stabilization, ("drift_prompt_centred", "saliency_overlap")))
+    )
+    return Regions(selected, stable, means["uptake"], rules)
+
+
+def uptake(run: Run) -> np.ndarray:
+    """Return selectivity * contribution / update per prompt and layer: [prompts, L]; NaN without a prompt segment."""
+    with np.errstate(invalid="ignore"):  # a residual of 0, as of a padding token's embedding, makes both infinite
+        return (
+            _per_prompt(run, "selectivity")
+            * _per_prompt(run, "prompt_contribution")
+            / _per_prompt(run, "update_decode")
+        )
+
+
+def selection_intervals(curve: np.ndarray, rules: RegionRules) -> list[tuple[int, int]]:
+    """Return the intervals of layers that select, strongest first, from the mean uptake per layer [L]."""
+    if not np.isfinite(curve).any() or np.nanmax(curve) < rules.min_uptake:
+        return []
+    layers = np.flatnonzero(curve >= rules.uptake_share * np.nanmax(curve))
+    breaks = np.flatnonzero(np.diff(layers) > rules.max_gap + 1) + 1
+    intervals = [(int(run[0]), int(run[-1])) for run in np.split(layers, breaks)]
+    wide = [interval for interval in intervals if interval[1] - interval[0] + 1 >= rules.min_layers]
+    return sorted(wide, key=lambda interval: -np.nansum(curve[interval[0] : interval[1] + 1]))
+
+
+def stable_interval(drift: np.ndarray, overlap: np.ndarray, rules: RegionRules) -> list[tuple[int, int]]:
+    """Return ``[(s, L-1)]`` or nothing, from mean centred drift and saliency overlap per layer, each [L]."""
+    n_layers = len(drift)
+    calm = (drift <= rules.max_drift) & ((overlap >= rules.min_overlap) | np.isnan(overlap))
+    first = n_layers - 1
+    while first > 0 and calm[first - 1]:
+        first -= 1
+    return [(first, n_layers - 1)] if n_layers - first >= rules.min_layers + 1 else []
+
+
+def _region(found: list[tuple[int, int]], resampled: list[tuple[int, int] | None]) -> Region | None:
+    if not found:
+        return None
+    (first, last), others = found[0], tuple(found[1:])
+    ends = np.array([interval for interval in resampled if interval])
+    if not len(ends):
+        return Region(first, last, others=others)
+    low, high = np.percentile(ends, (5, 95), axis=0, method="nearest").astype(int).tolist()
+    return Region(first, last, (low[0], high[0]), (low[1], high[1]), len(ends) / len(resampled), others)
+
+
+def _per_prompt(run: Run, column: str) -> np.ndarray:
+    """One column of the layers table as [prompts, L], in the order of the prompts table."""
+    table = run.layers.pivot(index="prompt_id", columns="layer", values=column)
+    return table.loc[run.prompts["prompt_id"]].to_numpy()

@@ -1,0 +1,96 @@
+"""Upper layers of SPEED by calling a layer as the model called it, for backends that do not own its attention.
+
+The anchors' keys and values of the full model come back by running the anchors' own rows along: they see only each
+other, so their rows of the full model give them again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from diagnostics.diagnosis.capture.attention_rows import visible_keys
+from diagnostics.diagnosis.capture.passes import Pass
+from diagnostics.models.anatomy import PER_POSITION, parameter_names
+
+
+def named_arguments(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Give the positional arguments of a layer's call their names, those of the model's own module."""
+    return dict(zip(parameter_names(layer), args, strict=False)) | kwargs
+
+
+def residual_out(output: Any) -> Tensor:
+    """Unwrap a layer's output: a plain tensor in transformers 5, a tuple before; never a row of the batch."""
+    residual = output[0] if isinstance(output, tuple) else output
+    assert residual.ndim == 3, f"expected [batch, position, width], got {tuple(residual.shape)}"
+    return residual
+
+
+def rows_of(value: Any, rows: slice) -> Any:
+    """Pick rows out of what a layer gets per position: [batch, position, ...], or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(rows_of(part, rows) for part in value)
+    return value[:, rows] if isinstance(value, Tensor) else value
+
+
+class AnchorRows:
+    """Keeps what the layers of one prompt got for its anchors, from the pass that ran them."""
+
+    def __init__(self, n_anchors: int) -> None:
+        self.n_anchors = n_anchors
+        self.kept: dict[int, dict[str, Any]] = {}
+
+    def branch(
+        self, call: Callable[..., Any], layer: int, over: Pass, arguments: dict[str, Any], window: int | None
+    ) -> Callable[[Tensor], Tensor]:
+        """Return `DecodeRows.branch` of a layer that the pass called with these arguments, on [1, rows, ...].
+
+        ``call`` runs the layer with named arguments; ``window`` is the width of its sliding window, if it has one.
+        """
+        rows = {name: value for name, value in arguments.items() if name in PER_POSITION | {"hidden_states"}}
+        if over.first_row == 0:
+            # clone: a view would keep the whole pass alive.
+            self.kept[layer] = {name: _cloned(rows_of(value, slice(0, self.n_anchors))) for name, value in rows.items()}
+        anchors = self.kept.get(layer, {})
+
+        def run(hidden: Tensor) -> Tensor:
+            own = {name: rows_of(value, over.decode) for name, value in rows.items()}
+            mask, n_anchors = self._mask(arguments.get("attention_mask"), over, window, hidden), self.n_anchors
+            changed = {name: _joined(anchors.get(name), value) for name, value in own.items()}
+            before = anchors["hidden_states"].expand(len(hidden), -1, -1) if n_anchors else hidden[:, :0]
+            changed |= {"hidden_states": torch.cat([before, hidden], dim=1), "attention_mask": mask}
+            # Neither the cache nor a promise to fill one: the branch is a pure function of its rows.
+            without = {k: None if isinstance(v, Cache) else v for k, v in arguments.items()}
+            if "use_cache" in without:
+                changed["use_cache"] = False
+            return residual_out(call(**without | changed))[:, n_anchors:]
+
+        return run
+
+    def _mask(self, mask: Any, over: Pass, window: int | None, hidden: Tensor) -> Tensor:
+        """Additive mask [1, 1, rows, rows] of anchors and decode rows."""
+        first, total, n = over.first_row + over.n_context, over.first_row + over.n_rows, self.n_anchors
+        decode = visible_keys(mask, over.first_row, over.n_rows, total, window, over.decode)
+        anchors = visible_keys(None, 0, n, n, window, slice(0, n))
+        visible = torch.zeros(n + len(decode), n + len(decode), dtype=torch.bool, device=hidden.device)
+        visible[:n, :n] = anchors
+        visible[n:, :n], visible[n:, n:] = decode[:, :n], decode[:, first:]
+        lowest = torch.finfo(hidden.dtype).min
+        return torch.where(visible, 0.0, lowest).to(hidden.dtype)[None, None]
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cloned(part) for part in value)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _joined(anchors: Any, rows: Any) -> Any:
+    """Put the anchors' part before the decode rows' part, along positions."""
+    if anchors is None or rows is None:
+        return rows
+    if isinstance(rows, tuple):
+        return tuple(_joined(a, b) for a, b in zip(anchors, rows, strict=True))
+    return torch.cat([anchors, rows], dim=1)

@@ -1,0 +1,358 @@
+"""Prompts -> capture -> probes and sweep -> run."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from diagnostics.diagnosis.capture import make_capture
+from diagnostics.diagnosis.observers import Capture, Layout
+from diagnostics.diagnosis.probes import all_probes
+from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
+from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Measured, PromptContext
+from diagnostics.diagnosis.readout import Readout
+from diagnostics.models.identity import inputs_digest
+from diagnostics.models.loading import LoadedModel
+from diagnostics.prompts.encoding import EncodedPrompt, encode_prompts, token_texts
+from diagnostics.prompts.prompt import PromptSet
+from diagnostics.runs.parts import merge
+from diagnostics.runs.run import Run, RunWriter
+from diagnostics.runs.schema import SCHEMA_VERSION, Tables
+from diagnostics.segments import Segments
+from diagnostics.self_test import Proof, require_measurable, skipped
+from diagnostics.self_test import self_test as testing
+from diagnostics.support.errors import UserError
+from diagnostics.support.locks import one_writer
+from diagnostics.support.versions import hardware, versions
+
+if TYPE_CHECKING:
+    from diagnostics.diagnosis.teacher import Teacher  # which needs this module
+
+DECODE_TOKENS = 48
+DETAIL_PROMPTS = 7
+
+Progress = Callable[[int, int, str], None]
+
+
+@one_writer
+def diagnose(
+    model: Any,
+    prompts: PromptSet,
+    *,
+    decode_tokens: int = DECODE_TOKENS,
+    anchors: int = 1,
+    lens_positions: int = LENS_POSITIONS,
+    detail_prompts: int = DETAIL_PROMPTS,
+    backend: str | None = None,
+    remote: bool | str = False,
+    self_test: bool = True,
+    out: str | Path | None = None,
+    resume: bool = False,
+    teacher: "Teacher | None" = None,
+    progress: Progress | None = None,
+    arguments: dict[str, Any] | None = None,
+) -> Run:
+    """Measure every layer and every cutoff on every prompt.
+
+    Parameters
+    ----------
+    model
+        The model, from `load_model` or `LoadedModel.wrap`; or a TransformerBridge or an nnsight model as it is.
+    prompts
+        The prompts, from `load_prompts`. One without a reference is continued greedily at full depth.
+    decode_tokens
+        Reference tokens per prompt at most, 1 or more.
+    anchors
+        Leading tokens that SPEED keeps in all layers, 0 or more.
+    lens_positions
+        Decode positions per prompt, evenly spaced, that the logit lens reads at most, 1 or more.
+    detail_prompts
+        Prompts, from the first on, of which also the tokens are kept, with the attention that each gets in each layer
+        and the logit lens token by token: 4 bytes per token and layer. 0 for none.
+    backend
+        How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
+    remote
+        Run an nnsight model on NDIF; ``"local"`` rehearses that here. Its weights are then never loaded.
+    self_test
+        Prove first, once per model, that it is measured as masked passes of it are; see `diagnostics.self_test`. A
+        model that fails is refused; one of which only the contribution cannot be proven is measured without it.
+    out
+        Run folder to write; without it the run stays in memory.
+    resume
+        Continue an interrupted run in ``out``: the numbers are those of an undisturbed one.
+    teacher
+        From `diagnostics.diagnosis.teacher.observe_teacher` on the same prompts: every cutoff, full depth too, is
+        compared with that model's full depth, on its references. For a fine-tuned model this measures what was lost
+        relative to the original.
+    progress
+        Called as ``progress(done, total, prompt_id)`` before each prompt and once at the end.
+    arguments
+        What the user asked for, kept in the manifest as it is.
+
+    Raises
+    ------
+    UserError
+        For a prompt that does not fit, a folder that cannot be written, a model whose parts are not understood.
+    """
+    if decode_tokens < 1:
+        raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
+    if anchors < 0:
+        raise UserError(f"anchors is {anchors}: give 0 or more")
+    if lens_positions < 1:
+        raise UserError(f"lens positions is {lens_positions}: give 1 or more")
+    if detail_prompts < 0:
+        raise UserError(f"detail prompts is {detail_prompts}: give 0 or more")
+    lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
+    capture = make_capture(backend, lm, remote)
+    with testing(self_test and not skipped()):
+        proof = require_measurable(lm, capture)
+    encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
+    if teacher is not None:
+        teacher.require_prompts(encoded, decode_tokens)
+        encoded = [replace(prompt, reference_ids=teacher.references[prompt.prompt_id]) for prompt in encoded]
+    numbers = {
+        "anchors": anchors,
+        "decode_tokens": decode_tokens,
+        "lens_positions": lens_positions,
+        "detail_prompts": detail_prompts,
+    }
+    manifest = _manifest(lm, prompts, encoded, capture, numbers, teacher, proof) | {"arguments": arguments or {}}
+    writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
+    readout = Readout(lm.anatomy)
+    finished: list[Tables] = []
+    started = time.perf_counter()
+    for index, prompt in enumerate(encoded):
+        if writer and writer.is_done(index):
+            continue
+        if progress:
+            progress(index, len(encoded), prompt.prompt_id)
+        tables = _diagnose_prompt(
+            lm,
+            prompt,
+            capture,
+            readout,
+            decode_tokens,
+            anchors,
+            lens_positions,
+            detail=index < detail_prompts,
+            teacher=None if teacher is None else teacher.logits[prompt.prompt_id],
+        )
+        if "contribution" in proof.failed:
+            tables["layers"]["prompt_contribution"] = np.nan
+        if writer:
+            writer.write(index, tables)
+        else:
+            finished.append(tables)
+    if progress:
+        progress(len(encoded), len(encoded), "")
+    timings = {"timings": {"seconds_last_session": round(time.perf_counter() - started, 3)}}
+    if writer:
+        return writer.finish(**timings)
+    return Run(manifest | timings | {"status": "complete"}, merge(finished))
+
+
+def observers() -> dict[str, Any]:
+    """Return every observer class of a diagnosis by its name: the probes, then the cutoff sweep."""
+    return {**all_probes(), CutoffSweep.name: CutoffSweep}
+
+
+def _diagnose_prompt(
+    lm: LoadedModel,
+    prompt: EncodedPrompt,
+    capture: Capture,
+    readout: Readout,
+    decode_tokens: int,
+    anchors: int,
+    lens_positions: int,
+    detail: bool,
+    teacher: torch.Tensor | None,
+) -> Tables:
+    n_prompt = prompt.n_prompt
+    segments = Segments.of(torch.ones(1, n_prompt), n_prompt, anchors)
+    layout = Layout(int(segments.n_anchor), n_prompt)
+    inside = range(layout.prompt.start, layout.prompt.stop)
+    evidence = tuple((max(a, inside.start), min(b, inside.stop)) for a, b in prompt.evidence)
+    evidence = tuple((a, b) for a, b in evidence if a < b)
+    notes = list(prompt.notes)
+    if sum(b - a for a, b in evidence) < sum(b - a for a, b in prompt.evidence):
+        some = "some" if evidence else "all"
+        notes.append(f"{some} of the evidence is anchor or the last prompt token, where no evidence mass is measured")
+    context = PromptContext(
+        layout=layout,
+        n_layers=lm.anatomy.n_layers,
+        readout=readout,
+        model_name=lm.name,
+        evidence=evidence,
+        lens_positions=lens_positions,
+        detail=detail,
+        teacher=teacher,
+    )
+    watching = [observer(context) for observer in observers().values()]
+    outcome = capture.run(
+        prompt.token_ids, prompt.reference_ids, watching, n_decode=decode_tokens, n_anchors=layout.n_anchors
+    )
+    row = {
+        "prompt_id": prompt.prompt_id,
+        "category": prompt.category,
+        "n_prompt": n_prompt,
+        "n_decode": len(outcome.reference_ids),
+        "n_anchors": layout.n_anchors,
+        "has_bos": prompt.has_bos,
+        "reference": "given" if prompt.reference_ids is not None else "greedy",
+        "reference_text": lm.tokenizer.decode(outcome.reference_ids),
+        "notes": "; ".join(notes),
+    }
+    measured = [observer.measured() for observer in watching]
+    tables = _tables(row, measured)
+    if detail:
+        reference = outcome.reference_ids.tolist()
+        tables |= _detail_tables(lm.tokenizer, prompt, reference, context, measured)
+    return tables
+
+
+def _tables(row: dict[str, Any], measured: Sequence[Measured]) -> Tables:
+    layers: dict[str, np.ndarray] = {}
+    heads: dict[str, np.ndarray] = {}
+    cutoffs: dict[str, np.ndarray] = {}
+    numbers: dict[str, float] = {}
+    for columns in measured:
+        layers |= columns.layers
+        heads |= columns.heads
+        cutoffs |= columns.cutoffs
+        numbers |= columns.prompt
+    n_layers, n_heads = next(iter(heads.values())).shape
+    key = {"prompt_id": row["prompt_id"]}
+    return {
+        "prompts": pd.DataFrame([row | numbers]),
+        "layers": pd.DataFrame(key | {"layer": np.arange(n_layers)} | layers),
+        "heads": pd.DataFrame(
+            key
+            | {
+                "layer": np.repeat(np.arange(n_layers), n_heads),
+                "head": np.tile(np.arange(n_heads), n_layers),
+            }
+            | {name: column.reshape(-1) for name, column in heads.items()}
+        ),
+        "cutoffs": pd.DataFrame(key | {"cutoff": np.arange(1, n_layers + 1)} | cutoffs),
+    }
+
+
+def _detail_tables(
+    tokenizer: Any,
+    prompt: EncodedPrompt,
+    reference_ids: list[int],
+    context: PromptContext,
+    measured: Sequence[Measured],
+) -> Tables:
+    """One row per token of prompt and reference, and one per first decode position and layer."""
+    token_ids, inside = [*prompt.token_ids, *reference_ids], context.layout.prompt
+    segment = np.full(len(token_ids), "decode", dtype=object)
+    segment[: inside.start], segment[inside] = "anchor", "prompt"
+    evidence = np.zeros(len(token_ids), dtype=bool)
+    for start, stop in context.evidence:
+        evidence[start:stop] = True
+    tokens = pd.DataFrame(
+        {
+            "prompt_id": prompt.prompt_id,
+            "position": np.arange(len(token_ids)),
+            "token_id": token_ids,
+            "text": token_texts(tokenizer, token_ids),
+            "segment": segment,
+            "evidence": evidence,
+        }
+    )
+    for columns in measured:
+        for name, values in columns.tokens.items():
+            tokens[name] = [None] * inside.start + list(values) + [None] * (len(token_ids) - inside.start - len(values))
+    lens = {name: column for columns in measured for name, column in columns.lens.items()}
+    n_positions, n_layers = next(iter(lens.values())).shape
+    shown = pd.DataFrame(
+        {
+            "prompt_id": prompt.prompt_id,
+            "position": context.layout.n_prompt - 1 + np.repeat(np.arange(n_positions), n_layers),
+            "layer": np.tile(np.arange(n_layers), n_positions),
+        }
+        | {name: column.reshape(-1) for name, column in lens.items()}
+    )
+    shown["lens_text"] = [tokenizer.decode([token]) for token in shown["lens_token"]]
+    return {"tokens": tokens, "lens": shown}
+
+
+def encode_for_diagnosis(lm: LoadedModel, prompts: PromptSet, decode_tokens: int) -> list[EncodedPrompt]:
+    """Encode prompts so that they leave room for the decode tokens within the model's positions."""
+    limit = lm.anatomy.room(decode_tokens)
+    if limit is not None and limit < 1:
+        positions = lm.anatomy.max_positions
+        raise UserError(f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}")
+    return encode_prompts(prompts, lm.tokenizer, limit=limit, max_reference_tokens=decode_tokens)
+
+
+def _manifest(
+    lm: LoadedModel,
+    prompts: PromptSet,
+    encoded: Sequence[EncodedPrompt],
+    capture: Capture,
+    numbers: dict[str, int],
+    teacher: "Teacher | None",
+    proof: Proof,
+) -> dict[str, Any]:
+    """Say what this run is. ``identity`` is what a resumed run must share for its numbers to be the same."""
+    without_bos = [prompt.prompt_id for prompt in encoded if not prompt.has_bos]
+    notes = []
+    if numbers["anchors"] and without_bos:
+        notes.append(
+            f"{len(without_bos)} of {len(encoded)} prompts do not begin with a BoS token: "
+            "their first anchor is the first real token"
+        )
+    if cut := sum("model's limit" in note for prompt in encoded for note in prompt.notes):
+        notes.append(f"{cut} prompts were cut, at the document, to fit the model's positions")
+    if proof.unproved is not None:
+        notes.append(f"not proven to be measured right: {proof.unproved}")
+    if line := proof.failed.get("contribution"):
+        notes.append(f"prompt_contribution is left out, and with it uptake and the selection region: {line}")
+    chats = sum(prompt.messages is not None for prompt in prompts)
+    if chats and not lm.tokenizer.chat_template:
+        notes.append(
+            f"the model has no chat template: {chats} of {len(encoded)} prompts are conversations, "
+            "and they were measured as plain text"
+        )
+    if teacher is not None:
+        notes.append(f"every cutoff, full depth too, is compared with {teacher.name} at full depth")
+    identity = lm.identity()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "running",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": lm.name,
+        "revision": lm.revision,
+        "architecture": lm.model.config.model_type,
+        "n_layers": lm.anatomy.n_layers,
+        "n_heads": lm.anatomy.n_heads,
+        "max_positions": lm.anatomy.max_positions,
+        "shape": lm.anatomy.shape,
+        "seed": prompts.seed,
+        "prompt_set": prompts.name,
+        "n_prompts": len(prompts),
+        "hardware": hardware(lm.device),
+        "versions": versions(),
+        "columns": {k: v for observer in observers().values() for k, v in observer.describes.items()},
+        "notes": notes + identity.notes,
+        "configuration": identity.configuration,
+        "identity": identity.entries()
+        | {
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "device": lm.device.type,
+            "backend": capture.name,
+            "context_length": prompts.context_length,
+            "prompts": prompts.fingerprint,
+            "teacher": None if teacher is None else teacher.weight_hash,
+        }
+        | numbers
+        | {"token_ids": inputs_digest(encoded)},
+    }

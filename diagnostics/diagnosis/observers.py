@@ -1,0 +1,152 @@
+"""What a capture hands to its observers, whichever backend reads the activations.
+
+A capture takes one prompt through the model and streams it layer by layer. It holds nothing of a layer that its
+observers do not keep, so memory grows with the number of tokens and not with layers x tokens x tokens.
+
+Positions: ``P`` prompt tokens, ``T = P + n_decode - 1`` tokens in all. Rows 0..P-2 are the *context* (anchors, then
+prompt); rows P-1..T-1 are the ``n_decode`` decode-phase rows. Row P-1, the last prompt token, is the first of them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from diagnostics.diagnosis.capture.residual_path import Addition
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the positions of one prompt divide: anchors ``[0, A)``, prompt ``[A, P-1)``, decode ``[P-1, T)``."""
+
+    n_anchors: int
+    n_prompt: int
+
+    @property
+    def prompt(self) -> slice:
+        """Positions of the prompt segment, anchors and the last prompt token excluded; may be empty."""
+        return slice(self.n_anchors, self.n_prompt - 1)
+
+    @property
+    def n_segment(self) -> int:
+        """Number of tokens in the prompt segment."""
+        return max(0, self.n_prompt - 1 - self.n_anchors)
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """Layer ``layer`` as the context runs through it: residuals before and after, each [P-1, width]."""
+
+    layer: int
+    residual_in: Tensor
+    residual_out: Tensor
+
+
+class AttentionRows(ABC):
+    """Attention of a few query rows of one layer: the last ``n_window`` - 1 context positions, then the decode rows.
+
+    ``value`` [kv_heads, T, head_dim]; ``output`` [n_decode, heads, head_dim] is what the model's own attention gave for
+    the decode rows; ``adds`` gives what a part of that, [n_decode, heads * head_dim], adds to the residual of the
+    decode rows, [n_decode, width].
+    """
+
+    value: Tensor
+    output: Tensor
+    adds: Addition
+
+    @property
+    @abstractmethod
+    def n_rows(self) -> int:
+        """Number of query rows."""
+
+    @property
+    @abstractmethod
+    def has_sinks(self) -> bool:
+        """Whether rows sum to less than 1 because the model has learned sinks."""
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads."""
+        return self.output.shape[1]
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Number of key and value heads, a divisor of ``n_heads``."""
+        return self.value.shape[0]
+
+    @property
+    def n_decode(self) -> int:
+        """Number of decode-phase rows."""
+        return self.output.shape[0]
+
+    @property
+    def n_window(self) -> int:
+        """Number of last prompt positions among the rows; the first decode row is one of them."""
+        return self.n_rows - self.n_decode + 1
+
+    @abstractmethod
+    def weights(self, kv_head: int, rows: slice, n_keys: int | None = None) -> Tensor:
+        """Return attention weights of the query heads of one KV head, float32 [group, rows, keys].
+
+        The softmax runs over the first ``n_keys`` keys (default all) and the model's sinks, whose column is left out:
+        rows sum to 1 without sinks, to less with them. The result may be written to.
+        """
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Layer ``layer`` as the decode-phase rows run through it: residuals before and after, each [n_decode, width].
+
+    ``branch`` runs the same layer on other residuals of the same positions, [branches, n_decode, width], that see
+    the anchors' keys and their own branch and nothing of the prompt: an upper layer of SPEED.
+    """
+
+    layer: int
+    residual_in: Tensor
+    residual_out: Tensor
+    attention: AttentionRows
+    branch: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of one prompt: the model's logits of the decode rows, float32 [n_decode, vocab], and reference ids."""
+
+    logits: Tensor
+    reference_ids: Tensor
+
+
+class Observer(Protocol):
+    """What a probe or the sweep implements. For each layer ``on_context`` comes before ``on_decode``; layers ascend."""
+
+    def on_context(self, rows: ContextRows) -> None:
+        """Look at the context rows of one layer; not called when the prompt is a single token."""
+
+    def on_decode(self, rows: DecodeRows) -> None:
+        """Look at the decode-phase rows of one layer."""
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Look at the logits, after the last layer."""
+
+
+class Capture(Protocol):
+    """A backend: runs one prompt and feeds the observers."""
+
+    name: ClassVar[str]
+
+    def run(
+        self,
+        prompt_ids: Sequence[int],
+        reference_ids: Sequence[int] | None,
+        observers: Sequence[Observer],
+        *,
+        n_decode: int,
+        n_anchors: int,
+    ) -> Outcome:
+        """Take one prompt through the model.
+
+        Without ``reference_ids`` the reference is the model's greedy continuation, at most ``n_decode`` tokens, ended
+        by the end-of-sequence token (which counts). The prompt runs through the model once either way.
+        """

@@ -1,0 +1,192 @@
+"""Where the decode-phase queries look, how selectively, and how much they take.
+
+Only the decode rows are computed beside the model's own fused attention: in float32, one KV head and a bounded
+block of queries at a time. Mass alone misleads, since attention sinks sit on common tokens and late layers may look
+at the prompt and take nothing: *selectivity* tells queries that look at different tokens from a sink that all of them
+share, and *contribution* weighs what is written to the residual.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diagnostics.diagnosis.observers import AttentionRows, DecodeRows, Layout
+from diagnostics.diagnosis.probes.probe import Columns, Measured, Probe, PromptContext
+from diagnostics.support.errors import UserError
+from diagnostics.support.finite import finite_mean
+from diagnostics.support.sums import total, wide
+
+# Weights computed at once: what stays in a processor's cache, or what keeps a GPU busy.
+TILE_BYTES = {"cpu": 1 << 20, "mps": 64 << 20, "cuda": 256 << 20}
+# Weights of one KV head that may wait for the second round; beyond, they are computed twice.
+KEEP_BYTES = 256 << 20
+TOP_SHARE = 0.05
+TINY = torch.finfo(torch.float32).tiny
+PER_QUERY = ("mass_anchor", "mass_prompt", "mass_decode", "entropy", "evidence_mass", "variation")
+
+
+class AttentionMass(Probe):
+    """Attention of decode queries to anchors, prompt and decode, per layer and head."""
+
+    name = "attention_mass"
+    describes: ClassVar[Mapping[str, str]] = {
+        "mass_anchor": "attention weight on the anchors, mean over decode queries (and heads), 0..1",
+        "mass_prompt": "attention weight on the prompt, 0..1",
+        "mass_decode": "attention weight on decode-phase tokens, 0..1",
+        "mass_sink": "attention weight on the model's learned sinks, 0..1; zero where it has none",
+        "selectivity": "total variation between a query's attention over the prompt (as masses) and its mean over "
+        "decode queries, 0..1; layers: mean over heads",
+        "selectivity_max": "selectivity of the most selective head, 0..1",
+        "prompt_entropy": "entropy of the attention over the prompt / log(prompt tokens), 0 (one token) .. 1 (uniform)",
+        "prompt_top5": "share of the prompt mass on the 5% of prompt tokens that get most of it, 0..1",
+        "prompt_contribution": "norm of what the attention adds to the residual from the prompt (gates, output "
+        "projection, norms after it and multipliers included) / norm of the residual, mean over decode queries, >= 0",
+        "evidence_mass": "attention weight on the evidence spans, 0..1; NaN where the prompt has none",
+        "evidence_mass_max": "evidence mass of the head with most of it, 0..1",
+        "attention": "attention weight on one prompt token, mean over decode queries and heads, one number per layer, "
+        "0..1; in tokens, for prompts kept in detail",
+    }
+
+    def __init__(self, context: PromptContext) -> None:
+        super().__init__(context)
+        self.heads: list[Columns] = []
+        self.contribution: list[float] = []
+        self.received: list[np.ndarray] = []
+
+    def on_decode(self, rows: DecodeRows) -> None:
+        """Measure the decode rows of one layer."""
+        attention = rows.attention
+        heads, from_prompt, ours, received = attend(attention, self.context.layout, self.context.evidence)
+        _require_identity(ours, attention.output, rows.layer, self.context.model_name)
+        written = attention.adds(from_prompt.flatten(1)).norm(dim=-1)
+        relative = written / rows.residual_in.float().norm(dim=-1)
+        self.contribution.append(float(relative.cpu().double().mean()))
+        self.heads.append({name: column.cpu().numpy() for name, column in heads.items()})
+        if self.context.detail:
+            self.received.append(received.cpu().numpy())
+
+    def measured(self) -> Measured:
+        """Return per-head columns, and their means (selectivity and evidence: also maxima) over heads per layer."""
+        heads = {name: np.stack([layer[name] for layer in self.heads]) for name in self.heads[0]}
+        layers = {name: finite_mean(column, axis=-1) for name, column in heads.items()}
+        layers["selectivity_max"] = heads["selectivity"].max(axis=1)
+        layers["evidence_mass_max"] = heads["evidence_mass"].max(axis=1)
+        layers["prompt_contribution"] = np.array(self.contribution)
+        tokens = {"attention": np.stack(self.received, axis=1)} if self.received else {}
+        return Measured(layers=layers, heads=heads, tokens=tokens)
+
+
+def attend(
+    attention: AttentionRows,
+    layout: Layout,
+    evidence: tuple[tuple[int, int], ...] = (),
+    tile_bytes: int | None = None,
+    keep_bytes: int = KEEP_BYTES,
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Recompute the decode rows' attention by segments.
+
+    Returns per-head columns [heads], the prompt part of the head outputs and the whole of them, both float32
+    [n_decode, heads, head_dim] before the output projection, and the weight on each token of the prompt segment, mean
+    over queries and heads, float32 [tokens]. ``tile_bytes`` and ``keep_bytes`` bound the weights held.
+    """
+    tile_bytes = tile_bytes or TILE_BYTES.get(attention.value.device.type, TILE_BYTES["cuda"])
+    parts = [
+        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes, keep_bytes)
+        for kv_head in range(attention.n_kv_heads)
+    ]
+    columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
+    from_prompt = torch.cat([part[1] for part in parts]).transpose(0, 1)
+    whole = torch.cat([part[2] for part in parts]).transpose(0, 1)
+    received = torch.stack([part[3] for part in parts]).mean(0)
+    return columns, from_prompt, whole, received
+
+
+def _attend_kv_head(
+    attention: AttentionRows,
+    kv_head: int,
+    layout: Layout,
+    evidence: tuple[tuple[int, int], ...],
+    tile_bytes: int,
+    keep_bytes: int,
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """One KV head: columns [group], prompt part and total of the outputs [group, n_decode, head_dim], token weights."""
+    value = attention.value[kv_head].float()
+    n_decode, n_keys = attention.n_decode, len(value)
+    group = attention.n_heads // attention.n_kv_heads
+    anchors, prompt, decode = slice(0, layout.n_anchors), layout.prompt, slice(layout.n_prompt - 1, n_keys)
+    first = attention.n_rows - n_decode
+    block = max(1, min(n_decode, tile_bytes // (4 * group * n_keys)))
+    blocks = [slice(first + i, first + min(i + block, n_decode)) for i in range(0, n_decode, block)]
+
+    per_query: dict[str, list[Tensor]] = {name: [] for name in PER_QUERY}
+    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
+    token_mass = value.new_zeros(group, layout.n_segment, dtype=wide(value.device))
+    scratch = value.new_empty(group, block, layout.n_segment)
+    keep = 4 * group * n_decode * n_keys <= keep_bytes
+    kept: list[Tensor] = []
+    for rows in blocks:
+        a = attention.weights(kv_head, rows)
+        if keep:
+            kept.append(a)
+        on_prompt = a[..., prompt]
+        per_query["mass_anchor"].append(total(a[..., anchors]))
+        per_query["mass_prompt"].append(total(on_prompt))
+        per_query["mass_decode"].append(total(a[..., decode]))
+        # Not torch.special.entr, which is several times as slow; weights of 0 still give 0.
+        log_a = torch.clamp_min(on_prompt, TINY, out=scratch[:, : on_prompt.shape[1]]).log_()
+        per_query["entropy"].append(-total(log_a.mul_(on_prompt)))
+        nothing = a.new_zeros(a.shape[:2], dtype=token_mass.dtype)
+        per_query["evidence_mass"].append(sum((total(a[..., i:j]) for i, j in evidence), nothing))
+        token_mass.add_(on_prompt.sum(1))
+        from_prompt = on_prompt @ value[prompt]
+        outputs[0].append(from_prompt)
+        outputs[1].append(from_prompt + a[..., anchors] @ value[anchors] + a[..., decode] @ value[decode])
+    # Total variation from the mean over queries: known only now, hence a second round.
+    token_mass /= n_decode
+    mean = token_mass.float()
+    for i, rows in enumerate(blocks):
+        a = kept[i] if keep else attention.weights(kv_head, rows)
+        per_query["variation"].append(total(a[..., prompt].sub_(mean[:, None]).abs_()) / 2)
+
+    query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}
+    columns = {name: query[name].mean(-1) for name in ("mass_anchor", "mass_prompt", "mass_decode")}
+    rest = 1 - columns["mass_anchor"] - columns["mass_prompt"] - columns["mass_decode"]
+    columns["mass_sink"] = rest if attention.has_sinks else rest * 0
+    columns["selectivity"] = query["variation"].mean(-1)
+    columns["prompt_entropy"] = _entropy(query["entropy"], query["mass_prompt"], layout.n_segment)
+    columns["prompt_top5"] = _top_share(token_mass)
+    columns["evidence_mass"] = query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
+    columns = {name: column.float() for name, column in columns.items()}
+    return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1), token_mass.mean(0).float()
+
+
+def _entropy(unnormalised: Tensor, mass: Tensor, n_tokens: int) -> Tensor:
+    """Normalised entropy of a / mass from -sum(a log a), mean over queries that see the prompt at all: [group]."""
+    if n_tokens < 2:
+        return torch.full_like(mass[:, 0], torch.nan)
+    entropy = (mass.log() + unnormalised / mass) / math.log(n_tokens)
+    return entropy.where(mass > 0, torch.nan).nanmean(-1)
+
+
+def _top_share(token_mass: Tensor) -> Tensor:
+    """Share of the mass [group, tokens] that the top 5% of tokens hold (at least one token): [group]."""
+    n_tokens = token_mass.shape[-1]
+    if not n_tokens:
+        return torch.full_like(token_mass.sum(-1), torch.nan)
+    top = token_mass.topk(max(1, round(TOP_SHARE * n_tokens)), dim=-1).values
+    return top.sum(-1) / token_mass.sum(-1)
+
+
+def _require_identity(ours: Tensor, own: Tensor, layer: int, name: str) -> None:
+    """Refuse a model whose own attention output differs from the recomputed one: [n_decode, heads, head_dim]."""
+    tolerance = 1e-3 if own.dtype == torch.float32 else 0.05
+    error = float((ours - own).abs().max() / own.abs().max().clamp_min(1e-6))
+    if not error <= tolerance:
+        raise UserError(
+            f"model {name!r} cannot be diagnosed: in layer {layer} its attention output differs from softmax(q k) v by "
+            f"{error:.2g} of its size; its attention does something that the probe does not know"
+        )

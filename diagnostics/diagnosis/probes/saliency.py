@@ -1,0 +1,75 @@
+"""Where the importance of prompt tokens has stabilised, by FastKV's score.
+
+FastKV (arXiv 2502.01068) keeps the prompt tokens that the last few prompt queries attend to. If the top tokens of
+layer l are those of the layers above it, a choice made at layer l holds: token importance has stabilised.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diagnostics.diagnosis.observers import AttentionRows, DecodeRows
+from diagnostics.diagnosis.probes.probe import Measured, Probe, PromptContext
+
+POOL_KERNEL = 7
+TOP_SHARE = 0.2
+
+
+class Saliency(Probe):
+    """Overlap of the most salient prompt tokens between layers."""
+
+    name = "saliency"
+    describes: ClassVar[Mapping[str, str]] = {
+        "saliency_overlap": "overlap of the top 20% of prompt tokens with those of each later layer, mean over later "
+        "layers, 0..1 (0.2 by chance); NaN in the last layer",
+        "saliency_overlap_next": "overlap with the next layer alone, 0..1; NaN in the last layer",
+    }
+
+    def __init__(self, context: PromptContext) -> None:
+        super().__init__(context)
+        self.scores: list[Tensor] = []
+
+    def on_decode(self, rows: DecodeRows) -> None:
+        """Score the prompt tokens of one layer."""
+        self.scores.append(saliency_scores(rows.attention, self.context.layout.n_prompt).cpu())
+
+    def measured(self) -> Measured:
+        """Return the overlap of each layer with the later ones."""
+        overlap = top_overlap(torch.stack(self.scores))
+        n_layers = len(overlap)
+        mean, following = np.full(n_layers, np.nan), np.full(n_layers, np.nan)
+        for layer in range(n_layers - 1):
+            mean[layer] = overlap[layer, layer + 1 :].mean()
+            following[layer] = overlap[layer, layer + 1]
+        return Measured(layers={"saliency_overlap": mean, "saliency_overlap_next": following})
+
+
+def saliency_scores(attention: AttentionRows, n_prompt: int) -> Tensor:
+    """Score prompt tokens as FastKV does: [n_prompt - window], empty for prompts not longer than the window.
+
+    Attention of the last ``window`` prompt queries, softmax over the whole prompt, summed over queries; max-pooled
+    along the tokens with kernel 7; summed over heads.
+    """
+    window, group = attention.n_window, attention.n_heads // attention.n_kv_heads
+    kept = n_prompt - window
+    total = attention.value.new_zeros(max(kept, 0), dtype=torch.float32)
+    if kept <= 0:
+        return total
+    for kv_head in range(attention.n_kv_heads):
+        weights = attention.weights(kv_head, slice(0, window), n_prompt)
+        per_head = weights[:, :, :kept].sum(1).view(1, group, kept)
+        total += nn.functional.max_pool1d(per_head, POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)[0].sum(0)
+    return total
+
+
+def top_overlap(scores: Tensor) -> np.ndarray:
+    """Return the share of top tokens each pair of layers has in common: [L, tokens] -> [L, L]; NaN without tokens."""
+    n_layers, n_tokens = scores.shape
+    if n_tokens == 0:
+        return np.full((n_layers, n_layers), np.nan)
+    count = max(1, int(TOP_SHARE * n_tokens))
+    chosen = torch.zeros_like(scores).scatter_(1, scores.topk(count, dim=1).indices, 1.0)
+    return (chosen @ chosen.T / count).numpy()

@@ -1,0 +1,62 @@
+"""Another model's full depth to measure against: that of the model from which a fine-tuned one was made."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from diagnostics.diagnosis.capture.hooks import HooksCapture
+from diagnostics.diagnosis.diagnosis import DECODE_TOKENS, encode_for_diagnosis
+from diagnostics.models.loading import LoadedModel
+from diagnostics.prompts.encoding import EncodedPrompt
+from diagnostics.prompts.prompt import PromptSet
+from diagnostics.support.errors import UserError
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """What a model says at full depth to some prompts.
+
+    ``prompts`` are the tokens of each prompt, ``references`` those that follow it, given or greedy; ``logits``
+    [n_decode, vocabulary] are those at its decode positions, in the type of the weights, on the CPU: as many as all
+    prompts have together are held.
+    """
+
+    name: str
+    weight_hash: str
+    prompts: Mapping[str, tuple[int, ...]] = field(repr=False)
+    references: Mapping[str, tuple[int, ...]] = field(repr=False)
+    logits: Mapping[str, Tensor] = field(repr=False)
+
+    def require_prompts(self, encoded: Sequence[EncodedPrompt], n_decode: int) -> None:
+        """Raise UserError unless it was observed on these very tokens, with ``n_decode`` of the reference at most."""
+        for prompt in encoded:
+            if self.prompts.get(prompt.prompt_id) != prompt.token_ids:
+                known = f"the teacher has not seen prompt {prompt.prompt_id!r} as it is"
+                raise UserError(f"{known}: give observe_teacher the same prompts")
+            if len(self.references[prompt.prompt_id]) > n_decode:
+                raise UserError(f"the teacher has more than {n_decode} reference tokens: give the same decode_tokens")
+
+
+def observe_teacher(
+    lm: LoadedModel, prompts: PromptSet, *, decode_tokens: int = DECODE_TOKENS, progress: Progress | None = None
+) -> Teacher:
+    """Run a model over prompts at full depth, with ``decode_tokens`` reference tokens each at most, as `diagnose` does.
+
+    Raises UserError for a prompt that does not fit.
+    """
+    capture = HooksCapture(lm)
+    asked, references, logits = {}, {}, {}
+    encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
+    for index, prompt in enumerate(encoded):
+        if progress:
+            progress(index, len(encoded), prompt.prompt_id)
+        outcome = capture.run(prompt.token_ids, prompt.reference_ids, (), n_decode=decode_tokens, n_anchors=1)
+        asked[prompt.prompt_id] = prompt.token_ids
+        references[prompt.prompt_id] = tuple(outcome.reference_ids.tolist())
+        logits[prompt.prompt_id] = outcome.logits.to("cpu", lm.dtype)
+    if progress:
+        progress(len(encoded), len(encoded), "")
+    return Teacher(lm.name, lm.weight_hash, asked, references, logits)

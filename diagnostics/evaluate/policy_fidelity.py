@@ -1,0 +1,110 @@
+"""How closely a policy follows full depth on prompts: no task and no right answer, only the model's own distributions.
+
+For SPEED these are the numbers of the cutoff sweep; here any policy has them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from diagnostics.diagnosis.diagnosis import encode_for_diagnosis
+from diagnostics.evaluate.scoring import Encoded, SharedPrefill, prefill_context
+from diagnostics.generation.generation import decode, generate
+from diagnostics.models.loading import LoadedModel
+from diagnostics.policies.base import Policy
+from diagnostics.policies.full import FullPolicy
+from diagnostics.prompts.encoding import EncodedPrompt
+from diagnostics.prompts.prompt import PromptSet
+from diagnostics.support.divergence import kl_divergence, log_probabilities, reported
+from diagnostics.support.errors import UserError
+
+Progress = Callable[[int, int, str], None]
+
+
+@torch.no_grad()
+def fidelity(
+    lm: LoadedModel,
+    prompts: PromptSet,
+    policies: Sequence[Policy],
+    *,
+    decode_tokens: int = 48,
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Compare every policy's next-token distributions with those of full depth, teacher-forced on the reference.
+
+    Parameters
+    ----------
+    lm, prompts, policies
+        The model, what it is asked, and how it runs. A prompt without a reference is continued greedily at full depth.
+    decode_tokens
+        Reference tokens per prompt at most, 1 or more.
+    chunk_size
+        Prompt tokens per forward pass; bounds memory at long prompts.
+    progress
+        Called as ``progress(done, total, prompt_id)`` before each prompt and once at the end.
+
+    Returns
+    -------
+    DataFrame
+        One row per prompt and policy: prompt_id, category, policy, n_prompt, n_decode, and means over decode positions:
+        ``kl``, KL(full depth || policy), ``nll`` and ``nll_full``, of the reference, all in nats per token, and
+        ``top1_agreement``, 0..1.
+
+    Raises
+    ------
+    UserError
+        For a policy that does not fit the model, or a prompt that cannot be encoded.
+    """
+    if decode_tokens < 1:
+        raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
+    for policy in policies:
+        policy.check(lm.anatomy)
+    encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
+    rows = []
+    for index, prompt in enumerate(encoded):
+        if progress:
+            progress(index, len(encoded), prompt.prompt_id)
+        shared = SharedPrefill(lm, chunk_size)
+        reference = _reference(lm, prompt, decode_tokens, chunk_size)
+        full = _log_probabilities(lm, prompt, reference, FullPolicy(), shared)
+        for policy in policies:
+            found = _log_probabilities(lm, prompt, reference, policy, shared)
+            row = {"prompt_id": prompt.prompt_id, "category": prompt.category, "policy": policy.spec}
+            lengths = {"n_prompt": len(prompt.token_ids), "n_decode": len(reference)}
+            rows.append(row | lengths | _compared(full, found, reference))
+    if progress:
+        progress(len(encoded), len(encoded), "")
+    return pd.DataFrame(rows)
+
+
+def _reference(lm: LoadedModel, prompt: EncodedPrompt, decode_tokens: int, chunk_size: int | None) -> Tensor:
+    """Tokens that follow the prompt, int64 [n]: those given, or the greedy ones of full depth up to an end of text."""
+    if prompt.reference_ids is not None:
+        return torch.tensor(prompt.reference_ids[:decode_tokens], device=lm.device)
+    ids = torch.tensor([prompt.token_ids], device=lm.device)
+    return generate(lm, ids, max_new_tokens=decode_tokens, chunk_size=chunk_size).token_ids[0]
+
+
+def _log_probabilities(
+    lm: LoadedModel, prompt: EncodedPrompt, reference: Tensor, policy: Policy, shared: SharedPrefill
+) -> Tensor:
+    """Log-probabilities at every decode position, [n, vocabulary]."""
+    length = len(prompt.token_ids) + len(reference) - 1
+    logits, cache = prefill_context(lm, policy, Encoded((), prompt.token_ids), shared=shared, length=length)
+    if len(reference) > 1:
+        logits = torch.cat([logits, decode(lm, reference[None, :-1], cache)[0]])
+    return log_probabilities(logits)
+
+
+def _compared(full: Tensor, found: Tensor, reference: Tensor) -> dict[str, float]:
+    target = reference[:, None].to(full.device)
+    numbers = {
+        "kl": reported(kl_divergence(full, found)),
+        "top1_agreement": (full.argmax(-1) == found.argmax(-1)).float(),
+        "nll": -found.gather(-1, target)[:, 0],
+        "nll_full": -full.gather(-1, target)[:, 0],
+    }
+    return {name: float(values.double().mean()) for name, values in numbers.items()}

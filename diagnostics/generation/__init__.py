@@ -1,0 +1,35 @@
+"""Generation under a policy, and its time and memory."""
+
+from typing import TYPE_CHECKING
+
+from diagnostics.support.lazy import find_on_demand
+
+if TYPE_CHECKING:
+    from diagnostics.generation.benchmarks import Benchmark, benchmark, load_benchmark
+    from diagnostics.generation.generation import Generation, decode, generate, prefill
+
+_HOMES = {
+    "benchmarks": (
+        "Benchmark",
+        "benchmark",
+        "load_benchmark",
+    ),
+    "generation": (
+        "Generation",
+        "decode",
+        "generate",
+        "prefill",
+    ),
+}
+
+__all__ = [
+    "Benchmark",
+    "Generation",
+    "benchmark",
+    "decode",
+    "generate",
+    "load_benchmark",
+    "prefill",
+]
+
+find_on_demand(__name__, _HOMES)

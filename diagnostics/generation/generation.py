@@ -1,0 +1,309 @@
+"""Prefill, decode and generate, phase by phase: for long prompts in chunks, documents with many questions, and timing.
+
+``model.generate()`` inside ``with policy(model):`` needs none of this. These functions enter the block themselves,
+say which tokens are prompt and which are decode phase, and give the KV cache out of hand.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics.models.loading import LoadedModel
+from diagnostics.models.rope import RopeLengths
+from diagnostics.policies.base import Policy
+from diagnostics.policies.cache import PolicyCache
+from diagnostics.policies.full import FullPolicy
+from diagnostics.policies.runtime import Runtime, ShallowCallDone, active, running
+from diagnostics.support.errors import UserError
+
+Model = LoadedModel | nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What was generated, and what it took.
+
+    Attributes
+    ----------
+    token_ids
+        int64 [batch, tokens]; rows that ended earlier are filled up with the padding token.
+    cache
+        The KV cache; it holds all tokens but the last one generated.
+    ttft_s
+        Time to first token in seconds: prefill and choice of the token, device synchronized.
+    tpot_s
+        Time per output token after the first, mean in seconds; NaN if there is only one.
+    kv_bytes
+        Bytes of keys and values in use at the end, measured from the tensors.
+    """
+
+    token_ids: Tensor
+    cache: PolicyCache
+    ttft_s: float
+    tpot_s: float
+    kv_bytes: int
+
+
+@torch.no_grad()
+def prefill(
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    policy: Policy | None = None,
+    cache: PolicyCache | None = None,
+    chunk_size: int | None = None,
+    more: bool = False,
+    length: int | None = None,
+) -> tuple[Tensor | None, PolicyCache]:
+    """Take prompt tokens into a KV cache.
+
+    Parameters
+    ----------
+    model
+        A `LoadedModel`, a transformers causal language model or a PEFT wrapper.
+    input_ids
+        int64 [batch, tokens]: those that are not in the cache yet.
+    attention_mask
+        [batch, all tokens so far], 0 at padding, which is on the left; None without padding.
+    policy
+        The policy; by default that of ``cache``, else full depth.
+    cache
+        A cache to go on with: of a document, or of a conversation. If it ends with generated tokens, the first of the
+        new ones is the last of these, which no cache holds yet, and counts as decode phase.
+    chunk_size
+        Tokens per forward pass at most: bounds memory at long prompts. The result is the same.
+    more
+        Whether more of the prompt is to follow, such as a question after its document. Then no token is decode
+        phase and there are no logits.
+    length
+        Tokens that the text will have in all, padding included, where more is to follow: a model whose rotary
+        frequencies depend on the length takes those of such a text.
+
+    Returns
+    -------
+    logits, cache
+        float [batch, vocabulary] for the token after the last one, or None; and the cache, the same object if given.
+
+    Raises
+    ------
+    UserError
+        If the policy does not fit the model, the tokens or the cache.
+    """
+    module = _module(model)
+    tokens = input_ids.shape[1]
+    if tokens == 0:
+        raise UserError("the prompt has no tokens")
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk size is {chunk_size}: give 1 or more")
+    with _under(module, policy, cache) as runtime:
+        policy = runtime.policy
+        cache = cache if cache is not None else runtime.new_cache()
+        past = cache.n_columns
+        chunk = tokens if chunk_size is None else chunk_size
+        head, tail = _phases(policy, cache, tokens, more)
+        if not more and policy.later_prompts:
+            runtime.require_boundary(cache, tokens, policy.boundary)
+        if not policy.chunked and past == 0 and (chunk < tokens or more):
+            raise UserError(f"{policy.name} chooses among all prompt tokens: it cannot take them in several calls")
+        runtime.see_padding(cache, attention_mask, len(input_ids), tokens, input_ids.device)
+        if past == 0 and not more:
+            runtime.require_anchors(tokens if cache.padding is None else tokens - int(cache.padding.max()))
+        cache.length = max(cache.length, past + tokens, length or 0)
+        logits = _take(module, runtime, input_ids, cache, chunk=chunk, head=head, tail=tail)
+        if past == 0:
+            cache.n_prompt = tokens
+        return (None if more or logits is None else logits[:, -1]), cache
+
+
+def _take(
+    module: Any, runtime: Runtime, input_ids: Tensor, cache: PolicyCache, *, chunk: int, head: int, tail: int
+) -> Tensor | None:
+    """Run tokens in chunks, the first ``head`` and the last ``tail`` of them decode phase; logits of the last."""
+    tokens, logits = input_ids.shape[1], None
+    for start in range(0, tokens, chunk):
+        stop = min(start + chunk, tokens)
+        runtime.expect(head=min(max(head - start, 0), stop - start), tail=max(0, stop - max(start, tokens - tail)))
+        with suppress(ShallowCallDone):
+            logits = module(
+                input_ids=input_ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
+    return logits
+
+
+@torch.no_grad()
+def decode(model: Model, input_ids: Tensor, cache: PolicyCache) -> Tensor:
+    """Run decode-phase tokens, int64 [batch, tokens], at full depth against a cache; logits [batch, tokens, vocab].
+
+    One call with several tokens gives what as many calls with one token each would: to score a given continuation, or
+    to ask at full depth about a document. Raises UserError if the cache does not fit the model.
+    """
+    module = _module(model)
+    with _under(module, None, cache) as runtime:
+        runtime.expect(tail=input_ids.shape[1])
+        return module(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    policy: Policy | None = None,
+    cache: PolicyCache | None = None,
+    max_new_tokens: int = 64,
+    chunk_size: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    streamer: Any = None,
+) -> Generation:
+    """Generate after a prompt, and time it.
+
+    Parameters
+    ----------
+    model, input_ids, attention_mask, policy, cache, chunk_size
+        As for `prefill`.
+    max_new_tokens
+        Tokens to generate at most, 1 or more.
+    temperature, top_p
+        0 takes the most likely token; above 0 tokens are drawn, from the ``top_p`` share of the probability.
+    generator
+        Source of randomness for drawing.
+    eos_token_id
+        Tokens that end a row; by default the model's own, ``()`` for none.
+    streamer
+        Gets prompt and tokens as from ``model.generate()``: ``put(ids)``, ``end()``.
+
+    Raises
+    ------
+    UserError
+        If a number is out of range, or for what `prefill` refuses.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max new tokens is {max_new_tokens}: give 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is {temperature}: give 0 or more, and a finite number")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: give a share above 0, at most 1")
+    module = _module(model)
+    ends = end_tokens(module, eos_token_id).to(input_ids.device)
+    filler = module.generation_config.pad_token_id
+    filler = filler if filler is not None else int(ends[0]) if len(ends) else 0
+    with _under(module, policy, cache) as runtime:
+        if cache is None:
+            cache = runtime.new_cache()
+            cache.reserve(max_new_tokens)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        begun = _now(input_ids.device)
+        fresh = cache.n_columns == 0
+        logits, cache = prefill(module, input_ids, attention_mask, cache=cache, chunk_size=chunk_size)
+        assert logits is not None
+        running_rows = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        generated: list[Tensor] = []
+        first = begun
+        while True:
+            token = _choose(logits, temperature, top_p, generator)
+            token = torch.where(running_rows, token, filler)
+            running_rows &= ~torch.isin(token, ends)
+            generated.append(token)
+            if len(generated) == 1:
+                first = _now(input_ids.device)
+            if streamer is not None:
+                streamer.put(token.cpu())
+            # Without ends there is nothing to wait for: the device can run ahead.
+            if len(generated) == max_new_tokens or (len(ends) and not running_rows.any()):
+                break
+            if fresh and outgrown(cache, runtime.rope):
+                # As stock generate() does: prompt and answer so far anew, with the frequencies of longer texts.
+                cache.reset()
+                length = input_ids.shape[1] + len(generated)
+                prefill(module, input_ids, attention_mask, cache=cache, chunk_size=chunk_size, length=length)
+                logits = decode(module, torch.stack(generated, dim=1), cache)[:, -1]
+            else:
+                logits = decode(module, token[:, None], cache)[:, -1]
+        finished = _now(input_ids.device)
+        if streamer is not None:
+            streamer.end()
+    steps = len(generated) - 1
+    return Generation(
+        token_ids=torch.stack(generated, dim=1),
+        cache=cache,
+        ttft_s=first - begun,
+        tpot_s=(finished - first) / steps if steps else float("nan"),
+        kv_bytes=cache.kv_bytes,
+    )
+
+
+def outgrown(cache: PolicyCache, rope: RopeLengths) -> bool:
+    """Whether one token more has other rotary frequencies than those that the keys of a cache were made with."""
+    if not rope.switches:
+        return False
+    padding = 0 if cache.padding is None else int(cache.padding.min())
+    return rope.factors(max(cache.n_columns + 1, cache.length) - padding) != cache.factors
+
+
+def _module(model: Model) -> Any:
+    return model.model if isinstance(model, LoadedModel) else model
+
+
+@contextmanager
+def _under(model: nn.Module, policy: Policy | None, cache: PolicyCache | None) -> Iterator[Runtime]:
+    """Run the model under a policy: the one that is active already, or the one asked for, for as long as this takes."""
+    if cache is not None and policy is not None and cache.policy != policy:
+        raise UserError(f"this KV cache was made under {cache.policy}, not {policy}")
+    present = active(model)
+    asked = policy or (cache.policy if cache is not None else None)
+    if present is None:
+        with running(asked or FullPolicy(), model) as runtime:
+            yield runtime
+    elif asked is None or asked == present.policy:
+        yield present
+    else:
+        raise UserError(f"this model runs under {present.policy}: leave that `with` block to use {asked}")
+
+
+def _phases(policy: Policy, cache: PolicyCache, tokens: int, more: bool) -> tuple[int, int]:
+    """Decode-phase tokens at the head and at the tail of prompt tokens."""
+    if cache.n_columns and not policy.later_prompts:
+        return 0, tokens
+    tail = 0 if more else min(policy.boundary, tokens)
+    return min(int(cache.n_columns > 0 and cache.awaits_token), tokens - tail), tail
+
+
+def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None = None) -> Tensor:
+    """Return the tokens that end a row: those given, or the model's own; int64 [n]."""
+    ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return torch.tensor(ends, dtype=torch.long)
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    # Below 0, so that a tiny temperature leaves the best score at 0 and lets no other overflow.
+    scores = logits.float() - logits.float().amax(-1, keepdim=True)
+    scores = TemperatureLogitsWarper(float(temperature))(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,35 @@
+"""Models: loading them, what is known of their parts, and what identifies them."""
+
+from typing import TYPE_CHECKING
+
+from diagnostics.support.lazy import find_on_demand
+
+if TYPE_CHECKING:
+    from diagnostics.models.anatomy import Anatomy, dissect
+    from diagnostics.models.embedded import embedded_model_folder
+    from diagnostics.models.identity import ModelIdentity
+    from diagnostics.models.loading import LoadedModel, load_model
+
+_HOMES = {
+    "anatomy": (
+        "Anatomy",
+        "dissect",
+    ),
+    "embedded": ("embedded_model_folder",),
+    "identity": ("ModelIdentity",),
+    "loading": (
+        "LoadedModel",
+        "load_model",
+    ),
+}
+
+__all__ = [
+    "Anatomy",
+    "LoadedModel",
+    "ModelIdentity",
+    "dissect",
+    "embedded_model_folder",
+    "load_model",
+]
+
+find_on_demand(__name__, _HOMES)

@@ -1,0 +1,229 @@
+"""What a GGUF file says of its model beyond what transformers reads: rebuilt in the configuration, or refused by name.
+
+transformers maps a few keys of each architecture and drops the others without a word, rotary scaling among them, which
+may be a key or a tensor. Here every key of the architecture is used, is checked against the configuration, is neutral,
+or ends the loading; and so is every tensor.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.support.errors import UserError
+
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+SCALING = "rope.scaling."
+# Names of a key's value in configurations; the first that a configuration has is the one that must agree.
+SAME = {
+    "rope.dimension_count": ("rotary width",),
+    "rope.freq_base": ("rope_theta",),
+    "rope.freq_base_swa": ("local rope_theta",),
+    "attention.sliding_window_pattern": ("sliding layers",),
+    "attention.key_length": ("head_dim",),
+    "attention.value_length": ("head_dim",),
+    "attention.sliding_window": ("sliding_window",),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "use_parallel_residual": ("use_parallel_residual",),
+    "block_count": ("num_hidden_layers", "n_layer"),
+    "embedding_length": ("hidden_size", "n_embd"),
+    "feed_forward_length": ("intermediate_size", "n_inner"),
+    "attention.head_count": ("num_attention_heads", "n_head"),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "context_length": ("max_position_embeddings", "n_positions"),
+    "vocab_size": ("vocab_size",),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+}
+# Set in the configuration where the file has them: transformers drops them.
+REBUILT = (
+    *("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
+    *("expert_feed_forward_length", "expert_shared_feed_forward_length"),
+)
+# Values of keys that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale"), (0,)),
+    **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count"), (0,)),
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (0, 1)),
+    **{"attention.causal": (True,), "rope.scale_linear": (1,)},
+}
+# About the file, or only about its training.
+SILENT = ("tensor_data_layout", f"{SCALING}finetuned")
+# llama.cpp's rule: all but the largest of these scale queries by the width of a head.
+LARGEST = {"gemma2": 46, "gemma3": 62}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def rebuild(config: Any, keys: dict[str, Any], tensors: dict[str, Tensor], architecture: str, name: str) -> Any:
+    """Return the configuration with all that a file's keys and rotary tensors say.
+
+    ``keys`` are those of the architecture, without its name in front; ``tensors`` the rotary ones, float32. Raises
+    UserError, naming the key or tensor, for what cannot be proved to be in the configuration.
+    """
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "dtype")}
+    for key in (key for key in REBUILT if key in keys):
+        attribute = next((one for one in SAME[key] if one in settings), None)
+        if attribute and not (key == "expert_feed_forward_length" and attribute == "intermediate_size"):
+            settings[attribute] = keys[key]
+    if architecture in LARGEST:
+        largest = keys["block_count"] == LARGEST[architecture]
+        width = keys["embedding_length"] // keys["attention.head_count"]
+        settings["query_pre_attn_scalar"] = width if largest else keys.get("attention.key_length", width)
+    if scaling := _scaling(config, keys, tensors, name):
+        settings["rope_parameters"] = _into(settings.get("rope_parameters"), scaling, name)
+        if scaling["rope_type"] == "longrope" and "original_max_position_embeddings" in settings:
+            settings["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    settings.pop("transformers_version", None)
+    made = type(config)(**settings)
+    _require_same(made, keys, name)
+    return made
+
+
+def require_used(found: Collection[str], used: Collection[str], name: str) -> None:
+    """Refuse a file with tensors that the model has no place for; rotary ones are looked at elsewhere."""
+    left = sorted(set(found) - set(used) - {FREQUENCIES, LONG, SHORT})
+    if left:
+        raise UserError(
+            f"model {name!r} cannot be loaded: {len(left)} of its tensors have no place in the model that transformers "
+            f"makes of it ({left[0]}, ...)"
+        )
+
+
+def require_frequencies(rotary: Any, tensors: dict[str, Tensor], name: str) -> None:
+    """Prove that a model's rotary frequencies are those that the file's tensor scales."""
+    if FREQUENCIES not in tensors:
+        return
+    base = _setting(rotary.config, "rope_theta")
+    width = 2 * len(tensors[FREQUENCIES])
+    plain = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if not torch.allclose(rotary.inv_freq.double(), plain / tensors[FREQUENCIES].double(), rtol=1e-4, atol=0):
+        raise UserError(f"model {name!r} cannot be loaded: {FREQUENCIES} scales rotary frequencies in no known way")
+
+
+def _scaling(config: Any, keys: dict[str, Any], tensors: dict[str, Tensor], name: str) -> dict[str, Any] | None:
+    """Return the rotary scaling that keys or tensors ask for, as transformers names it; None if none."""
+    kind = str(keys.get(f"{SCALING}type", "none"))
+    original = keys.get(f"{SCALING}original_context_length", keys.get("context_length"))
+    factor = float(keys.get(f"{SCALING}factor", 1.0))
+    known = {f"{SCALING}{key}" for key in ("type", "factor", "original_context_length", "finetuned", "attn_factor")}
+    if odd := sorted(key for key in keys if key.startswith(SCALING) and key not in known):
+        raise UserError(f"model {name!r} cannot be loaded: its key {odd[0]!r} is not understood")
+    if (LONG in tensors) != (SHORT in tensors):
+        raise UserError(f"model {name!r} cannot be loaded: it has one of {LONG} and {SHORT}, not both")
+    if LONG in tensors:
+        found: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": original}
+        found |= {"long_factor": tensors[LONG].tolist(), "short_factor": tensors[SHORT].tolist()}
+        attention = keys.get(f"{SCALING}attn_factor")
+        return (
+            found
+            | {"factor": keys["context_length"] / original}
+            | ({} if attention is None else {"attention_factor": float(attention)})
+        )
+    if FREQUENCIES in tensors:
+        if kind not in ("none", "llama3", "linear") or factor not in (1.0, float(tensors[FREQUENCIES].max())):
+            raise UserError(f"model {name!r} cannot be loaded: it has {FREQUENCIES} and scaling {kind!r} in its keys")
+        return _of_factors(tensors[FREQUENCIES], config)
+    if f"{SCALING}attn_factor" in keys and float(keys[f"{SCALING}attn_factor"]) != 1.0:
+        raise UserError(f"model {name!r} cannot be loaded: its key '{SCALING}attn_factor' is not understood")
+    if kind == "none" or (factor == 1.0 and kind in ("linear", "yarn")):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    raise UserError(f"model {name!r} cannot be loaded: its rotary scaling {kind!r} is not understood")
+
+
+def _of_factors(factors: Tensor, config: Any) -> dict[str, Any] | None:
+    """Name the scaling whose factors, one per pair of dimensions, a tensor holds."""
+    if bool((factors == 1).all()):
+        return None
+    largest = float(factors.max())
+    if torch.allclose(factors, llama3_factors(len(factors), _setting(config, "rope_theta"), largest), rtol=1e-4):
+        return {"rope_type": "llama3", "factor": largest, **LLAMA3}
+    # Any other: factors that do not depend on the length.
+    every = factors.tolist()
+    limit = config.max_position_embeddings
+    return {
+        **{"rope_type": "longrope", "long_factor": every, "short_factor": every, "factor": 1.0},
+        **{"attention_factor": 1.0, "original_max_position_embeddings": limit},
+    }
+
+
+def llama3_factors(n: int, base: float, factor: float) -> Tensor:
+    """What Llama 3.1 divides its ``n`` rotary frequencies by: 1 for short waves, ``factor`` for long ones; float32."""
+    low, high, original = (
+        LLAMA3["low_freq_factor"],
+        LLAMA3["high_freq_factor"],
+        LLAMA3["original_max_position_embeddings"],
+    )
+    made = []
+    for index in range(n):
+        wavelength = 2 * math.pi * base ** (index / n)
+        smooth = min(1.0, max(0.0, (original / wavelength - low) / (high - low)))
+        made.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(made)
+
+
+def _into(parameters: Any, scaling: dict[str, Any], name: str) -> dict[str, Any]:
+    """Put a scaling into rotary parameters; where layers have their own, into those of full attention."""
+    if "rope_theta" in (parameters or {}):
+        return parameters | scaling
+    if "full_attention" in (parameters or {}):
+        full = parameters["full_attention"] | scaling
+        return parameters | {"full_attention": full}
+    raise UserError(f"model {name!r} cannot be loaded: transformers' configuration has no place for its rotary scaling")
+
+
+def _require_same(config: Any, keys: dict[str, Any], name: str) -> None:
+    """Refuse keys that are neither in the configuration nor neutral."""
+    for key, value in keys.items():
+        if key in SILENT or key.startswith(SCALING) or value in NEUTRAL.get(key, ()):
+            continue
+        names = SAME.get(key)
+        found = next((got for one in names or () if (got := _setting(config, one)) is not None), None)
+        if found is None and key == "attention.sliding_window" and value >= keys.get("context_length", math.inf):
+            continue
+        if found is None:
+            raise UserError(f"model {name!r} cannot be loaded: transformers leaves out its key {key!r} ({value})")
+        if not _equal(found, value):
+            raise UserError(f"model {name!r} cannot be loaded: its key {key!r} is {value}, the model's is {found}")
+
+
+def _setting(config: Any, name: str) -> Any:
+    if name == "rotary width":
+        parameters = getattr(config, "rope_parameters", None) or {}
+        share = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
+        return int(_head_dim(config) * share)
+    if name in ("rope_theta", "local rope_theta"):
+        parameters = getattr(config, "rope_parameters", None) or {}
+        own = parameters.get("full_attention" if name == "rope_theta" else "sliding_attention") or {}
+        return parameters.get("rope_theta", own.get("rope_theta"))
+    if name == "sliding layers":
+        return [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()] or None
+    return _head_dim(config) if name == "head_dim" else getattr(config, name, None)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _equal(found: Any, value: Any) -> bool:
+    if isinstance(found, list):
+        # As a list, one for each layer, or as a number: of so many layers the last sees all.
+        period = (
+            [(layer + 1) % value != 0 for layer in range(len(found))] if isinstance(value, int) and value else value
+        )
+        return found == [bool(one) for one in period] if isinstance(period, list) else False
+    if isinstance(value, list):
+        return bool(value) and all(_equal(found, one) for one in value)
+    if isinstance(value, float) or isinstance(found, float):
+        return math.isclose(float(found), float(value), rel_tol=1e-5)
+    return bool(found == value)

@@ -1,0 +1,275 @@
+"""Name, folder, adapter, GGUF file or built-in -> a loaded model with its tokenizer and what is known about it."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diagnostics.models.adapters import fetch_adapter, holds_adapter, is_adapter, merge, read_adapter
+from diagnostics.models.anatomy import Anatomy, dissect, refuse_config
+from diagnostics.models.embedded import EMBEDDED_MODEL, embedded_model_folder
+from diagnostics.models.gguf import converted_gguf
+from diagnostics.models.identity import ModelIdentity
+from diagnostics.models.libraries import NNSIGHT, TRANSFORMER_LENS, TRANSFORMERS, library_of, stock_model
+from diagnostics.support.errors import UserError, one_line
+from diagnostics.support.files import require_sums
+
+# Tensors of old checkpoints that are computed from the configuration.
+DERIVED = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".attention.masked_bias")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A transformers causal language model, its tokenizer, and where its parts are.
+
+    ``model`` is the stock object: nothing is folded, centred or patched. ``revision`` is the hub commit when there
+    is one. ``wrapper`` is the TransformerBridge or
+    nnsight model that holds ``model``, or None; ``library`` says whose it is. ``base`` is what an adapter was merged
+    into, None for any other model.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    anatomy: Anatomy
+    revision: str | None = None
+    wrapper: Any = None
+    library: str = TRANSFORMERS
+    base: str | None = None
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any = None, name: str | None = None, *, weights: bool = True) -> "LoadedModel":
+        """Take a model that is already in memory: of transformers, a `TransformerBridge`, or an nnsight model.
+
+        A bridge and an nnsight model bring their tokenizer; a transformers model needs one. Without ``weights`` an
+        nnsight model whose weights are not here stays so. Raises UserError where the model cannot be served.
+        """
+        library = library_of(model)
+        wrapper = None if library == TRANSFORMERS else model
+        if library == NNSIGHT and weights and not model.dispatched:
+            model.dispatch()
+        inner = model if library == TRANSFORMERS else stock_model(model)
+        if not hasattr(inner, "config"):
+            raise UserError(
+                f"{type(model).__name__} is not a transformers model, a TransformerBridge or an nnsight model"
+            )
+        if tokenizer is None:
+            tokenizer = getattr(wrapper, "tokenizer", None)
+            if library == TRANSFORMER_LENS and tokenizer is not None:
+                tokenizer = _own_tokenizer(tokenizer)
+        if tokenizer is None:
+            raise UserError("the model comes without a tokenizer: use LoadedModel.wrap(model, tokenizer)")
+        name = name or getattr(inner.config, "_name_or_path", "") or "model"
+        inner.eval()
+        return cls(
+            name=name,
+            model=inner,
+            tokenizer=tokenizer,
+            anatomy=dissect(inner, name),
+            revision=getattr(inner.config, "_commit_hash", None),
+            wrapper=wrapper,
+            library=library,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device that token ids go to: that of the input embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    def identity(self) -> ModelIdentity:
+        """Return what tells this model, as it is now, from any other; reads every weight."""
+        return ModelIdentity.of(self.model)
+
+    @property
+    def weight_hash(self) -> str:
+        """SHA-256 (hex) of all weights as they are now, wherever they came from."""
+        return self.identity().weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return self.model.dtype
+
+
+def load_model(
+    model: str | Path = EMBEDDED_MODEL,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a decoder-only model from a hub id, a folder, a ``.gguf`` file or the built-in name; LoRA adapters too.
+
+    ``device``: ``auto`` (cuda, else mps, else cpu; spread over all GPUs when one is too small), ``map`` (always
+    spread, needs accelerate), or any torch device. ``dtype``: ``auto`` (bfloat16 on cuda and mps, float32 on cpu) or
+    a name. Weights are read from safetensors or GGUF only, never from pickles; remote code is off unless asked for.
+    An adapter is merged into the base that it names: options are for the base, which also gives the tokenizer.
+    ``revision`` is that of the base, before the one that the adapter names; of an adapter on the hub it is its own.
+    Raises UserError for anything that cannot be found, read or served.
+    """
+    name = str(model)
+    for_base = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if is_adapter(name):
+        return _load_adapter(name, Path(os.path.expanduser(name)), revision, **for_base)
+    place = _choose_device(device)
+    torch_dtype = _choose_dtype(dtype, place)
+    source, options = _locate(name)
+    options |= {"revision": revision} if revision else {}
+    options["trust_remote_code"] = trust_remote_code
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        if holds_adapter(source, revision):  # transformers would load it unmerged, from a pickle too
+            fetched = None if os.path.isdir(source) else fetch_adapter(source, revision)
+            if fetched is None:
+                raise UserError(f"{name!r} holds an adapter beside a model: copy one of them to a folder of its own")
+            return _load_adapter(name, fetched, None, **for_base)
+        if os.path.isdir(source):
+            require_sums(Path(source))
+        config = AutoConfig.from_pretrained(source, **options)
+        refuse_config(config, name)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        spread = device == "map" or (device == "auto" and _exceeds_one_gpu(config, torch_dtype))
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch_dtype,
+            use_safetensors=True,
+            device_map="auto" if spread else None,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            **options,
+        )
+        _require_all_weights(report, name)
+        if not spread:
+            loaded = loaded.to(place)
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"model {name!r} does not fit on {place} in {torch_dtype}; try --dtype bfloat16 or --device map"
+        ) from None
+    except Exception as error:  # a damaged file makes each of the libraries involved raise what it likes
+        raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
+    return LoadedModel.wrap(loaded, tokenizer, name)
+
+
+def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any) -> LoadedModel:
+    try:
+        adapter = read_adapter(name, folder)
+        try:
+            source, _ = _locate(adapter.base)
+            if not os.path.isdir(source) and holds_adapter(source, revision or adapter.revision):
+                raise UserError(f"{adapter.base!r} is itself an adapter")
+            base = load_model(adapter.base, revision=revision or adapter.revision, **options)
+        except UserError as error:
+            raise UserError(f"adapter {name!r}, its base_model_name_or_path: {error}") from None
+        merged = merge(adapter, base.model)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(f"adapter {name!r} cannot be merged: {one_line(error)}") from error
+    return replace(LoadedModel.wrap(merged, base.tokenizer, name), base=adapter.base)
+
+
+def _own_tokenizer(bridged: Any) -> Any:
+    """Load a model's tokenizer as the model has it: TransformerLens makes every tokenizer add BoS before a text."""
+    if bridged.bos_token_id is None:
+        return bridged
+
+    from transformers import AutoTokenizer
+
+    source = bridged.init_kwargs.get("name_or_path") or bridged.name_or_path
+    try:
+        own = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # no folder, no hub, a name of the user's own
+        raise UserError(
+            f"the bridge's tokenizer adds BoS, and the model's own cannot be loaded from {source!r}: "
+            "use LoadedModel.wrap(bridge, tokenizer)"
+        ) from error
+    own.chat_template = bridged.chat_template or own.chat_template
+    return own
+
+
+def _require_all_weights(report: dict[str, Any], name: str) -> None:
+    """Refuse a model of which transformers made weights up or left some out: its config.json is of another model.
+
+    What a family's class declares to be of no use to it, transformers does not report.
+    """
+    if report["mismatched_keys"]:
+        key, found, expected = min(report["mismatched_keys"])
+        raise UserError(
+            f"model {name!r} cannot be loaded: its weights do not fit its config.json "
+            f"({key} is {tuple(found)}, not {tuple(expected)})"
+        )
+    if report["missing_keys"]:
+        raise UserError(
+            f"model {name!r} cannot be loaded: {len(report['missing_keys'])} of its weights are missing "
+            f"({min(report['missing_keys'])}, ...)"
+        )
+    if left := sorted(key for key in report["unexpected_keys"] if not key.endswith(DERIVED)):
+        raise UserError(
+            f"model {name!r} cannot be loaded: its config.json leaves out {len(left)} of its weights ({left[0]}, ...), "
+            "as if the model had fewer layers or other parts"
+        )
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Turn what the user typed into what transformers' ``from_pretrained`` takes."""
+    if name.lower() == EMBEDDED_MODEL:
+        return str(embedded_model_folder()), {}
+    # os.path, unlike pathlib, takes a name that cannot be for one that is not there.
+    path = Path(os.path.expanduser(name))
+    if path.suffix.lower() == ".gguf":
+        if not os.path.isfile(path):
+            raise UserError(f"there is no GGUF file {name!r}")
+        return str(converted_gguf(path, name)), {}
+    if os.path.isdir(path):
+        if not (path / "config.json").is_file():
+            raise UserError(f"folder {name!r} holds no model: it has no config.json")
+        pickled = not any(path.glob("*.safetensors")) and (any(path.glob("*.bin")) or any(path.glob("*.pt*")))
+        if pickled:
+            raise UserError(f"folder {name!r} has pickled weights only; convert them to safetensors first")
+        return str(path), {}
+    if os.path.exists(path):
+        raise UserError(f"{name!r} is a file, but neither a model folder nor a .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no model folder {name!r}")
+    return name, {}
+
+
+def _choose_device(device: str) -> torch.device:
+    if device in ("auto", "map"):
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.ones(1, device=chosen).item()  # on the meta device there are no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device {device!r} cannot be used here: {one_line(error)}") from None
+    return chosen
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _exceeds_one_gpu(config: Any, dtype: torch.dtype) -> bool:
+    """Whether the weights alone would not fit the first GPU while there are others to help."""
+    if torch.cuda.device_count() < 2:
+        return False
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    free, _ = torch.cuda.mem_get_info(0)
+    return weights * dtype.itemsize > 0.9 * free

@@ -1,0 +1,139 @@
+"""Rotary frequencies that depend on how long a text is, and so which lengths may be mixed in one computation.
+
+Most rotary embeddings turn position p by the same angles in every text. Two kinds do not: ``longrope`` (Phi-3-128k,
+Phi-3.5, Phi-4-mini) has one set of frequencies up to ``original_max_position_embeddings`` and another beyond, for all
+positions of the text; ``dynamic`` has frequencies of its own for every length beyond ``max_position_embeddings``.
+transformers takes the length from the largest position of a *call*. So keys that were cached by a call on one side of
+a switch do not fit queries of a call on the other: the numbers are wrong, and nothing says so.
+
+`RopeLengths` answers which lengths share their frequencies; `said_length` has a call use those of another length,
+which makes a prompt that comes in chunks, or a text that is scored in pieces, equal to one call.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnostics.models.anatomy import parameter_names, unwrapped
+from diagnostics.support.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class RopeLengths:
+    """Which lengths of a text share their rotary frequencies in one model.
+
+    Attributes
+    ----------
+    switches
+        Lengths, ascending: texts up to one of them have other frequencies than longer texts.
+    longest
+        Length beyond which every length has frequencies of its own; None where there is none.
+    modules
+        The rotary embeddings that do so.
+    """
+
+    switches: tuple[int, ...] = ()
+    longest: int | None = None
+    modules: tuple[nn.Module, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.modules)
+
+    def factors(self, length: int) -> int:
+        """Which set of frequencies a text of ``length`` tokens has, counted from 0.
+
+        Raises UserError for a length that has frequencies of its own.
+        """
+        if self.longest is not None and length > self.longest:
+            raise UserError(
+                f"beyond {self.longest} positions the rotary frequencies of this model change with every token "
+                f"(dynamic RoPE), so no cache fits: {length} tokens are too many, stay within {self.longest}"
+            )
+        return bisect_left(self.switches, length)
+
+    def mixes(self, *lengths: int) -> bool:
+        """Whether these lengths do not all share their frequencies; UserError as from `factors`."""
+        return len({self.factors(length) for length in lengths}) > 1
+
+    @property
+    def reason(self) -> str:
+        """Why some lengths do not fit together, as the beginning of a refusal."""
+        places = ", ".join(map(str, self.switches))
+        return f"the rotary frequencies of this model change beyond {places} positions (longrope)"
+
+    def settle(self) -> None:
+        """Bring back the frequencies of short texts after calls of others beyond `longest`, which change the module.
+
+        transformers does so itself in a shorter call, though not in one of exactly `longest` tokens.
+        """
+        module: Any
+        for module in self.modules if self.longest is not None else ():
+            kinds = module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
+            for layer_type, kind in kinds.items():
+                inverse = getattr(module, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq", None)
+                if "dynamic" in kind and isinstance(inverse, Tensor) and inverse.device.type != "meta":
+                    first = torch.zeros(1, 1, dtype=torch.long, device=inverse.device)
+                    module(inverse.new_zeros(1, 1, 1), first, *(() if layer_type is None else (layer_type,)))
+
+
+def rope_lengths(stack: nn.Module) -> RopeLengths:
+    """Find out which lengths of a text share their rotary frequencies, from those embeddings of a decoder stack."""
+    switches: set[int] = set()
+    longest: int | None = None
+    modules: list[nn.Module] = []
+    for found in stack.modules():
+        module: Any = unwrapped(found)
+        kinds = getattr(module, "rope_type", None)
+        if not isinstance(kinds, (str, dict)):
+            continue
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else ((None, kinds),):
+            if "dynamic" in kind:
+                limit = int(module.original_max_seq_len)
+                longest = limit if longest is None else min(longest, limit)
+            elif kind == "longrope":
+                parameters = module.config.rope_parameters
+                parameters = parameters if layer_type is None else parameters[layer_type]
+                switches.add(int(parameters["original_max_position_embeddings"]))
+            else:
+                continue
+            if not any(module is other for other in modules):
+                modules.append(module)
+    return RopeLengths(tuple(sorted(switches)), longest, tuple(modules))
+
+
+@contextmanager
+def said_length(rope: RopeLengths, length: Callable[[], int | None]) -> Iterator[None]:
+    """Have every call inside the block use the frequencies of a text of ``length()`` tokens, where that is not None."""
+    with ExitStack() as stack:
+        for module in rope.modules if rope.switches else ():
+            said = _Said(module, length)
+            stack.callback(module.register_forward_pre_hook(said.before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(said.after).remove)
+        yield
+
+
+class _Said:
+    """Hooks of one rotary embedding: they add a position at the end of a text of that length, and drop its angles."""
+
+    def __init__(self, module: nn.Module, length: Callable[[], int | None]) -> None:
+        self.names, self.length, self.added = parameter_names(module), length, False
+
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        length = self.length()
+        self.added = length is not None
+        if length is None:
+            return None
+        named = dict(zip(self.names, args, strict=False)) | kwargs
+        positions = named["position_ids"]
+        end = positions.new_full((*positions.shape[:-1], 1), length - 1)
+        return (), named | {"position_ids": torch.cat([positions, end], dim=-1)}
+
+    def after(self, _: nn.Module, __: tuple[Any, ...], angles: Any) -> Any:
+        return tuple(part[..., :-1, :] for part in angles) if self.added else None

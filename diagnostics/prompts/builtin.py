@@ -1,0 +1,367 @@
+"""The built-in prompts: seven kinds of task over long real text, made on the spot for any context length.
+
+The text is what every Python has with it: the language reference of ``pydoc``, and the source of the standard
+library. Documents are made longer than any tokenizer needs, to be cut to measure when they are encoded. What
+a task depends on is *inserted* and survives the cut; without any document every prompt is below 256 tokens.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from itertools import pairwise
+from pydoc_data.topics import topics
+from random import Random
+from typing import Literal
+
+from diagnostics.prompts.inserts import Insert
+from diagnostics.prompts.prompt import PLACEHOLDER, Prompt
+from diagnostics.support.errors import UserError
+
+PROMPTS_PER_CATEGORY = 4
+CHARACTERS_PER_TOKEN = 8  # most tokenizers need 4 to 5: there is always something to cut
+MAX_CONTEXT_LENGTH = 2**20
+
+
+def builtin_prompts(context_length: int, *, seed: int = 0, max_prompts: int | None = None) -> tuple[Prompt, ...]:
+    """The built-in set, in rounds over its categories; ``max_prompts`` takes the start of it.
+
+    Raises
+    ------
+    UserError
+        If ``context_length`` is above ``MAX_CONTEXT_LENGTH`` tokens (the documents would fill the memory).
+    """
+    if context_length > MAX_CONTEXT_LENGTH:
+        raise UserError(
+            f"context_length is {context_length}: the built-in prompts go up to {MAX_CONTEXT_LENGTH} tokens; "
+            "for more, bring your own as a .jsonl file"
+        )
+    size = context_length * CHARACTERS_PER_TOKEN
+    plan = [(category, number) for number in range(PROMPTS_PER_CATEGORY) for category in CATEGORIES]
+    prompts = []
+    for category, number in plan[:max_prompts]:
+        rng = Random(f"{seed}/{category}/{number}")
+        prompt = CATEGORIES[category](rng, number, size)
+        prompts.append(replace(prompt, id=f"{category}-{number + 1}", category=category))
+    return tuple(prompts)
+
+
+# --- The tasks. Each takes its own random numbers, its number in the category, the size of its document ---
+
+
+def question(rng: Random, number: int, size: int) -> Prompt:
+    """A question that one paragraph of the language reference answers, which stands at a known depth."""
+    known = [topic for topic in QUESTIONS if topic in _reference()]  # not the same in all versions of Python
+    topic = rng.choice(known[number::PROMPTS_PER_CATEGORY])
+    title, paragraph = _reference()[topic].split("\n\n")[:2]
+    return ask(
+        "Read this part of the Python reference.",
+        f'Question: according to the section "{title}" above, {QUESTIONS[topic]} Answer in your own words.',
+        document=documentation(rng, size, without=paragraph),
+        inserts=(Insert(_depth(number), f"{title}\n\n{paragraph}"),),
+        evidence=(paragraph,),
+    )
+
+
+def needle(rng: Random, number: int, size: int) -> Prompt:
+    """One of several numbers hidden in text that has nothing to do with them."""
+    cities = rng.sample(CITIES, 4)
+    needles = [f"The secret access code for {city} is {rng.randrange(100_000, 10**6)}." for city in cities]
+    depths = [_depth(number), *(rng.random() for _ in cities[1:])]
+    return ask(
+        "Some secret access codes are hidden in the following text. Remember them.",
+        f"Question: what is the secret access code for {cities[0]}? Answer with one sentence.",
+        document=documentation(rng, size),
+        inserts=tuple(map(Insert, depths, needles)),
+        evidence=(needles[0],),
+    )
+
+
+def summary(rng: Random, number: int, size: int) -> Prompt:
+    """A summary of all of the document."""
+    return ask("Here is a text about Python.", SUMMARIES[number], document=documentation(rng, size))
+
+
+def variables(rng: Random, number: int, size: int) -> Prompt:
+    """A value handed from variable to variable along the document, beside a second, shorter chain."""
+    names = rng.sample(VARIABLES, 6)
+    chain = assignments(names[: 3 + number % 2], rng.randrange(10_000, 100_000))
+    other = assignments(names[4:], rng.randrange(10_000, 100_000))
+    inserts = [Insert((step + 0.5) / len(chain), line) for step, line in enumerate(chain)]
+    inserts += [Insert(step / len(other) + 0.4, line) for step, line in enumerate(other)]
+    return ask(
+        "The following text has assignments of variables in it. Keep track of their values.",
+        f"Question: what is the value of {names[len(chain) - 1]}? Follow the assignments one by one.",
+        document=documentation(rng, size),
+        inserts=tuple(inserts),
+        evidence=tuple(chain),
+    )
+
+
+def code(rng: Random, number: int, size: int) -> Prompt:
+    """What a small function returns, which stands among many others."""
+    name = f"{rng.choice(VERBS)}_{rng.choice(THINGS)}"
+    function = FUNCTIONS[number].format(name=name, a=rng.randrange(2, 10), b=rng.randrange(2, 10)).strip()
+    return ask(
+        "Here is a Python module.",
+        f"Question: what does {name}({rng.randrange(3, 7)}) return? Explain the function step by step.",
+        document=source_code(rng, size),
+        cut="line",
+        inserts=(Insert(_depth(number), function),),
+        evidence=(function,),
+    )
+
+
+def instructions(rng: Random, number: int, size: int) -> Prompt:
+    """Strict rules for the form of the answer, after the text that it is about."""
+    return ask("Here is a text about Python.", INSTRUCTIONS[number], document=documentation(rng, size))
+
+
+def arithmetic(rng: Random, number: int, size: int) -> Prompt:
+    """Word problems with worked answers, as many as fit, then one without its answer."""
+    shots: list[str] = []
+    while size > 0:
+        shots.append("Problem: {}\nAnswer: {}".format(*_word_problem(rng)))
+        size -= len(shots[-1])
+    problem, _ = _word_problem(rng)
+    return ask(
+        "Here are word problems with their answers.",
+        f"Now answer this one in the same way.\n\nProblem: {problem}",
+        document="\n\n".join(shots),
+        cut="paragraph",
+    )
+
+
+CATEGORIES: dict[str, Callable[[Random, int, int], Prompt]] = {
+    task.__name__: task for task in (question, needle, summary, variables, code, instructions, arithmetic)
+}
+
+QUESTIONS = {  # topic of the reference: a question that the topic's first paragraph answers
+    "bltin-code-objects": "what are code objects used for, and how do they differ from function objects?",
+    "bltin-ellipsis-object": "what is the ellipsis object called, and what is it commonly used for?",
+    "bltin-null-object": "what is the null object called, and which functions return it?",
+    "bltin-type-objects": "how can the type of an object be found, and where are the standard types named?",
+    "context-managers": "what is a context manager, and what does it handle?",
+    "exceptions": "what are exceptions for, and where may an exception be handled?",
+    "numbers": "which types of numeric literals are there, and how is a complex number formed?",
+    "typesmapping": "what is a mapping object, and what is the only standard mapping type?",
+    "typesmethods": "which two kinds of methods are there, and how are methods called?",
+    "with": "what is the statement used for, and what does it make convenient?",
+}
+
+SUMMARIES = (
+    "Summarize the text above in three sentences.",
+    "What is the text above about? Explain its main ideas to a beginner in one paragraph.",
+    "List the most important points of the text above, one short line for each.",
+    "Write a short abstract of the text above, then suggest a title for it.",
+)
+
+INSTRUCTIONS = (
+    "Pick three facts from the text above. Write each as a bullet point of at most twelve words that begins "
+    "with a capital letter, and end your answer with the line: END OF LIST",
+    'Answer in JSON only, with the two keys "topic" and "example". Describe the text above with at most ten '
+    "words for each key.",
+    'Describe the text above in exactly two sentences, all in lower case. Do not use the word "Python".',
+    "Write a numbered list of four questions that the text above answers. Every question has fewer than "
+    "fifteen words, and no two begin with the same word.",
+)
+
+FUNCTIONS = (
+    """
+def {name}(n):
+    total = {a}
+    for step in range(n):
+        total = total + {b}
+    return total
+""",
+    """
+def {name}(n):
+    if n > {a}:
+        return n * {b}
+    return n + {a}
+""",
+    """
+def {name}(n):
+    values = [{a} * i for i in range(n)]
+    return [v for v in values if v > {b}]
+""",
+    """
+def {name}(n):
+    while n < {a} * {b}:
+        n = n + {b}
+    return n - {a}
+""",
+)
+
+CITIES = (
+    "Lisbon",
+    "Nairobi",
+    "Oslo",
+    "Quito",
+    "Hanoi",
+    "Dublin",
+    "Tunis",
+    "Riga",
+    "Lima",
+    "Cairo",
+    "Perth",
+    "Boston",
+)
+VARIABLES = (
+    "ALPHA",
+    "BRAVO",
+    "DELTA",
+    "ECHO",
+    "GOLF",
+    "HOTEL",
+    "INDIA",
+    "KILO",
+    "OSCAR",
+    "TANGO",
+    "VICTOR",
+    "ZULU",
+)
+VERBS = ("blend", "count", "fold", "merge", "scale", "shift", "stack", "weave")
+THINGS = ("apples", "books", "candles", "coins", "eggs", "flowers", "marbles", "pencils", "shells", "stamps")
+PEOPLE = (
+    "Amina",
+    "Ben",
+    "Carla",
+    "Dmitri",
+    "Elena",
+    "Farid",
+    "Grace",
+    "Hiro",
+    "Ines",
+    "Jonas",
+    "Kofi",
+    "Lucia",
+)
+
+# Modules of the standard library with many functions of moderate length.
+MODULES = (
+    "copy",
+    "difflib",
+    "dis",
+    "functools",
+    "glob",
+    "heapq",
+    "inspect",
+    "shutil",
+    "statistics",
+    "traceback",
+)
+
+
+# --- Parts ---
+
+
+def ask(
+    before: str,
+    after: str,
+    *,
+    document: str,
+    cut: Literal["word", "line", "paragraph"] = "word",
+    inserts: tuple[Insert, ...] = (),
+    evidence: tuple[str, ...] = (),
+) -> Prompt:
+    """One message of the user: an opening, the document, and what is asked last. Named by the caller."""
+    omission = " [...]" if cut == "word" else ""  # tells the reader of half a sentence where the text ends
+    content = f"{before}\n\n{PLACEHOLDER}{omission}\n\n{after}"
+    return Prompt(
+        id="unnamed",
+        messages=({"role": "user", "content": content},),
+        document=document,
+        cut=cut,
+        inserts=inserts,
+        evidence=evidence,
+    )
+
+
+def _depth(number: int) -> float:
+    """Relative depth of what is asked for: the prompts of a category spread it over the document."""
+    return (number + 0.5) / PROMPTS_PER_CATEGORY
+
+
+def assignments(names: list[str], value: int) -> list[str]:
+    """A chain: the first variable gets the value, each of the others that of the one before."""
+    copies = [f"The variable {new} is set to the value of {old}." for old, new in pairwise(names)]
+    return [f"The variable {names[0]} is set to {value}.", *copies]
+
+
+def _word_problem(rng: Random) -> tuple[str, str]:
+    """A problem and its worked answer."""
+    who, things = rng.choice(PEOPLE), rng.choice(THINGS)
+    few, many = rng.randrange(2, 20), rng.randrange(21, 80)
+    kind = rng.randrange(4)
+    if kind == 0:
+        return (
+            f"{who} has {many} {things} and buys {few} more. How many {things} does {who} have now?",
+            f"{many} + {few} = {many + few}. {who} has {many + few} {things}.",
+        )
+    if kind == 1:
+        return (
+            f"{who} has {many} {things} and gives {few} away. How many {things} are left?",
+            f"{many} - {few} = {many - few}. There are {many - few} {things} left.",
+        )
+    if kind == 2:
+        return (
+            f"{who} fills {few} boxes with {many} {things} each. How many {things} are in the boxes?",
+            f"{few} * {many} = {few * many}. There are {few * many} {things} in the boxes.",
+        )
+    return (
+        f"{who} shares {few * many} {things} equally among {few} friends. How many does each friend get?",
+        f"{few * many} / {few} = {many}. Each friend gets {many} {things}.",
+    )
+
+
+def documentation(rng: Random, size: int, without: str | None = None) -> str:
+    """``size`` characters of the language reference in random order, but no topic that holds ``without``."""
+    return _fill(rng, [text for text in _reference().values() if without is None or without not in text], size)
+
+
+def source_code(rng: Random, size: int) -> str:
+    """``size`` characters of functions of the standard library, in random order."""
+    # A Python without source files still has its reference.
+    return _fill(rng, _library() or list(_reference().values()), size)
+
+
+def _fill(rng: Random, texts: list[str], size: int) -> str:
+    """``size`` characters of the texts in random order, over and over if need be."""
+    once = "\n\n".join(rng.sample(texts, len(texts))) + "\n\n"
+    return (once * (size // len(once) + 1))[:size]
+
+
+@cache
+def _reference() -> dict[str, str]:
+    """The topics of the language reference as running text: no tables, no lines broken by hand."""
+    return {name: _running_text(topics[name]) for name in sorted(topics)}
+
+
+def _running_text(text: str) -> str:
+    text = re.sub(r"^(?:[*=\-~^]{3,}|\s*[|+].*)$", "", text, flags=re.MULTILINE)  # underlines of titles, tables
+    text = re.sub(r"(?<=\w-)\n(?=\w)", "", text)  # a word broken at its hyphen
+    # Lines of a paragraph or of a list item belong together; an indented line stays: it may be code.
+    text = re.sub(r"(?<=\S)\n(?=[^\s*+-]|[*+-]\S)", " ", text)
+    text = re.sub(r"(?<=[.!?])  (?=\S)", " ", text)
+    return re.sub(r"\n\s*\n", "\n\n", text).strip()
+
+
+@cache
+def _library() -> list[str]:
+    """The functions of some modules of the standard library, as source."""
+    functions: list[str] = []
+    for name in MODULES:
+        try:
+            source = inspect.getsource(import_module(name))
+        except OSError:  # installed without source files
+            continue
+        lines = source.splitlines()
+        nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+        functions += ["\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes]
+    return [function for function in functions if len(function) < 2500]

@@ -1,0 +1,69 @@
+"""Texts that keep their relative depth in a document, wherever the document is cut: needles, chains, functions."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diagnostics.support.fields import check_text, wrong
+
+# Where an insert may go, best first. The white space there then stands on both sides of the insert. Indented
+# text is left alone as long as there is any choice: it may be code.
+_BLOCK_ENDS = re.compile(r"\n\n+(?=\S)")
+_SENTENCE_ENDS = re.compile(r"""\n\n+(?=\S)|(?:(?<=[.!?])|(?<=[.!?]["')]))(?: +|\n)(?=[A-Z])""")
+_LINE_ENDS = re.compile(r"\n(?=\S)")
+_WORD_ENDS = re.compile(r"\s+")
+_REACH = 2000  # characters to look for an end, either way; paragraphs may be farther apart
+
+
+@dataclass(frozen=True)
+class Insert:
+    """A text that stands in the document at a relative depth, wherever the document is cut.
+
+    ``depth`` runs from 0 (before the document) to 1 (after it). The text is placed at the nearest end of a
+    sentence or paragraph; a text of several lines only between paragraphs that are not indented.
+    """
+
+    depth: float
+    text: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.depth <= 1:
+            raise wrong("inserts", f"depth {self.depth} is not between 0 and 1")
+        check_text("inserts", self.text)
+
+
+def place_inserts(document: str, inserts: Sequence[Insert]) -> str:
+    """The document with every insert near its depth; without a document, the inserts in order of depth."""
+    ordered = sorted(inserts, key=lambda insert: insert.depth)
+    if not document:
+        return "\n\n".join(insert.text for insert in ordered)
+    pieces, done = [], 0
+    for insert in ordered:
+        position, before, after = _place(document, insert)
+        # Two inserts that look for different ends may find them in the other order: keep the order of depth.
+        position = max(position, done)
+        pieces += [document[done:position], before, insert.text, after]
+        done = position
+    return "".join([*pieces, document[done:]])
+
+
+def _place(document: str, insert: Insert) -> tuple[int, str, str]:
+    """Where an insert goes: its position, and what separates it from the text before and after."""
+    target = round(insert.depth * len(document))
+    outside = [(0, "", "\n\n"), (len(document), "\n\n", "")]
+    if "\n" in insert.text:
+        reach = _REACH
+        while not (places := _near(_BLOCK_ENDS, document, target, reach)) and reach < len(document):
+            reach *= 2
+    else:
+        tried = (_near(ends, document, target, _REACH) for ends in (_SENTENCE_ENDS, _LINE_ENDS, _WORD_ENDS))
+        places = next(filter(None, tried), [])
+        if not places:
+            return target, " ", " "
+    return min(outside + places, key=lambda place: abs(place[0] - target))
+
+
+def _near(ends: re.Pattern[str], document: str, target: int, reach: int) -> list[tuple[int, str, str]]:
+    """Find places around a target, each with the white space that is there."""
+    found = ends.finditer(document, max(target - reach, 0), min(target + reach, len(document)))
+    return [(match.start(), match[0], "") for match in found]

@@ -1,0 +1,297 @@
+"""What is asked of a model: prompts, sets of prompts, and the JSONL files they come from.
+
+A prompt may hold a long *document* at the mark ``{document}``. The document is what gives way when a prompt
+is too long: it is cut at its end, while everything around it and everything inserted into it stays whole.
+``{{document}}`` is no mark, but stands for the text ``{document}``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from diagnostics.prompts.inserts import Insert, place_inserts
+from diagnostics.support.errors import UserError
+from diagnostics.support.fields import check_name, check_text, kind, wrong
+from diagnostics.support.jsonl import read_records
+
+Message = dict[str, str]
+
+PLACEHOLDER = "{document}"
+# The mark, or the mark in a second pair of braces, which stands for the mark's own text.
+_MARKS = re.compile(r"\{\{document\}\}|\{document\}")
+ROLES = ("system", "user", "assistant")
+FILE_FIELDS = ("id", "messages", "text", "document", "reference", "evidence", "category")
+MIN_CONTEXT_LENGTH = 16
+DEFAULT_CONTEXT_LENGTH = 1024
+
+
+def escaped(text: str) -> str:
+    """Return a text in which nothing is a mark, as a prompt's ``text`` or content."""
+    return text.replace(PLACEHOLDER, f"{{{PLACEHOLDER}}}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a conversation (``messages``) or a plain ``text``, never both.
+
+    Parameters
+    ----------
+    id
+        Its name, unique in its set, 1 to 200 characters.
+    messages
+        ``{"role": ..., "content": ...}`` in order, the last one from the user; a content is text, or a list of
+        ``{"type": "text", "text": ...}``.
+    text
+        The prompt as it is, given to the model without a chat template.
+    document
+        Long text for the one ``{document}`` mark in ``text`` or in a message.
+    inserts
+        Texts placed in the document after it was cut, so that they are never lost.
+    reference
+        The text expected to follow the prompt. Without one, the model's own continuation is used.
+    evidence
+        What the answer rests on: strings that occur in the prompt, or half-open character ranges of ``text``.
+    category
+        The kind of task, to group results by.
+    cut
+        What the document is made of, so that no part of it is left half: words, lines or paragraphs.
+
+    Raises
+    ------
+    UserError
+        If a field is wrong; the message begins with its name, as in ``field "messages": ...``.
+    """
+
+    id: str
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    document: str = ""
+    inserts: tuple[Insert, ...] = ()
+    reference: str | None = None
+    evidence: tuple[str | tuple[int, int], ...] = ()
+    category: str = "default"
+    cut: Literal["word", "line", "paragraph"] = "word"
+
+    def __post_init__(self) -> None:
+        check_name("id", self.id)
+        check_name("category", self.category)
+        if self.messages is None and self.text is None:
+            raise wrong("text", 'is missing, and so is "messages": give one of the two')
+        if self.messages is not None and self.text is not None:
+            raise wrong("text", 'is given beside "messages": give one of the two')
+        if self.messages is not None:
+            object.__setattr__(self, "messages", _checked_messages(self.messages))
+        else:
+            check_text("text", self.text)
+        if self.reference is not None:
+            check_text("reference", self.reference)
+        self._check_document()
+        object.__setattr__(self, "evidence", self._checked_evidence())
+
+    def fill(self, document: str) -> str | tuple[Message, ...]:
+        """The prompt with ``document`` (and the inserts) at its mark: a text, or messages."""
+        document = place_inserts(document, self.inserts)
+
+        def filled(content: str) -> str:
+            return _MARKS.sub(lambda mark: document if mark[0] == PLACEHOLDER else PLACEHOLDER, content)
+
+        if self.messages is None:
+            return filled(str(self.text))
+        return tuple({**message, "content": filled(message["content"])} for message in self.messages)
+
+    def _contents(self) -> list[str]:
+        if self.messages is None:
+            return [str(self.text)]
+        return [message["content"] for message in self.messages]
+
+    def _check_document(self) -> None:
+        if self.document != "":
+            check_text("document", self.document)
+        marks = sum(_MARKS.findall(content).count(PLACEHOLDER) for content in self._contents())
+        if marks and not self.document:
+            raise wrong("document", f"is missing, but the prompt has a {PLACEHOLDER} mark")
+        if self.document and marks != 1:
+            raise wrong("document", f"goes to one {PLACEHOLDER} mark, but the prompt has {marks or 'none'}")
+        if self.inserts and not self.document:
+            raise wrong("inserts", "there is no document to place them in")
+
+    def _checked_evidence(self) -> tuple[str | tuple[int, int], ...]:
+        if isinstance(self.evidence, str) or not isinstance(self.evidence, Sequence):
+            raise wrong("evidence", "must be a list of strings or [start, end] pairs")
+        if not self.evidence:
+            return ()
+        filled = self.fill(self.document)
+        contents = [filled] if isinstance(filled, str) else [message["content"] for message in filled]
+        return tuple(self._checked_span(span, contents) for span in self.evidence)
+
+    def _checked_span(self, span: Any, contents: list[str]) -> str | tuple[int, int]:
+        if isinstance(span, str):
+            if not span or not any(span in content for content in contents):
+                raise wrong("evidence", f"{_shown(span)} does not occur in the prompt")
+            return span
+        if not (isinstance(span, Sequence) and len(span) == 2 and all(type(end) is int for end in span)):
+            raise wrong("evidence", f"{_shown(span)} is neither a string nor a [start, end] pair")
+        if self.text is None or self.document:
+            raise wrong("evidence", '[start, end] is only for "text" without a document: quote it instead')
+        if _MARKS.search(self.text):
+            raise wrong("evidence", "[start, end] is not for a text with {{document}}: quote it instead")
+        start, end = span
+        if not 0 <= start < end <= len(self.text):
+            raise wrong("evidence", f"[{start}, {end}] is no part of the text's {len(self.text)} characters")
+        return start, end
+
+
+@dataclass(frozen=True)
+class PromptSet(Sequence[Prompt]):
+    """Prompts in a fixed order, with where they come from.
+
+    ``context_length`` is the number of tokens that every prompt is to stay within (None: no limit);
+    ``seed`` is what a generated set was made with (None: read from a file).
+    """
+
+    prompts: tuple[Prompt, ...]
+    name: str
+    context_length: int | None = None
+    seed: int | None = None
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptSet: ...
+    def __getitem__(self, index: int | slice) -> Prompt | PromptSet:
+        if isinstance(index, slice):
+            return replace(self, prompts=self.prompts[index])
+        return self.prompts[index]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what decides what the model reads: every field of every prompt, and the length."""
+        digest = hashlib.sha256(json.dumps(self.context_length).encode())
+        for prompt in self.prompts:
+            # One prompt at a time: a long set is never twice in memory.
+            digest.update(json.dumps(asdict(prompt), sort_keys=True, ensure_ascii=True).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def load_prompts(
+    source: str | os.PathLike[str] = "builtin",
+    *,
+    max_prompts: int | None = None,
+    context_length: int | None = None,
+    seed: int = 0,
+) -> PromptSet:
+    """The built-in prompts, or those of a JSONL file.
+
+    Parameters
+    ----------
+    source
+        ``"builtin"``, or the path of a file with one JSON object per line (fields: ``FILE_FIELDS``).
+    max_prompts
+        At most so many, from the start. The built-in set goes round its categories, so any start is balanced.
+    context_length
+        Tokens that every prompt is to stay within, at least 16. The built-in set fills it, 1024 unless given.
+    seed
+        For the built-in set: the same seed and length give the same prompts.
+
+    Raises
+    ------
+    UserError
+        If there is no such set or file, or if a line of it is wrong (the message names file, line and field).
+    """
+    if max_prompts is not None and max_prompts < 1:
+        raise UserError(f"max_prompts is {max_prompts}: ask for at least 1 prompt")
+    if context_length is not None and context_length < MIN_CONTEXT_LENGTH:
+        raise UserError(f"context_length is {context_length}: ask for at least {MIN_CONTEXT_LENGTH} tokens")
+    if source == "builtin":
+        from diagnostics.prompts.builtin import builtin_prompts  # the generators build on this module
+
+        length = DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
+        return PromptSet(builtin_prompts(length, seed=seed, max_prompts=max_prompts), "builtin", length, seed)
+    path = Path(source)
+    return PromptSet(tuple(_read_jsonl(path, max_prompts)), path.name, context_length)
+
+
+# --- The file ---
+
+
+def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
+    if not os.path.lexists(path):
+        if path.suffix or len(path.parts) > 1:
+            raise UserError(f"no such prompt file: {path}")
+        raise UserError(f"no prompt set {str(path)!r}: use 'builtin' or the path of a .jsonl file")
+    prompts: dict[str, Prompt] = {}
+
+    def take(record: dict[str, Any], number: int) -> None:
+        prompt = _parse(record, default_id=f"line-{number}")
+        if prompt.id in prompts:
+            raise wrong("id", f"{_shown(prompt.id)} is already the id of an earlier prompt")
+        prompts[prompt.id] = prompt
+
+    read_records(path, "prompts", take, most=max_prompts)
+    if not prompts:
+        raise UserError(f"{path} has no prompts: write one JSON object per line")
+    return list(prompts.values())
+
+
+def _parse(record: dict[str, Any], default_id: str) -> Prompt:
+    for field in record:
+        if field not in FILE_FIELDS:
+            raise UserError(f"unknown field {_shown(field)}; the fields are {', '.join(FILE_FIELDS)}")
+    # null means "not given", as writers of JSON from tables have it.
+    given = {field: value for field, value in record.items() if value is not None}
+    return Prompt(**{"id": default_id, **given})
+
+
+# --- Checks ---
+
+
+def _checked_messages(messages: Any) -> tuple[Message, ...]:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise wrong("messages", "must be a list of at least one message")
+    checked = []
+    for message in messages:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise wrong("messages", 'every message has exactly "role" and "content"')
+        if message["role"] not in ROLES:
+            raise wrong("messages", f"role {_shown(message['role'])} is none of {', '.join(ROLES)}")
+        checked.append({"role": message["role"], "content": text_of(message["content"])})
+    if messages[-1]["role"] != "user":
+        raise wrong("messages", 'the last must be from the user; an expected answer belongs in "reference"')
+    return tuple(checked)
+
+
+def text_of(content: Any) -> str:
+    """Text of a message's content: a string, or a list of parts ``{"type": "text", "text": ...}``, joined as they are.
+
+    Raises UserError for anything else, such as a part that is an image.
+    """
+    if isinstance(content, Sequence) and not isinstance(content, str) and all(isinstance(p, Mapping) for p in content):
+        for part in content:
+            if part.get("type") != "text":
+                raise wrong("messages", f"a content has a part of type {_shown(part.get('type'))}: only text is served")
+            if set(part) != {"type", "text"}:
+                raise wrong("messages", 'a part of type "text" has exactly "type" and "text"')
+            if not isinstance(part["text"], str):
+                raise wrong("messages", f"a part's text must be text, not {kind(part['text'])}")
+        content = "".join(part["text"] for part in content)
+    check_text("messages", content)
+    return str(content)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "..."

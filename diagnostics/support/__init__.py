@@ -1,0 +1,1 @@
+"""What every other package builds on, and nothing of models or layers."""
