@@ -37,7 +37,7 @@ test: lint
 test-browser: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	command -v chromium || command -v chromium-browser || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
-	$(BIN)/python -m pytest tests/test_browser.py -rs
+	$(BIN)/python -m pytest tests/app/test_browser.py -rs
 
 mutate: install
 	OMP_NUM_THREADS=1 $(BIN)/python analyses/mutate.py --jobs 2

@@ -60,7 +60,7 @@ from diagnostics.evaluate.tasks import load_task  # noqa: E402
 from diagnostics.finetune import Settings, Source, finetune, load_data, load_finetuning, load_held_out  # noqa: E402
 from diagnostics.generation.benchmarks import benchmark, load_benchmark  # noqa: E402
 from diagnostics.policies.recommendation import read_recommendation  # noqa: E402
-from tests.runs import save_tiny, write_prompts  # noqa: E402
+from tests.support.runs import save_tiny, write_prompts  # noqa: E402
 
 WORKS = ("diagnose", "evaluate", "finetune")
 

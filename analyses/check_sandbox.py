@@ -3,7 +3,7 @@
 python analyses/check_sandbox.py    # exit status 1 if one does
 
 An attack ends without an exception only if it got what it was after. Those that need something outside (a socket, a
-private file, a process) are in tests/test_sandbox.py, which also looks from outside whether anything arrived.
+private file, a process) are in tests/evaluate/test_sandbox.py, which also looks from outside whether anything arrived.
 """
 
 import json

@@ -50,7 +50,7 @@ def _sequential_sums(request):
     if not request.config.getoption("--sequential-sums"):
         yield
         return
-    from tests.rounding import SequentialSums
+    from tests.support.rounding import SequentialSums
 
     with SequentialSums():
         yield

@@ -12,8 +12,8 @@ from diagnostics.diagnosis.readout import Readout
 from diagnostics.evaluate.scoring import _scored
 from diagnostics.support.divergence import kl_divergence, log_probabilities, reported
 from diagnostics.support.sums import mean_row
-from tests.rounding import SequentialSums
-from tests.tiny import tiny_model
+from tests.support.rounding import SequentialSums
+from tests.support.tiny import tiny_model
 
 VOCABULARY, WIDTH = 49_152, 32
 PROCESSORS = {"this processor": nullcontext, "sequential sums": SequentialSums}

@@ -1,0 +1,181 @@
+"""Who reaches the dashboard: the real server, attacked by raw requests over loopback."""
+
+import base64
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+pytest.importorskip("streamlit")
+
+from dashboard.access import Access
+
+KEY = base64.b64encode(b"0123456789abcdef").decode()
+
+
+class Server:
+    """The dashboard's command on a free port."""
+
+    def __init__(self, folder, *options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "diagnostics.cli", "dashboard", os.fspath(folder), "--no-browser"]
+        root = os.fspath(ROOT)
+        self.process = subprocess.Popen(
+            [*command, f"--port={self.port}", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": root},
+        )
+        self.said = self.process.stdout.readline().decode().split()[-1]
+        until = time.monotonic() + 60
+        while self.process.poll() is None and time.monotonic() < until:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        self.close()
+        raise RuntimeError("the dashboard does not start")
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+    def ask(self, path="/", *headers, method="GET", host=None):
+        """Send one raw request, and return the status and the head and body of the answer."""
+        host = f"127.0.0.1:{self.port}" if host is None else host
+        lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host else []), *headers]
+        with socket.create_connection(("127.0.0.1", self.port), 10) as there:
+            there.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
+            there.settimeout(10)
+            found = there.recv(65536).decode("latin-1")
+        return int(found.split()[1]), found
+
+    def websocket(self, *headers, host=None, path="/_stcore/stream"):
+        """Return the status of asking for the websocket; 101 is that it was opened."""
+        upgrade = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
+        return self.ask(path, *upgrade, f"Sec-WebSocket-Key: {KEY}", *headers, host=host)[0]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    running = Server(tmp_path_factory.mktemp("runs"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    running = Server(tmp_path_factory.mktemp("runs"), "--token")
+    yield running
+    running.close()
+
+
+def test_its_own_pages_are_answered(server):
+    assert server.said == f"http://127.0.0.1:{server.port}"
+    for name in ("127.0.0.1", "localhost", "LOCALHOST", "[::1]"):
+        host = f"{name}:{server.port}"
+        assert server.ask(host=host)[0] == 200
+        assert server.websocket(f"Origin: http://{host}", host=host) == 101
+    assert server.websocket() == 101  # a program of this machine, which names no page
+    forwarded = "localhost:9000"  # by ssh -L 9000:localhost:PORT
+    assert server.websocket(f"Origin: http://{forwarded}", host=forwarded) == 101
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")
+def test_it_listens_at_one_address(server):
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", server.port), 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evil.com",
+        "localhost.evil.com",
+        "127.0.0.1.evil.com",
+        "evil.com@localhost",
+        "localhost@evil.com",
+        "0.0.0.0",
+        "*",
+    ],
+)
+def test_foreign_names_are_refused(server, name):
+    """DNS rebinding: the page and the dashboard are of one name, which is not the dashboard's."""
+    host = f"{name}:{server.port}"
+    assert server.websocket(f"Origin: http://{host}", host=host) == 403
+    for path in ("/", "/quality", "/_stcore/health", "/_stcore/host-config", "/static/x"):
+        assert server.ask(path, host=host)[0] == 403
+    assert server.ask("/_stcore/upload_file/a/b", f"Origin: http://{host}", method="PUT", host=host)[0] == 403
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["http://localhost:1", "http://127.0.0.1", "http://evil.com", "null", "file://", "http://localhost", ""],
+)
+def test_other_pages_are_refused(server, origin):
+    assert server.websocket(f"Origin: {origin}") == 403
+    assert server.ask("/", f"Origin: {origin}")[0] == 403
+
+
+def test_requests_that_do_not_say_one_name_are_refused(server):
+    own = f"Host: 127.0.0.1:{server.port}"
+    assert server.ask("/", own, "Host: evil.com")[0] in (400, 403)
+    assert server.websocket(own, host="evil.com") in (400, 403)
+    assert server.ask(host="")[0] in (400, 403)
+    assert server.ask(host="localhost:x")[0] == 403
+    assert server.websocket("Origin: http://evil.com", f"Origin: http://127.0.0.1:{server.port}") in (400, 403)
+
+
+def test_without_its_token_nothing_is_shown_or_done(guarded):
+    for path in ("/", "/quality", "/_stcore/health", "/_stcore/host-config", "/media/x", "/?token=", "/?token=x"):
+        status, text = guarded.ask(path)
+        assert status == 403
+        assert "streamlit" not in text.lower()
+    token = guarded.said.partition("?token=")[2]
+    for cookie in ("", "x", token):
+        assert guarded.websocket(f"Cookie: speed-diagnostics-{guarded.port}={cookie}") == 403
+    assert guarded.websocket() == 403
+    assert guarded.websocket(path=f"/_stcore/stream?token={token}") == 403
+    assert guarded.ask("/_stcore/upload_file/a/b", method="PUT")[0] == 403
+    assert guarded.ask(f"/?token={token}", host=f"evil.com:{guarded.port}")[0] == 403
+
+
+def test_with_its_token_it_is_as_without(guarded):
+    token = guarded.said.partition("?token=")[2]
+    assert len(token) >= 43
+    status, text = guarded.ask(f"/quality?run=a%20b&token={token}")
+    assert status == 303
+    assert "\r\nlocation: ?run=a+b\r\n" in text
+    assert token not in text
+    cookie = re.search(r"\r\nset-cookie: ([^;]+); (.*)\r\n", text)
+    assert {"HttpOnly", "SameSite=Lax"} <= set(cookie[2].split("; "))
+    kept = f"Cookie: other=1; {cookie[1]}"
+    assert guarded.ask("/quality?run=a+b", kept)[0] == 200
+    assert guarded.websocket(kept, f"Origin: http://127.0.0.1:{guarded.port}") == 101
+    assert guarded.websocket(kept, "Origin: http://localhost:1") == 403
+
+
+def test_other_users_do_not_see_the_token(guarded):
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("there is no /proc")
+    token = guarded.said.partition("?token=")[2]
+    assert token.encode() not in Path(f"/proc/{guarded.process.pid}/cmdline").read_bytes()
+
+
+def test_tokens_differ():
+    def proof(token):
+        return Access(None, token=token).proof
+
+    assert proof("a") != proof("b")
+    assert proof("") == ""

@@ -1,0 +1,184 @@
+"""The dashboard in a real browser: every page, sliders, a generation, a diagnosis started, reloaded and cancelled.
+
+`make test-browser` installs what this needs. Without it these tests are skipped, and say what is missing.
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from browsing import browsing, chromium, go, serving, settled
+from diagnostics import diagnose, load_prompts, load_run, recommend
+from diagnostics.generation.benchmarks import benchmark
+from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.runs.run import RECOMMENDATION
+from tests.figures.test_finetuning import make_finetuning, save_finetuning
+from tests.support.tiny import tiny_model
+
+PLAYWRIGHTS = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache/ms-playwright"))
+if importlib.util.find_spec("playwright") is None:
+    pytest.skip("playwright is not installed: make test-browser", allow_module_level=True)
+if chromium() is None and not list(PLAYWRIGHTS.glob("chromium*")):
+    pytest.skip("there is no Chromium: make test-browser", allow_module_level=True)
+
+# Pages in the order of a visit, and whether they have figures.
+PAGES = {
+    "Layers": True,
+    "Cutoff": True,
+    "Benchmark": True,
+    "Quality": False,
+    "Fine-tuning": True,
+    "Playground": False,
+    "Compare": True,
+    "New diagnosis": False,
+}
+# Streamlit's client looks for its server below the address of a page first.
+PROBES = re.compile(r"/_stcore/(health|host-config)$")
+
+
+@pytest.fixture(scope="module")
+def runs(smollm, tmp_path_factory):
+    """Runs of the embedded model and of a tiny one, the latter with a benchmark; a fine-tuning made by hand."""
+    folder = tmp_path_factory.mktemp("browser") / "runs"
+    save_finetuning(folder / "tuned", make_finetuning(start=5))  # the oldest: pages begin with the newest run
+    prompts = load_prompts("builtin", context_length=256, max_prompts=5)
+    run = diagnose(smollm, prompts, decode_tokens=8, detail_prompts=1, out=folder / "embedded")
+    recommend(run).save(folder / "embedded" / RECOMMENDATION)
+    benchmark(tiny_model("llama"), [SpeedPolicy(3)], lengths=[32, 64], repeats=2, new_tokens=3, out=folder / "bench")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    with serving(runs) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browsing() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser, address):
+    """A page whose console must stay free of errors, and which must ask nobody but this machine."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(60_000)
+    troubles = []
+
+    def answered(response):
+        if response.status >= 400 and not PROBES.search(response.url):
+            troubles.append(f"{response.status} {response.url}")
+
+    def said(message):
+        if message.type == "error" and "404 (Not Found)" not in message.text:
+            troubles.append(message.text)
+
+    def asked(request):
+        if not request.url.startswith((address, address.replace("http", "ws"), "data:", "blob:")):
+            troubles.append(f"asked {request.url}")
+
+    page.on("response", answered)
+    page.on("console", said)
+    page.on("request", asked)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    yield page
+    shown = page.get_by_test_id("stException").all_inner_texts()
+    page.close()
+    assert not troubles
+    assert not shown
+
+
+def test_every_page_and_its_figures(page, address):
+    page.goto(address)
+    page.get_by_role("heading", name="How deep must a prompt go?").wait_for()
+    settled(page)
+    drawn = page.locator(".js-plotly-plot .main-svg").first
+    assert not drawn.count()
+    for title, has_figures in PAGES.items():
+        go(page, title)
+        if has_figures:
+            drawn.wait_for()  # the browser draws after the server is done
+        assert bool(drawn.count()) == has_figures
+
+
+def test_a_page_can_be_linked_to(page, address):
+    page.goto(f"{address}/cutoff?run=embedded")
+    page.get_by_role("heading", name="Which cutoff?").wait_for()
+
+
+def test_the_cutoff_slider_moves_the_evidence(page, address, runs):
+    run = load_run(runs / "embedded")
+    evidence = recommend(run).evidence
+    page.goto(f"{address}/cutoff?run=embedded")
+    slider = page.get_by_role("slider", name=re.compile("Cutoff: layers"))
+    slider.wait_for()
+    settled(page)
+    start = int(slider.input_value())
+    assert start == recommend(run).cutoff
+    metric = page.get_by_test_id("stMetricValue").first
+    assert metric.inner_text() == f"{evidence[start - 1]['kl']:.3f}"
+    slider.focus()
+    for moved in (1, 2, 3):
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_function(
+            "([e, text]) => e.innerText === text",
+            arg=[metric.element_handle(), f"{evidence[start - moved - 1]['kl']:.3f}"],
+        )
+    page.get_by_text(f"SpeedPolicy(cutoff={start - 3})").wait_for()
+    go(page, "Layers")
+    go(page, "Cutoff")
+    assert int(slider.input_value()) == start - 3
+
+
+def test_a_fine_tuning_leads_to_its_runs_side_by_side(page, address):
+    page.goto(f"{address}/finetuning")
+    page.get_by_role("heading", name="made-model: trained at cutoff 3 of 6 layers").wait_for()
+    settled(page)
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6")  # of each figure two
+    page.get_by_role("button", name="Compare layers before and after").click()
+    page.get_by_role("heading", name="Runs side by side").wait_for()
+    page.locator(".js-plotly-plot .legendtext", has_text="tuned/after").wait_for()
+    legend = page.locator(".js-plotly-plot .legendtext").all_text_contents()
+    assert legend == ["tuned/before", "tuned/after"]
+
+
+def test_generating_beside_full_depth(page, address):
+    page.goto(f"{address}/playground?run=embedded")
+    model = page.get_by_role("textbox", name="Model")
+    model.wait_for()
+    assert model.input_value() == "smollm2-135m-instruct"
+    page.get_by_role("button", name="Load").click()
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.wait_for()
+    settled(page)
+    prompt.fill("Name three colours of the rainbow.")
+    prompt.press("Control+Enter")
+    settled(page)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("prompt tokens. One run of each").wait_for()
+    assert page.get_by_text(re.compile("the same tokens|the same for .* tokens")).count() == 1
+    page.get_by_test_id("stDataFrame").wait_for()
+
+
+def test_a_diagnosis_is_started_survives_a_reload_and_is_cancelled(page, address, runs):
+    page.goto(f"{address}/diagnosis")
+    page.get_by_role("button", name="Start").wait_for()
+    settled(page)
+    page.get_by_label("Context length, tokens").fill("256")
+    page.get_by_label("Context length, tokens").press("Tab")
+    page.get_by_role("button", name="Start").click()
+    page.get_by_text(re.compile("[1-9] of 28 prompts")).wait_for()
+    page.reload()
+    page.get_by_text(re.compile("[1-9] of 28 prompts")).wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Resume").wait_for()
+    page.get_by_text("are finished and kept").wait_for()
+    (made,) = [path for path in runs.iterdir() if path.name.startswith("smollm2")]
+    assert not load_run(made).complete
+    go(page, "Overview")
+    page.get_by_role("heading", name=re.compile("cutoff .* of 30 layers")).wait_for()

@@ -1,0 +1,201 @@
+"""What a run keeps of its first prompts token by token: texts, attention, logit lens; and runs of some prompts."""
+
+import html
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diagnostics import UserError, diagnose, figures, load_prompts
+from diagnostics.generation.differences import differing, marked_text, same_start
+from diagnostics.prompts.encoding import token_texts
+from tests.support.runs import write_prompts
+from tests.support.tiny import N_LAYERS, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    write_prompts(path, n_prompts=4, n_tokens=30)
+    return load_prompts(str(path))
+
+
+def run_of(family, prompts, **options):
+    return diagnose(tiny_model(family), prompts, **{"decode_tokens": 6, "detail_prompts": 2} | options)
+
+
+@pytest.fixture(scope="module")
+def run(prompts):
+    return run_of("llama", prompts)
+
+
+def tokens_of(run, prompt_id):
+    return run.tokens[run.tokens["prompt_id"] == prompt_id].reset_index(drop=True)
+
+
+def test_only_the_first_prompts_are_kept_and_none_where_none_is_asked_for(run, prompts):
+    assert list(run.tokens["prompt_id"].unique()) == list(run.lens["prompt_id"].unique()) == ["p0", "p1"]
+    nothing = run_of("llama", prompts, detail_prompts=0)
+    assert nothing.tokens.empty
+    assert nothing.lens.empty
+    for name in ("prompts", "layers", "heads", "cutoffs"):
+        pd.testing.assert_frame_equal(nothing.tables[name], run.tables[name], check_exact=True)
+    with pytest.raises(UserError, match="detail prompts is -1"):
+        run_of("llama", prompts, detail_prompts=-1)
+
+
+@pytest.mark.parametrize("anchors", [0, 1, 3])
+def test_tokens_are_the_prompt_and_the_reference_in_their_segments(prompts, anchors):
+    run = run_of("llama", prompts, anchors=anchors)
+    row, tokens = run.prompts.iloc[0], tokens_of(run, "p0")
+    n_prompt = row["n_prompt"]
+    assert len(tokens) == n_prompt + row["n_decode"]
+    assert list(tokens["position"]) == list(range(len(tokens)))
+    assert "".join(tokens["text"][n_prompt:]).strip() == row["reference_text"].strip()
+    expected = ["anchor"] * anchors + ["prompt"] * (n_prompt - 1 - anchors)
+    assert list(tokens["segment"]) == expected + ["decode"] * (len(tokens) - len(expected))
+    assert [a is not None for a in tokens["attention"]] == [s == "prompt" for s in tokens["segment"]]
+    # The evidence are the words 10 to 12.
+    assert list(np.flatnonzero(tokens["evidence"])) == [10, 11, 12]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss"])
+def test_attention_and_lens_equal_the_models_own(prompts, family):
+    """Against the weights that eager attention returns and the hidden states, through the model's norm and head."""
+    lm = tiny_model(family)
+    run = run_of(family, prompts)
+    tokens = tokens_of(run, "p1")
+    n_prompt, ids = run.prompts["n_prompt"][1], torch.tensor([list(tokens["token_id"])[:-1]])
+    before = lm.model.config._attn_implementation
+    lm.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            out = lm.model(ids, output_attentions=True, output_hidden_states=True)
+    finally:
+        lm.model.set_attn_implementation(before)
+    inside = slice(1, n_prompt - 1)
+    received = np.stack(tokens["attention"][inside])
+    assert received.shape == (n_prompt - 2, N_LAYERS)
+    for layer, weights in enumerate(out.attentions):
+        np.testing.assert_allclose(
+            received[:, layer], weights[0, :, n_prompt - 1 :, inside].mean((0, 1)).numpy(), atol=1e-5
+        )
+    mass = run.layers[run.layers["prompt_id"] == "p1"]["mass_prompt"]
+    np.testing.assert_allclose(received.sum(0), mass, atol=1e-5)
+
+    lens = run.lens[run.lens["prompt_id"] == "p1"]
+    shown = lens.pivot(index="position", columns="layer", values=["lens_token", "lens_probability"])
+    assert list(shown.index) == list(range(n_prompt - 1, ids.shape[1]))
+    final = out.logits[0, n_prompt - 1 :].softmax(-1).max(-1)
+    assert list(shown["lens_token"][N_LAYERS - 1]) == final.indices.tolist()
+    np.testing.assert_allclose(shown["lens_probability"][N_LAYERS - 1].to_numpy(float), final.values, atol=1e-4)
+    head = lm.model.get_output_embeddings()
+    for layer in range(N_LAYERS - 1):
+        with torch.no_grad():
+            logits = head(lm.anatomy.final_norm(out.hidden_states[layer + 1][0, n_prompt - 1 :]))
+        cap = lm.anatomy.logit_softcap
+        p = (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1).max(-1)
+        assert list(shown["lens_token"][layer]) == p.indices.tolist()
+        np.testing.assert_allclose(shown["lens_probability"][layer].to_numpy(float), p.values, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["transformer-lens", "nnsight"])
+def test_backends_keep_the_same(run, prompts, backend):
+    other = run_of("llama", prompts, backend=backend)
+    for ours, theirs in zip(run.tokens["attention"], other.tokens["attention"], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    names = [name for name in run.tokens if name != "attention"]
+    pd.testing.assert_frame_equal(run.tokens[names], other.tokens[names])
+    pd.testing.assert_frame_equal(run.lens, other.lens, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_prompt", [1, 2, 3])
+def test_prompts_of_hardly_any_token(tmp_path, n_prompt):
+    path = tmp_path / "short.jsonl"
+    path.write_text(json.dumps({"text": " ".join(["<s>", "w5", "w6"][:n_prompt])}) + "\n")
+    run = run_of("llama", load_prompts(str(path)), out=tmp_path / "run")
+    assert run.tokens["attention"].notna().sum() == max(0, n_prompt - 2)
+    figures.logit_lens(run, "line-1").to_json()
+
+
+def test_the_embedded_models_text_comes_back(smollm):
+    run = diagnose(smollm, load_prompts("builtin", context_length=256, max_prompts=2), decode_tokens=6)
+    tokens = tokens_of(run, run.prompts["prompt_id"][1])
+    assert "".join(tokens["text"]) == smollm.tokenizer.decode(list(tokens["token_id"]))
+    received = np.stack(tokens["attention"].dropna())
+    rows = run.layers[run.layers["prompt_id"] == run.prompts["prompt_id"][1]]
+    np.testing.assert_allclose(received.sum(0), rows["mass_prompt"], atol=1e-4)
+    last = run.lens[run.lens["layer"] == 29].groupby("prompt_id")["lens_token"].agg(list)
+    for prompt_id, said in last.items():  # greedy: what the last layer says is the next token
+        row = run.prompts[run.prompts["prompt_id"] == prompt_id].iloc[0]
+        assert said == list(tokens_of(run, prompt_id)["token_id"][row["n_prompt"] :])
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet=st.sampled_from("ab \n\té中文🙂👩‍👩‍👧\u200bß."), max_size=40), skip=st.booleans())
+def test_texts_of_tokens_join_to_the_text(smollm, text, skip):
+    ids = smollm.tokenizer("<|im_start|>" + text + "<|im_end|>")["input_ids"]
+    pieces = token_texts(smollm.tokenizer, ids, skip_special_tokens=skip)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == smollm.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(4, 12), max_size=12), st.lists(st.integers(4, 12), max_size=12))
+def test_differing_tokens(left, right):
+    marks = differing(left, right)
+    kept = [
+        [t for t, m in zip(ids, mark, strict=True) if not m] for ids, mark in zip((left, right), marks, strict=True)
+    ]
+    assert kept[0] == kept[1]
+    same = same_start(left, right)
+    assert left[:same] == right[:same]
+    assert left[same : same + 1] != right[same : same + 1] or same == len(left) == len(right)
+    if left == right:
+        assert not any(marks[0])
+    tokenizer = tiny_tokenizer()
+    assert "".join(text for text, _ in marked_text(tokenizer, left, marks[0])) == tokenizer.decode(left)
+
+
+def test_a_run_of_some_prompts(run):
+    some = run.select(["p3", "p1"])
+    assert list(some.prompts["prompt_id"]) == ["p1", "p3"]
+    for name, table in some.tables.items():
+        assert set(table["prompt_id"]) == ({"p1"} if name in ("tokens", "lens") else {"p1", "p3"})
+    np.testing.assert_array_equal(some.array("kl"), run.array("kl")[[1, 3]])
+    with pytest.raises(UserError, match="none of these prompts"):
+        run.select(["p9"])
+
+
+def test_the_lens_figure_shows_tokens_and_marks_what_the_end_says(run):
+    figure = figures.logit_lens(run, "p0", first=1, count=4)
+    lens = run.lens[run.lens["prompt_id"] == "p0"].pivot(index="layer", columns="position", values="lens_text")
+    shown = figure.data[0].text
+    assert np.shape(shown) == (N_LAYERS, 4)
+    assert all(cell.startswith("<b>") for cell in shown[-1])
+    for layer in range(N_LAYERS):
+        for column in range(4):
+            cell = lens.iloc[layer, column + 1]
+            visible = html.unescape(shown[layer][column].removeprefix("<b>").removesuffix("</b>"))
+            assert visible == cell.replace(" ", "\u00b7")
+    following = tokens_of(run, "p0")["text"][run.prompts["n_prompt"][0] + 1 :].iloc[:4]
+    assert [label.replace("\u00b7", " ") for label in figure.layout.xaxis.ticktext] == list(following)
+    with pytest.raises(UserError, match="keeps no tokens of prompt 'p3'"):
+        figures.logit_lens(run, "p3")
+
+
+def test_tokens_are_no_markup(run):
+    tables = dict(run.tables) | {"lens": run.lens.assign(lens_text="<b onclick=x>&\n")}
+    figure = figures.logit_lens(replace(run, tables=tables), "p0")
+    assert "onclick" not in str(figure.data[0].text)
+    assert figure.data[0].customdata[0][0] == "&lt;b\u00b7onclick=x&gt;&amp;\u21b5"

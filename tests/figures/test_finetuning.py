@@ -1,0 +1,351 @@
+"""Figures of a fine-tuning show its tables' numbers; so does its report."""
+
+import html
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diagnostics import figures, recommend
+from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning, load_finetuning
+from diagnostics.report import finetuning_data
+from diagnostics.runs.run import MANIFEST, RECOMMENDATION
+from diagnostics.support.errors import UserError
+from diagnostics.support.files import read_json
+from tests.figures.test_quality import assert_whole
+from tests.support.runs import make_run, run_command
+
+MARKUP = "<b>x</b> & $y$"
+N_LAYERS, TRAINED = 6, 3
+
+
+def make_finetuning(
+    *, n_steps=40, every=10, start=TRAINED, categories=("a", "b"), n_prompts=6, status="complete", seed=0, **settings
+):
+    """A fine-tuning of six layers: losses fall from cutoff 3 on, and those of full depth rise from 0."""
+    rng = np.random.default_rng(seed)
+    prompts = {f"p{i}": (categories[i % len(categories)], rng.uniform(0.5, 2)) for i in range(n_prompts)}
+    rows = []
+    for step in range(0, n_steps + 1, every):
+        done = step / max(1, n_steps)
+        for prompt_id, (category, harder) in prompts.items():
+            for cutoff in range(1, N_LAYERS + 1):
+                kl = 0.01 * done + harder * 2.0 ** (1 - cutoff) * (1 - 0.8 * done * (cutoff >= TRAINED))
+                kl = 0.01 * done + 5e-6 if cutoff == N_LAYERS else kl  # with the rounding that a sweep has
+                row = {"step": step, "prompt_id": prompt_id, "category": category, "cutoff": cutoff, "kl": kl}
+                rows.append(row | {"top1_agreement": 1 - kl / 5, "nll": 2 + kl, "nll_full": 2.0})
+    steps = pd.DataFrame({"step": np.arange(1, n_steps + 1), "loss": rng.uniform(0.5, 1.5, n_steps)})
+    steps["cutoff"] = [max(TRAINED, start - step * 2 * (start - TRAINED + 1) // n_steps) for step in range(n_steps)]
+    chosen = {"cutoff": TRAINED, "start_cutoff": start, "supervised": 0.0, "against": "base", "method": "lora"}
+    chosen |= {"rank": 4, "steps": n_steps, "batch_size": 1, "accumulate": 8, "sweep_every": every} | settings
+    manifest = {
+        "status": status,
+        "created": "2026-01-02T03:04:05+00:00",
+        "model": "made-model",
+        "n_layers": N_LAYERS,
+        "settings": chosen,
+        "source": "made.jsonl",
+        "held_out": {"name": "builtin", "n_prompts": n_prompts},
+        "hardware": "CPU",
+        "versions": {"python": "3.11"},
+        "arguments": {"max_kl": 0.2},
+        "identity": {},
+        "data": {"loaded": 10, "kept": 8, "cut": 1, "dropped_too_long": 2, "prompt_tokens": 1000, "target_tokens": 99},
+    }
+    return FineTuning(manifest, steps, pd.DataFrame(rows))
+
+
+def save_finetuning(folder, made, *, goals=None, runs=(BEFORE, AFTER)):
+    """Write the folder of a fine-tuning, with its runs before and after; their losses are those of the sweeps."""
+    folder.mkdir(parents=True)
+    (folder / FINETUNING).write_text(json.dumps(made.manifest))
+    made.steps.to_parquet(folder / STEPS, index=False)
+    made.sweeps.to_parquet(folder / SWEEPS, index=False)
+    for name in runs:
+        step = 0 if name == BEFORE else made.sweeps["step"].max()
+        at = made.sweeps[made.sweeps["step"] == step]
+        run = make_run(at.pivot(index="prompt_id", columns="cutoff", values="kl").to_numpy(), model=name)
+        (folder / name).mkdir()
+        (folder / name / MANIFEST).write_text(json.dumps(run.manifest))
+        for table, rows in run.tables.items():
+            rows = rows.assign(selectivity=0.0) if table == "heads" else rows
+            rows.to_parquet(folder / name / f"{table}.parquet", index=False)
+        if name == AFTER:
+            recommend(run, **goals or {"max_kl": 0.2}).save(folder / RECOMMENDATION)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made():
+    return make_finetuning()
+
+
+def named(figure, name):
+    (found,) = [trace for trace in figure.data if trace.name == name and trace.showlegend is not False]
+    return found
+
+
+# --- Cutoffs ---
+
+
+def test_cutoffs_before_and_after_are_means_over_prompts(made):
+    figure = figures.finetuning_cutoffs(made, 0.2)
+    assert_whole(figure)
+    for name, step in (("before", 0), ("after", 40)):
+        line = named(figure, name)
+        mean = made.sweeps[made.sweeps["step"] == step].groupby("cutoff")["kl"].mean()
+        assert list(line.x) == list(range(1, N_LAYERS + 1))
+        np.testing.assert_allclose(line.y[:-1], mean.to_numpy()[:-1])
+        np.testing.assert_allclose(line.customdata, made.curve(step, "top1_agreement"))
+    assert np.isnan(named(figure, "before").y[-1])  # it is compared with itself there
+    assert named(figure, "after").y[-1] == pytest.approx(0.01, abs=1e-4)  # its own drift
+    assert figure.layout.yaxis.type == "log"
+    assert {shape.y0 for shape in figure.layout.shapes if shape.y0 == shape.y1} == {0.2}
+    assert {shape.x0 for shape in figure.layout.shapes if shape.x0 == shape.x1} == {TRAINED}
+    assert {note.text for note in figure.layout.annotations} == {"goal 0.2", "trained at 3"}
+    assert "full depth before training" in figure.layout.yaxis.title.text
+
+
+def test_measurements_on_the_way_darken(made):
+    figure = figures.finetuning_cutoffs(made)
+    between = [trace for trace in figure.data if trace.legendgroup == "between"]
+    assert [trace.hovertemplate.partition("<")[0] for trace in between] == ["step 10", "step 20", "step 30"]
+    for trace, step in zip(between, (10, 20, 30), strict=True):
+        np.testing.assert_allclose(trace.y, made.curve(step))
+    shades = [trace.opacity for trace in between]
+    assert shades == sorted(set(shades))
+    assert [trace.name for trace in between if trace.showlegend] == ["steps 10 to 30"]
+    assert not [shape for shape in figure.layout.shapes if shape.y0 == shape.y1 == 0.2]
+
+
+def test_of_many_measurements_few_are_drawn():
+    made = make_finetuning(n_steps=100, every=1, n_prompts=2)
+    figure = figures.finetuning_cutoffs(made)
+    assert_whole(figure)
+    between = [trace.hovertemplate.partition("<")[0] for trace in figure.data if trace.legendgroup == "between"]
+    assert len(between) == len(set(between)) == 8
+    assert (between[0], between[-1]) == ("step 1", "step 99")
+    assert list(named(figures.finetuning_steps(made), "KL at cutoff 3, held-out prompts").x) == list(range(101))
+
+
+def test_against_itself_full_depth_has_no_place():
+    made = make_finetuning(against="itself")
+    figure = figures.finetuning_cutoffs(made)
+    assert all(np.isnan(trace.y[-1]) for trace in figure.data)
+    assert "own full depth" in figure.layout.yaxis.title.text
+
+
+def test_unfinished_it_is_not_called_after():
+    made = make_finetuning(status="running")
+    assert {"before", "step 40"} <= {trace.name for trace in figures.finetuning_cutoffs(made).data}
+    assert "step 40" in {trace.name for trace in figures.finetuning_categories(made).data}
+    two = FineTuning(made.manifest, made.steps, made.sweeps[made.sweeps["step"].isin([0, 10])])
+    assert [trace.name for trace in figures.finetuning_cutoffs(two).data] == ["before", "step 10"]
+
+
+@pytest.mark.parametrize("n_steps", [0, 5])
+def test_one_measurement_is_drawn_alone(made, n_steps):
+    part = FineTuning(made.manifest | {"status": "running"}, made.steps[:n_steps], made.sweeps.query("step == 0"))
+    drawn = [figures.finetuning_cutoffs(part), figures.finetuning_steps(part), figures.finetuning_categories(part)]
+    for figure in drawn:
+        assert_whole(figure)
+    assert [trace.name for trace in drawn[0].data] == ["before"]
+    assert {trace.name for trace in drawn[2].data} == {"before"}
+    assert list(drawn[2].data[0].y) == [0, 1]
+    assert all(figure.layout.showlegend for figure in drawn)
+    assert ("training loss" in {trace.name for trace in drawn[1].data}) == bool(n_steps)
+    assert list(named(drawn[1], "KL at cutoff 3, held-out prompts").x) == [0]
+
+
+def test_nothing_measured_is_no_figure(made):
+    none = FineTuning(made.manifest, made.steps[:0], made.sweeps[:0])
+    assert figures.finetuning_cutoffs(none) is None
+    assert figures.finetuning_steps(none) is None
+    assert figures.finetuning_categories(none) is None
+    loss = FineTuning(made.manifest, made.steps, made.sweeps[:0])
+    assert [trace.name for trace in figures.finetuning_steps(loss).data] == ["training loss", "its mean over 4 steps"]
+
+
+# --- Steps ---
+
+
+def test_the_loss_of_every_step_its_mean_and_held_out_prompts(made):
+    figure = figures.finetuning_steps(made)
+    assert_whole(figure)
+    loss = made.steps["loss"].to_numpy()
+    np.testing.assert_allclose(named(figure, "training loss").y, loss)
+    assert list(named(figure, "training loss").x) == list(range(1, 41))
+    mean = named(figure, "its mean over 4 steps").y
+    assert mean[0] == loss[0]
+    np.testing.assert_allclose(mean[3:], np.convolve(loss, np.ones(4) / 4, "valid"))
+    held_out = named(figure, "KL at cutoff 3, held-out prompts")
+    assert list(held_out.x) == [0, 10, 20, 30, 40]
+    np.testing.assert_allclose(held_out.y, [made.curve(step)[TRAINED] for step in held_out.x])
+    assert {trace.yaxis for trace in figure.data} == {"y"}  # a cutoff that stays has no panel
+
+
+def test_a_cutoff_that_is_lowered_has_a_panel():
+    made = make_finetuning(start=5)
+    figure = figures.finetuning_steps(made)
+    assert_whole(figure)
+    line = named(figure, "cutoff of the step")
+    assert (line.yaxis, line.line.shape) == ("y2", "hv")
+    assert list(line.y) == list(made.steps["cutoff"])
+    assert (line.y[0], line.y[-1]) == (5, TRAINED)
+    held_out = named(figure, "KL at cutoff 3, held-out prompts")
+    assert held_out.yaxis == "y"
+
+
+def test_few_steps_have_points_and_no_mean():
+    figure = figures.finetuning_steps(make_finetuning(n_steps=4, every=2))
+    assert [trace.name for trace in figure.data] == ["training loss", "KL at cutoff 3, held-out prompts"]
+    assert figure.data[0].mode == "lines+markers"
+    assert figure.layout.xaxis.dtick == 2
+
+
+# --- Categories ---
+
+
+@pytest.mark.parametrize("cutoff", [None, 5])
+def test_categories_are_means_with_their_prompts(made, cutoff):
+    figure = figures.finetuning_categories(made, cutoff, 0.2)
+    assert_whole(figure)
+    assert list(figure.layout.yaxis.ticktext) == ["a", "b"]
+    at = made.sweeps[made.sweeps["cutoff"] == (cutoff or TRAINED)]
+    for name, step in (("before", 0), ("after", 40)):
+        rows = at[at["step"] == step]
+        bars, dots = [trace for trace in figure.data if trace.name == name]
+        np.testing.assert_allclose(bars.x, rows.groupby("category")["kl"].mean())
+        assert [told[1] for told in bars.customdata] == [3, 3]
+        np.testing.assert_allclose(dots.x, rows["kl"])
+        assert list(dots.text) == list(rows["prompt_id"])
+        # Each dot lies in the bar of its category, and none on another.
+        centre = np.array([bars.y[["a", "b"].index(category)] for category in rows["category"]])
+        assert (np.abs(dots.y - centre) < bars.width / 2).all()
+        assert len(set(np.round(dots.y, 6))) == len(dots.y)
+    assert f"cutoff {cutoff or TRAINED}" in figure.layout.xaxis.title.text
+    assert "goal 0.2" in figure.layout.xaxis.title.text
+    assert {shape.x0 for shape in figure.layout.shapes} == {0.2}
+
+
+@pytest.mark.parametrize("cutoff", [0, 7, -1])
+def test_a_cutoff_that_the_model_does_not_have(made, cutoff):
+    with pytest.raises(UserError, match="give 1 to 6"):
+        figures.finetuning_categories(made, cutoff)
+
+
+def test_names_are_text():
+    made = make_finetuning(categories=(MARKUP, "plain"))
+    made.manifest["model"] = MARKUP
+    made.sweeps["prompt_id"] = made.sweeps["prompt_id"].replace({"p0": MARKUP})
+    for figure in (
+        figures.finetuning_cutoffs(made),
+        figures.finetuning_steps(made),
+        figures.finetuning_categories(made),
+    ):
+        assert "<b>x" not in json.dumps(figure.to_plotly_json(), default=str)
+        assert "&lt;b&gt;x" in figure.layout.title.text
+    assert "&lt;b&gt;x&lt;/b&gt; &amp; $y$" in figure.layout.yaxis.ticktext
+
+
+# --- Reading and reporting ---
+
+
+def test_what_became_of_the_data_is_one_line(made):
+    assert "10 loaded: 8 kept (1 of them cut at the end), 2 dropped" in finetuning_data(made.manifest)
+    for data in (None, [], {"more": 1}, {"loaded": "x"}):
+        assert finetuning_data({"data": data}) == ""
+    assert finetuning_data({}) == ""
+
+
+def change(table, how):
+    def edit(folder):
+        path = folder / table
+        how(pd.read_parquet(path)).to_parquet(path, index=False)
+
+    return edit
+
+
+def with_manifest(**changes):
+    def edit(folder):
+        manifest = read_json(folder / FINETUNING)
+        (folder / FINETUNING).write_text(json.dumps(manifest | changes))
+
+    return edit
+
+
+DAMAGE = {
+    "manifest no JSON": lambda f: (f / FINETUNING).write_text("{"),
+    "manifest a list": lambda f: (f / FINETUNING).write_text("[]"),
+    "no settings": with_manifest(settings=None),
+    "no cutoff": with_manifest(settings={}),
+    "a cutoff too deep": with_manifest(settings={"cutoff": 7}),
+    "a cutoff of words": with_manifest(settings={"cutoff": "three"}),
+    "no parquet": lambda f: (f / SWEEPS).write_bytes(b"PAR1"),
+    "no loss": change(STEPS, lambda t: t.drop(columns="loss")),
+    "loss of words": change(STEPS, lambda t: t.assign(loss="low")),
+    "loss missing": change(STEPS, lambda t: t.assign(loss=np.nan)),
+    "no kl": change(SWEEPS, lambda t: t.drop(columns="kl")),
+    "kl of words": change(SWEEPS, lambda t: t.assign(kl="low")),
+    "no agreement": change(SWEEPS, lambda t: t.drop(columns="top1_agreement")),
+    "no category": change(SWEEPS, lambda t: t.drop(columns="category")),
+    "categories of numbers": change(SWEEPS, lambda t: t.assign(category=1)),
+    "no rows": change(SWEEPS, lambda t: t[:0]),
+    "no first measurement": change(SWEEPS, lambda t: t[t["step"] > 0]),
+    "a row missing": change(SWEEPS, lambda t: t[1:]),
+    "a row twice": change(SWEEPS, lambda t: pd.concat([t, t[:1]])),
+    "a cutoff too many": change(SWEEPS, lambda t: t.assign(cutoff=t["cutoff"] + 1)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_fine_tuning_has_no_report(tmp_path, monkeypatch, capfd, damage):
+    folder = save_finetuning(tmp_path / "tuned", make_finetuning())
+    assert load_finetuning(folder).complete
+    DAMAGE[damage](folder)
+    with pytest.raises(UserError, match="tuned"):
+        load_finetuning(folder)
+    status, out, err = run_command(monkeypatch, capfd, "report", folder, "--html", tmp_path / "a.html")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_the_report_has_both_recommendations_and_every_figure(tmp_path, monkeypatch, capfd):
+    made = make_finetuning(categories=(MARKUP, "plain"))
+    folder = save_finetuning(tmp_path / "tuned", made, goals={"max_kl": 0.3})
+    status, out, err = run_command(monkeypatch, capfd, "report", folder, "--html", tmp_path / "a.html")
+    assert (status, err) == (0, "")
+    assert "Report: " in out
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page.count("Plotly.newPlot(") == 7
+    cutoffs = [recommend(run, max_kl=0.3).cutoff for run in map(saved_run(folder), (BEFORE, AFTER))]
+    assert cutoffs[0] > cutoffs[1]
+    assert f"Goal of 0.3 nats per token: cutoff {cutoffs[0]} of 6 before training, {cutoffs[1]} after it." in page
+    assert f"<h1>Cutoff {cutoffs[1]} of 6 for made-model trained at 3</h1>" in page
+    assert "10 loaded: 8 kept" in page
+    assert html.escape(MARKUP) in page
+    assert MARKUP not in page
+
+
+def saved_run(folder):
+    from diagnostics import load_run
+
+    return lambda name: load_run(folder / name)
+
+
+def test_an_unfinished_one_has_no_report_yet(tmp_path, monkeypatch, capfd):
+    folder = save_finetuning(tmp_path / "tuned", make_finetuning(status="running"), runs=(BEFORE,))
+    status, _, err = run_command(monkeypatch, capfd, "report", folder, "--html", tmp_path / "a.html")
+    assert status == 2
+    assert "is not finished: continue it with --resume" in err
+    assert not load_finetuning(folder).complete
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"criterion": {"max_kl": "low"}}', '{"criterion": {"max_kl": 0.1}}'])
+def test_a_recommendation_changed_by_hand_is_one_line(tmp_path, monkeypatch, capfd, text):
+    folder = save_finetuning(tmp_path / "tuned", make_finetuning())
+    (folder / RECOMMENDATION).write_text(text)
+    status, out, err = run_command(monkeypatch, capfd, "report", folder, "--html", tmp_path / "a.html")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "tuned" in err
