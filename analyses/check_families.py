@@ -89,7 +89,10 @@ def main() -> None:
 def outcome(family: str, attention: str) -> dict[str, str]:
     """Return what the self-test says of a family: ``proven`` or a line, for each use."""
     from diagnostics.diagnosis.capture import make_capture
-    from diagnostics.self_test import prove
+    from diagnostics.diagnosis.self_test import prove_measurable
+    from diagnostics.finetune import train_under
+    from diagnostics.finetune.self_test import prove_trainable
+    from diagnostics.policies.self_test import prove_runnable
 
     uses = ("diagnosis", "policies", "training")
     try:
@@ -106,10 +109,14 @@ def outcome(family: str, attention: str) -> dict[str, str]:
     except UserError as error:
         return dict.fromkeys(uses, f"refused: {one_line(error)}") | {"seconds": ""}
     found, started = {}, time.perf_counter()
-    for use in uses:
+    tests = (
+        lambda: prove_measurable(lm, make_capture("hooks", lm, False)),
+        lambda: prove_runnable(lm.model, lm.anatomy),
+        lambda: prove_trainable(lm.model, lm.anatomy, train_under),
+    )
+    for use, prove in zip(uses, tests, strict=True):
         try:
-            capture = make_capture("hooks", lm, False) if use == "diagnosis" else None
-            failed = prove(lm.model, lm.anatomy, lm.name, use, capture).failed
+            failed = prove().failed
             refusing = {part: line for part, line in failed.items() if part != "contribution"}
             found[use] = "proven"
             if refusing:

@@ -17,6 +17,7 @@ from diagnostics.diagnosis.probes import all_probes
 from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Measured, PromptContext
 from diagnostics.diagnosis.readout import Readout
+from diagnostics.diagnosis.self_test import require_measurable
 from diagnostics.models.identity import inputs_digest
 from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.encoding import EncodedPrompt, encode_prompts, token_texts
@@ -25,7 +26,7 @@ from diagnostics.runs.parts import merge
 from diagnostics.runs.run import Run, RunWriter
 from diagnostics.runs.schema import SCHEMA_VERSION, Tables
 from diagnostics.segments import Segments
-from diagnostics.self_test import Proof, require_measurable, skipped
+from diagnostics.self_test import Proof, skipped
 from diagnostics.self_test import self_test as testing
 from diagnostics.support.errors import UserError
 from diagnostics.support.locks import one_writer

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from diagnostics.finetune.examples import IGNORED
 from diagnostics.finetune.plan import PACKED, Plan, decode_phase, make_plan
+from diagnostics.finetune.self_test import require_trainable
 from diagnostics.models.anatomy import PER_POSITION, Anatomy, dissect, parameter_names
 from diagnostics.models.attention_tap import PREFIX
 from diagnostics.models.libraries import TRANSFORMERS, library_of, stock_model
@@ -29,7 +30,6 @@ from diagnostics.models.rope import rope_lengths
 from diagnostics.policies.masks import SERVED
 from diagnostics.policies.occupancy import holder_of, occupy, require_free
 from diagnostics.policies.speed import SpeedPolicy
-from diagnostics.self_test import require_trainable
 from diagnostics.support.errors import UserError
 
 # What collators add to batches of several texts in one row.
@@ -72,7 +72,7 @@ def train_under(policy: SpeedPolicy, model: Any) -> Iterator[Visibility]:
             'use model.set_attn_implementation("sdpa")'
         )
     policy.check(anatomy)
-    require_trainable(inner, anatomy, name)
+    require_trainable(inner, anatomy, name, train_under)
     with ExitStack() as stack:
         visibility = Visibility(policy, inner, anatomy)
         stack.enter_context(occupy(inner, _Training(visibility)))

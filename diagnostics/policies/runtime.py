@@ -65,7 +65,7 @@ def running(policy: Policy, model: Any) -> Iterator[Runtime]:
             f"{policy.name} has to see the attention, but a TransformerBridge computes attention itself: "
             "run it on the stock model"
         )
-    from diagnostics.self_test import require_runnable  # which runs policies itself
+    from diagnostics.policies.self_test import require_runnable  # which runs policies itself
 
     require_runnable(inner, anatomy, name)
     with ExitStack() as stack:

@@ -18,12 +18,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from diagnostics import FullPolicy, LoadedModel, SpeedPolicy, UserError, diagnose, recommend
 from diagnostics.diagnosis.capture import make_capture, residual_path
 from diagnostics.diagnosis.capture.hooks import HooksCapture
+from diagnostics.diagnosis.self_test import prove_measurable
 from diagnostics.finetune import plan, train_under
+from diagnostics.finetune.self_test import prove_trainable
 from diagnostics.models.anatomy import dissect
 from diagnostics.policies import call, masks
+from diagnostics.policies.self_test import prove_runnable
 from diagnostics.prompts.prompt import Prompt, PromptSet
 from diagnostics.self_test import proof as proofs
-from diagnostics.self_test import prove, self_test, switch
+from diagnostics.self_test import proving, self_test, switch
 from tests.policies.test_undo import fingerprint
 from tests.support.observe import observe
 from tests.support.reference import Reference
@@ -37,15 +40,16 @@ USES = ("policies", "training")
 @pytest.fixture(autouse=True)
 def _anew(tmp_path, monkeypatch):
     """Nothing is remembered from test to test."""
-    import diagnostics.self_test as package
-
-    monkeypatch.setattr(package, "_proofs", {})
+    monkeypatch.setattr(proving, "_proofs", {})
     monkeypatch.setattr(proofs, "proofs_folder", lambda: tmp_path / "proofs")
 
 
 def found(lm, use="diagnosis", backend="hooks"):
-    capture = make_capture(backend, lm, False) if use == "diagnosis" else None
-    return prove(lm.model, lm.anatomy, lm.name, use, capture).failed
+    if use == "policies":
+        return prove_runnable(lm.model, lm.anatomy).failed
+    if use == "training":
+        return prove_trainable(lm.model, lm.anatomy, train_under).failed
+    return prove_measurable(lm, make_capture(backend, lm, False)).failed
 
 
 def made(kind, attention="sdpa", **settings):
@@ -218,7 +222,7 @@ def test_what_cannot_be_followed_to_the_residual_is_left_out_and_said():
 
 def test_a_wrong_multiplier_is_noticed(monkeypatch):
     monkeypatch.setattr(residual_path, "multiplier_of", lambda layer: 1.0)
-    monkeypatch.setattr("diagnostics.self_test.residual.multiplier_of", lambda layer: 1.0)
+    monkeypatch.setattr("diagnostics.diagnosis.residual_check.multiplier_of", lambda layer: 1.0)
     assert "adds to the residual differs from its parts" in found(tiny_model("granite"))["contribution"]
 
 
@@ -311,7 +315,7 @@ def test_small_faults_are_told_from_rounding(monkeypatch):
     lm.model.model.layers[1].__class__ = BendsALittle
     assert "changes earlier logits" in found(lm, "policies")["causality"]
     original = residual_path.multiplier_of
-    for place in ("diagnostics.diagnosis.capture.residual_path", "diagnostics.self_test.residual"):
+    for place in ("diagnostics.diagnosis.capture.residual_path", "diagnostics.diagnosis.residual_check"):
         monkeypatch.setattr(f"{place}.multiplier_of", lambda layer: 1.02 * original(layer))
     assert "adds to the residual differs from its parts" in found(tiny_model("granite"))["contribution"]
 
@@ -319,7 +323,7 @@ def test_small_faults_are_told_from_rounding(monkeypatch):
 @pytest.mark.parametrize("use", ["diagnosis", *USES])
 def test_causality_alone_is_enough_to_refuse(use, monkeypatch):
     lm = made("llama")
-    monkeypatch.setattr("diagnostics.self_test.checks.findings", lambda *_: {"causality": "later tokens are seen"})
+    monkeypatch.setattr("diagnostics.self_test.proving.findings", lambda *_: {"causality": "later tokens are seen"})
     act = {
         "diagnosis": lambda: diagnose(lm, prompts(2), decode_tokens=3),
         "policies": lambda: FullPolicy()(lm.model).__enter__(),
@@ -336,19 +340,17 @@ class Counted:
     """Counts how often a self-test really runs."""
 
     def __init__(self, monkeypatch):
-        import diagnostics.self_test as package
-
-        self.runs, self.package, self.monkeypatch, tested = 0, package, monkeypatch, package._tested
+        self.runs, self.monkeypatch, tested = 0, monkeypatch, proving._tested
 
         def counted(*args):
             self.runs += 1
             return tested(*args)
 
-        monkeypatch.setattr(package, "_tested", counted)
+        monkeypatch.setattr(proving, "_tested", counted)
 
     def forget(self):
         """As a new process would."""
-        self.monkeypatch.setattr(self.package, "_proofs", {})
+        self.monkeypatch.setattr(proving, "_proofs", {})
 
 
 def test_a_model_is_tested_once(monkeypatch, tmp_path):
@@ -430,17 +432,17 @@ def test_a_model_whose_numbers_depend_on_the_batch_is_not_refused_but_unproven()
     model = tiny_model("llama").model
     with pytest.warns((UserWarning, DeprecationWarning)):
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    proof = prove(model, dissect(model, "int8"), "int8", "policies")
+    proof = prove_runnable(model, dissect(model, "int8"))
     assert proof.failed == {}
     assert "with what runs beside them" in proof.unproved
-    assert prove(model, dissect(model, "int8"), "int8", "policies") == proof
+    assert prove_runnable(model, dissect(model, "int8")) == proof
 
 
 def test_weights_that_are_elsewhere_are_not_tested_and_it_is_said():
     lm = made("llama")
     with torch.device("meta"):
         model = LlamaForCausalLM(lm.model.config)
-    assert "not all weights" in prove(model, lm.anatomy, "far", "policies").unproved
+    assert "not all weights" in prove_runnable(model, lm.anatomy).unproved
 
 
 def test_the_command_has_it(tmp_path, monkeypatch, capfd):

@@ -1,0 +1,89 @@
+"""Run the checks of one use of a model, or recall what they found; refuse a model that failed."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from diagnostics.self_test.masked import Unprovable
+from diagnostics.self_test.proof import Proof, digest_of, keep_proof, key_of, read_proof
+from diagnostics.self_test.subject import Subject, causality, unsteady
+from diagnostics.self_test.switching import self_test, skipped
+from diagnostics.support.errors import UserError
+
+# A check ends in nothing, or in one line that says what differs.
+Check = Callable[[], str | None]
+
+SKIPPED = "the self-test was skipped"
+_HINT = "self_test=False or --skip-self-test skips the test, for those who know why it fails"
+
+_proofs: dict[str, Proof] = {}
+
+
+def prove(subject: Subject, use: str, checks: Mapping[str, Check], *, backend: str | None = None) -> Proof:
+    """Test a model for a ``use``, or recall what an earlier test of the same found.
+
+    Every use needs `causality`, and its own ``checks`` by name. ``backend`` is the capture that they run, if any.
+    Weights that are elsewhere (remote, or offloaded) are not tested, and the proof says so.
+    """
+    if skipped():
+        return Proof(unproved=SKIPPED)
+    model = subject.model
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return Proof(unproved="the self-test did not run: not all weights of the model are in this process's memory")
+    key = key_of(model, use=use, backend=backend, device=subject.device.type)
+    digest = digest_of(key)
+    proof = _proofs.get(digest) or read_proof(digest)
+    if proof is None:
+        with self_test(False), _in_evaluation(model), torch.no_grad():
+            proof = _tested(subject, checks)
+        keep_proof(digest, key, proof)
+    _proofs[digest] = proof
+    return replace(proof)
+
+
+def refuse(proof: Proof, needed: tuple[str, ...], name: str, use: str) -> None:
+    """Raise UserError if one of the ``needed`` checks failed: model ``name`` cannot be used so."""
+    for check in needed:
+        if line := proof.failed.get(check):
+            raise UserError(f"model {name!r} cannot be {use}: in its self-test {line} ({_HINT})")
+
+
+def _tested(subject: Subject, checks: Mapping[str, Check]) -> Proof:
+    failed = findings({"causality": lambda: causality(subject), **checks})
+    # Asked only then: it is one more pass, and says that the test had nothing to go by.
+    if failed and (reason := unsteady(subject)):
+        return Proof(unproved=f"the self-test could not tell: {reason}")
+    return Proof(failed)
+
+
+def findings(checks: Mapping[str, Check]) -> dict[str, str]:
+    """Run all checks; return the failed ones with what differs."""
+    return {name: line for name, check in checks.items() if (line := _finding(name, check))}
+
+
+def _finding(name: str, check: Check) -> str | None:
+    """Run a check; an error of the model's own code is a finding like any other."""
+    try:
+        return check()
+    except torch.OutOfMemoryError:
+        raise
+    except (UserError, Unprovable) as error:
+        return str(error)
+    except Exception as error:  # the code of any model, and of any library that wraps it
+        text = " ".join(str(error).split())[:200]
+        return f"the check of {name} ended in {type(error).__name__}: {text}"
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Have all modules in evaluation mode inside the block, each as it was afterwards."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
