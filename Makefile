@@ -3,6 +3,8 @@
 # make test-browser   the dashboard in a headless Chromium, which is installed if there is none
 # make mutate   what the tests would miss: seeded faults, one at a time, in a copy of the tree; about an hour
 # make notebooks, make pictures   what is committed under analyses/, made anew
+# make docs   the documentation site, built strictly into site/
+# make dist   wheel and sdist in dist/, each installed in a bare environment and tried there
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -10,7 +12,7 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-browser mutate install lint notebooks pictures bench clean
+.PHONY: demo test test-browser mutate install lint notebooks pictures bench docs dist clean
 
 install: $(VENV)/.installed
 
@@ -53,5 +55,14 @@ pictures: install
 bench: install
 	$(BIN)/python analyses/bench_capture.py
 
+docs: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
+dist: install
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	$(BIN)/python analyses/check_dist.py dist
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis site dist

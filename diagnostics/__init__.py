@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from diagnostics.support.lazy import find_on_demand
 from diagnostics.support.moved import find_moved
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from diagnostics.cutoffs import Recommendation, RegionRules, find_regions, recommend
     from diagnostics.diagnosis import diagnose

@@ -7,10 +7,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from diagnostics import __version__
 from diagnostics.cli.benchmark import bench
 from diagnostics.cli.common import HELD, INTERRUPTED, TERMINATED, fail
 from diagnostics.cli.dashboard import dashboard
@@ -32,6 +33,21 @@ app = typer.Typer(
 )
 for command in (recommend, diagnose, generate, bench, evaluate, finetune, report, dashboard):
     app.command()(command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"speed-diagnostics {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and end")
+    ] = False,
+) -> None:
+    pass
 
 
 @contextmanager
