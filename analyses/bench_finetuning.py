@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from diagnostics import SpeedPolicy, UserError, load_model
-from diagnostics.cli.common import fail, quiet
 from diagnostics.finetune import decode_phase, distillation_loss, full_depth, predicting, supervised_loss, train_under
 from diagnostics.finetune.lora import add_lora
 from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.console import fail, quiet
 from diagnostics.support.files import write_json
 from diagnostics.support.versions import hardware, versions
 

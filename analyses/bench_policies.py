@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from diagnostics import LoadedModel, Policy, UserError, decode, generate, parse_policy
 from diagnostics.generation.benchmarks import benchmark
 from diagnostics.support.files import write_table
-from diagnostics.terminal.benchmark import show_benchmark
 
 LENGTHS = [1024, 4096, 8192, 32768, 65536, 131072]
 POLICIES = ["full", "speed:28", "speed:24", "speed:20", "speed:16", "fastkv", "projected:24"]
@@ -97,7 +95,7 @@ def main() -> None:
         progress=lambda done, total, what: print(f"\r{done}/{total} {what:<40}", end="", flush=True),
     )
     print()
-    show_benchmark(result, Console(highlight=False, width=100))
+    print(result.summary().to_string(index=False))
     if lm.device.type != "cuda":
         print("No CUDA here: decode steps as CUDA graphs are left out.")
         return

@@ -33,8 +33,8 @@ from cutoff_selection.config import read_config
 from cutoff_selection.runs import select
 from cutoff_selection.tables import TABLE, show
 from diagnostics import UserError
-from diagnostics.cli.common import INTERRUPTED, fail, quiet
 from diagnostics.runs.run import MANIFEST, require_writable
+from diagnostics.support.console import INTERRUPTED, fail, quiet
 
 
 class Parser(argparse.ArgumentParser):

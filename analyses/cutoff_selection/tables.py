@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cutoff_selection.config import RATIOS, Plan
+from diagnostics.cutoffs.goals import GOALS
 from diagnostics.support.files import write_table, write_text
-from diagnostics.terminal.diagnosis import GOALS
 
 TABLE = "recommendations"
 

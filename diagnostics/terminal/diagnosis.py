@@ -9,17 +9,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from diagnostics.cutoffs.goals import GOALS
 from diagnostics.cutoffs.recommendation import Recommendation
 from diagnostics.cutoffs.regions import Region
 from diagnostics.runs.run import Run
 from diagnostics.terminal.units import readable_bytes
 
-GOALS = {
-    "max_kl": "KL at most",
-    "max_nll_increase": "NLL increase at most",
-    "min_agreement": "same top token at least",
-    "kv_budget": "share of full KV at most",
-}
 BARS = "▁▂▃▄▅▆▇█"
 # Column of the layers table, and what it is called here.
 CURVES = (

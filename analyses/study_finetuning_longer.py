@@ -1,23 +1,21 @@
 """Whether what fine-tuning taught on prompts of 256 tokens holds on longer ones.
 
-    python analyses/finetuning_longer.py --out FOLDER                 # after finetuning_study.py; run it again to go on
-    python analyses/finetuning_longer.py --out FOLDER --only speed-0  # one model, to share them among cores
+    python analyses/study_finetuning_longer.py --out FOLDER                 # after study_finetuning.py
+    python analyses/study_finetuning_longer.py --out FOLDER --only speed-0  # one model, to share them among cores
 
-Measures every cutoff of the stock model, and of every adapter that the study left in FOLDER, against full depth of the
-stock model, on prompts of 1024 tokens of the categories that were not trained on. The means go to
-``analyses/results/finetuning/longer.csv``.
+Run it again to go on. Measures every cutoff of the stock model, and of every adapter that the study left in FOLDER,
+against full depth of the stock model, on prompts of 1024 tokens of the categories that were not trained on. The means
+go to ``analyses/results/finetuning/longer.csv``.
 """
 
 import argparse
 from pathlib import Path
 
 import pandas as pd
-from finetuning_study import RESULTS
 from rich.console import Console
 from rich.progress import Progress
 
 from diagnostics import UserError, load_model
-from diagnostics.cli.common import fail, quiet
 from diagnostics.diagnosis.diagnosis import encode_for_diagnosis
 from diagnostics.diagnosis.teacher import observe_teacher
 from diagnostics.finetune import Settings, load_held_out
@@ -25,7 +23,9 @@ from diagnostics.finetune.sources import HELD_OUT
 from diagnostics.finetune.sweeps import sweep_cutoffs
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.support.console import fail, quiet
 from diagnostics.support.files import write_text
+from study_finetuning import RESULTS
 
 STOCK, MEASURED = "stock", "longer"
 

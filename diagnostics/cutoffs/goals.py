@@ -1,0 +1,8 @@
+"""The goals that a cutoff can be asked to meet: the argument of `recommend`, and how a sentence names it."""
+
+GOALS = {
+    "max_kl": "KL at most",
+    "max_nll_increase": "NLL increase at most",
+    "min_agreement": "same top token at least",
+    "kv_budget": "share of full KV at most",
+}

@@ -1,0 +1,49 @@
+"""What commands and scripts write to stderr: progress, warnings, the one line that ends them; libraries kept quiet."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+INTERRUPTED = 130  # exit status, as shells have it for SIGINT
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Any]:
+    """Yield a `diagnostics.diagnosis.diagnosis.Progress` callback that draws a bar on stderr, if that is a terminal."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, prompt_id: bar.update(
+            task, completed=done, total=total, description=f"{title} {prompt_id}"
+        )
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and advice out of what the user reads."""
+    warnings.filterwarnings("ignore", module="transformers|torch|peft")
+    # Their environment variables would be too late: both are imported by now.
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    hub_logging.set_verbosity_error()
+
+
+def warn(message: str) -> None:
+    """Say in one line on stderr what did not work, though the command did."""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End with one line on stderr and an exit status."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
