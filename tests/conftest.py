@@ -4,6 +4,8 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Their assertions say what was compared, as those of test modules do.
+pytest.register_assert_rewrite("tests.support")
 
 
 @pytest.fixture(scope="session", autouse=True)

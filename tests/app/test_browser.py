@@ -15,7 +15,7 @@ from diagnostics import diagnose, load_prompts, load_run, recommend
 from diagnostics.generation.benchmarks import benchmark
 from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.runs.run import RECOMMENDATION
-from tests.figures.test_finetuning import make_finetuning, save_finetuning
+from tests.support.finetunings import make_finetuning, save_finetuning
 from tests.support.tiny import tiny_model
 
 PLAYWRIGHTS = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache/ms-playwright"))

@@ -32,28 +32,10 @@ from dashboard.prompt_text import ATTENTION, EVIDENCE, SEGMENTS, legend, prompt_
 from diagnostics import load_run, recommend
 from diagnostics.support.files import read_json
 from tests.support.paths import ROOT
-from tests.support.runs import contents, make_run, run_command
+from tests.support.runs import contents, run_command, write_run
 
 # The module: `from diagnostics.cli import dashboard` would be the function.
 command = importlib.import_module("diagnostics.cli.dashboard")
-
-
-def write_run(folder, *, n_prompts=3, finished=None, **changes):
-    """Write a run made by hand: complete, or with the first prompts finished."""
-    run = make_run(np.full((n_prompts, 4), 0.01))
-    run.tables["heads"]["selectivity"] = 0.0
-    folder.mkdir(parents=True)
-    status = "complete" if finished is None else "running"
-    (folder / "manifest.json").write_text(json.dumps(run.manifest | {"status": status} | changes))
-    if finished is None:
-        for name, table in run.tables.items():
-            table.to_parquet(folder / f"{name}.parquet")
-    for i in range(finished or 0):
-        part = folder / "parts" / f"{i:06d}"
-        part.mkdir(parents=True)
-        for name, table in run.select([run.prompts["prompt_id"][i]]).tables.items():
-            table.to_parquet(part / f"{name}.parquet")
-    return folder
 
 
 def set_time(folder, seconds):

@@ -13,13 +13,9 @@ from diagnostics import load_run, recommend
 from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
 from diagnostics.finetune.summary import compare_cutoffs
 from diagnostics.runs.run import MANIFEST, RECOMMENDATION
-from tests.app.test_catalog import write_run
-from tests.app.test_pages import calm, figure, literal, metrics, numbers, same
-from tests.figures.test_finetuning import DAMAGE, TRAINED, change, make_finetuning, save_finetuning
-from tests.support.paths import ROOT
-
-MAIN = ROOT / "app" / "main.py"
-ODD = "a*b*c <b>d</b> [e](f) $g$ :red[h] `i` _j_ #k"
+from tests.support.finetunings import DAMAGE, TRAINED, change, make_finetuning, save_finetuning
+from tests.support.pages import MAIN, ODD, calm, figure, literal, metrics, numbers, same
+from tests.support.runs import write_run
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ Every number on a page is compared with what the package itself says of the same
 """
 
 import ast
-import base64
 import json
 import os
 import re
@@ -32,15 +31,27 @@ from diagnostics.prompts.encoding import encode_input
 from diagnostics.runs.run import MANIFEST, RECOMMENDATION
 from diagnostics.support.files import read_json
 from diagnostics.support.finite import finite_mean
-from tests.support.paths import ROOT
+from tests.support.pages import (
+    MAIN,
+    ODD,
+    calm,
+    curve,
+    edit_manifest,
+    edit_table,
+    figure,
+    go,
+    html,
+    literal,
+    metrics,
+    numbers,
+    same,
+    table,
+)
 from tests.support.runs import save_tiny, write_prompts
 from tests.support.tiny import tiny_model
 
-MAIN = ROOT / "app" / "main.py"
 BENCH = "benchmark.parquet"
 RESULT_PAGES = ("overview", "layers", "cutoff", "compare")
-# Characters that mean something to Markdown, HTML or Streamlit.
-ODD = "a*b*c <b>d</b> [e](f) $g$ :red[h] `i` _j_ #k"
 
 
 @pytest.fixture(scope="module")
@@ -109,67 +120,6 @@ def open_app(monkeypatch):
         return at if page == "overview" else go(at, page)
 
     return opened
-
-
-def go(at, page):
-    return at.switch_page(f"views/{page}.py").run()
-
-
-def calm(at):
-    """Nothing was raised, and what went wrong is said in a line each; returns these lines, as they are read."""
-    assert [(e.value, e.proto.stack_trace[-4:]) for e in at.exception] == []
-    said = [literal(error.value) for error in at.error]
-    assert all("\n" not in line and len(line) < 500 for line in said)
-    return said
-
-
-def literal(markdown):
-    """What Markdown shows of text whose special characters are all escaped."""
-    return re.sub(r"\\([^A-Za-z0-9\s])", r"\1", markdown)
-
-
-def figure(at, number=0):
-    return json.loads(at.get("plotly_chart")[number].proto.spec)
-
-
-def numbers(values):
-    """Plotly's arrays: lists, or bytes with their type and shape."""
-    if isinstance(values, dict):
-        flat = np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])
-        return flat.reshape([int(n) for n in values["shape"].split(",")]) if "shape" in values else flat
-    return np.array(values, dtype=float)
-
-
-def curve(drawn, name):
-    (trace,) = [t for t in drawn["data"] if t.get("name") == name and "y" in t and t.get("showlegend") is not False]
-    return numbers(trace["y"])
-
-
-def same(left, right):
-    np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-9, equal_nan=True)
-
-
-def metrics(at):
-    return {metric.label: metric.value for metric in at.metric}
-
-
-def table(at, number=0):
-    return at.dataframe[number].value
-
-
-def html(at):
-    return "".join(element.value for element in at.html)
-
-
-def edit_manifest(folder, **changes):
-    manifest = read_json(folder / MANIFEST)
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
-
-
-def edit_table(folder, name, change):
-    path = folder / f"{name}.parquet"
-    changed = change(pd.read_parquet(path))
-    changed.to_parquet(path, index=False)
 
 
 # --- Overview ---

@@ -16,12 +16,9 @@ from diagnostics.evaluate.folder import EVALUATION, ITEMS, Evaluation
 from diagnostics.evaluate.summary import AVERAGE, cell, markdown, summarize
 from diagnostics.figures.quality import policy_label
 from diagnostics.support.files import read_json
-from tests.app.test_pages import calm, figure, literal, numbers, same
-from tests.figures.test_quality import POLICIES, make_evaluation, save_evaluation
-from tests.support.paths import ROOT
+from tests.support.evaluations import POLICIES, make_evaluation, save_evaluation
+from tests.support.pages import MAIN, ODD, calm, figure, literal, numbers, same
 
-MAIN = ROOT / "app" / "main.py"
-ODD = "a*b*c <b>d</b> [e](f) $g$ :red[h] `i` _j_ #k"
 SPEEDS = {"full": 1.0, "speed:4": 0.5, "speed:6": 0.99}
 
 

@@ -17,7 +17,7 @@ from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy, 
 from diagnostics.generation import generation as GENERATE
 from diagnostics.generation.generation import Generation
 from diagnostics.terminal.generation import show_comparison
-from tests.policies.test_generate import reference_logits
+from tests.support.policy_cases import reference_logits
 from tests.support.policy_reference import SlowModel
 from tests.support.runs import contents, run_command, save_tiny, write_prompts
 from tests.support.tiny import N_LAYERS, random_ids, tiny_model, tiny_tokenizer

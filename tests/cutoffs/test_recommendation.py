@@ -11,16 +11,8 @@ from diagnostics import LoadedModel, Prompt, PromptSet, UserError, diagnose, rec
 from diagnostics.cutoffs.bounds import upper_bound
 from diagnostics.support.files import read_json
 from diagnostics.terminal.diagnosis import show_recommendation, show_run
-from tests.support.runs import llama_8b_shape, make_run
+from tests.support.runs import FALLING, llama_8b_shape, make_run, region_layers, spread
 from tests.support.tiny import tiny_model
-
-FALLING = [2.0, 1.0, 0.5, 0.3, 0.15, 0.08, 0.04, 0.0]
-
-
-def spread(mean, n_prompts=20, relative=0.1, seed=0):
-    """Losses [prompts, L] around a mean curve, differing between prompts."""
-    noise = np.random.default_rng(seed).uniform(-relative, relative, (n_prompts, 1))
-    return np.asarray(mean) * (1 + noise)
 
 
 def evidence(recommendation, name):
@@ -209,15 +201,6 @@ def test_bound_is_reproducible():
 
 
 # --- What is said beside the cutoff ---
-
-
-def region_layers(first, last, stable_from, n_layers=8):
-    layer = np.arange(n_layers)
-    return {
-        "selectivity": np.where((layer >= first) & (layer <= last), 0.8, 0.0),
-        "drift_prompt_centred": np.where(layer < stable_from, 0.3, 0.01),
-        "saliency_overlap": 0.9,
-    }
 
 
 def test_regions_beside_the_measured_cutoff():

@@ -6,7 +6,7 @@ import torch
 
 from diagnostics.diagnosis.probes.logit_lens import spaced
 from tests.support.observe import observe
-from tests.support.reference import Reference, js_distance, kl
+from tests.support.reference import Reference, assert_sweep_equals_masked_pass, js_distance, kl
 from tests.support.tiny import FAMILIES, N_LAYERS, random_ids, tiny_model
 
 N_PROMPT, N_DECODE = 45, 12
@@ -124,20 +124,6 @@ def test_saliency(case):
         slack = 2 / count
         assert layers["saliency_overlap"][layer] == pytest.approx(np.mean(overlaps), abs=slack)
         assert layers["saliency_overlap_next"][layer] == pytest.approx(overlaps[0], abs=slack)
-
-
-def assert_sweep_equals_masked_pass(reference, target, cutoffs, which):
-    full = reference.logits[reference.decode].log_softmax(-1)
-    rows, target = torch.arange(len(target)), torch.tensor(target)
-    for k in which:
-        speed = reference.speed_logits(k).log_softmax(-1)
-        assert cutoffs["kl"][k - 1] == pytest.approx(kl(full, speed), rel=TOLERANCE, abs=TOLERANCE)
-        agreement = (full.argmax(-1) == speed.argmax(-1)).double().mean()
-        assert cutoffs["top1_agreement"][k - 1] == pytest.approx(float(agreement), abs=1e-6)
-        assert cutoffs["nll"][k - 1] == pytest.approx(-float(speed[rows, target].mean()), rel=TOLERANCE, abs=TOLERANCE)
-        assert cutoffs["nll_full"][k - 1] == pytest.approx(
-            -float(full[rows, target].mean()), rel=TOLERANCE, abs=TOLERANCE
-        )
 
 
 def test_sweep(case):

@@ -25,9 +25,9 @@ from diagnostics.diagnosis.capture.nnsight import NNsightCapture, traced_over
 from diagnostics.diagnosis.capture.transformer_lens import TransformerLensCapture, bridge_over
 from diagnostics.models.identity import ModelIdentity
 from diagnostics.models.loading import load_model
-from tests.models.test_embedded_model import real_prompt
-from tests.policies.test_undo import fingerprint
+from tests.support.fingerprints import fingerprint
 from tests.support.observe import observe
+from tests.support.prompts import real_prompt
 from tests.support.runs import run_command, save_tiny, write_prompts
 from tests.support.tiny import FAMILIES, random_ids, tiny_model
 

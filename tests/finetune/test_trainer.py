@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from transformers import IntervalStrategy, TrainerCallback, TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 
 from diagnostics import SpeedPolicy, UserError
 from diagnostics.finetune import (
@@ -23,18 +23,18 @@ from diagnostics.finetune import (
 )
 from diagnostics.finetune import trainer as trainer_module
 from diagnostics.finetune.lora import add_lora
-from tests.finetune.test_visibility import (
+from tests.support.policy_cases import letters_of
+from tests.support.policy_reference import speed
+from tests.support.tiny import N_LAYERS, random_ids, tiny_model
+from tests.support.training import (
+    Gradients,
     SlowTrainer,
-    all_double,  # noqa: F401 (a fixture)
     assert_same_gradients,
     double,
     gradients,
     labels_of,
     without_dropout,
 )
-from tests.support.policy_cases import letters_of
-from tests.support.policy_reference import speed
-from tests.support.tiny import N_LAYERS, random_ids, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,16 +45,6 @@ ROWS = [
     {"id": str(n), "input_ids": ids, "labels": labels_of(ids, *turns)}
     for n, (ids, turns) in enumerate(zip(IDS, TURNS, strict=True))
 ]
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of every optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **_):
-        self.steps.append(gradients(model))
 
 
 def make(

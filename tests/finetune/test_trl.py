@@ -7,9 +7,8 @@ from trl import SFTConfig, SFTTrainer
 
 from diagnostics import SpeedPolicy, UserError
 from diagnostics.finetune import train_under
-from tests.finetune.test_trainer import Gradients
-from tests.finetune.test_visibility import SlowTrainer, assert_same_gradients, without_dropout
 from tests.support.tiny import N_LAYERS, random_ids, tiny_model, tiny_tokenizer
+from tests.support.training import Gradients, SlowTrainer, assert_same_gradients, without_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

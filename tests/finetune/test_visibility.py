@@ -11,26 +11,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from diagnostics import FullPolicy, ProjectedPolicy, SpeedPolicy, UserError, decode, generate, prefill
 from diagnostics.finetune import decode_phase, full_depth, train_under
 from diagnostics.policies import occupancy
-from tests.policies.test_undo import Snapshot, fingerprint
+from tests.support.fingerprints import Snapshot, fingerprint
 from tests.support.policy_cases import assert_close, letters_of, load, masked_pass
 from tests.support.policy_reference import ANCHOR, DECODE, PROMPT, SlowModel, speed
 from tests.support.tiny import FAMILIES, N_LAYERS, random_ids, tiny_model
+from tests.support.training import assert_same_gradients, double, gradients, labels_of, without_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
 TURNS = [(17, 6), (9, 4)]  # tokens of the user's turns and of their answers
 CONVERSATION, OTHER = random_ids(36, seed=5), random_ids(27, seed=6)
-
-
-def labels_of(ids, *turns):
-    """Targets of a conversation: its answers."""
-    labels, start = [-100] * len(ids), 0
-    for n_prompt, n_answer in turns:
-        start += n_prompt
-        labels[start : start + n_answer] = ids[start : start + n_answer]
-        start += n_answer
-    assert start == len(ids)
-    return labels
 
 
 def batch_of(rows, side=None):
@@ -69,64 +59,6 @@ def step(policy, model, batch):
     loss = (model(**batch) if policy is None else forward(policy, model, batch)).loss
     loss.backward()
     return loss.detach(), gradients(model)
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(found, wanted, relative):
-    assert found.keys() == wanted.keys()
-    scale = max(gradient.abs().max() for gradient in wanted.values())
-    for name, gradient in wanted.items():
-        error = (found[name] - gradient).abs().max()
-        assert error <= relative * max(gradient.abs().max(), 1e-3 * scale), name
-
-
-class SlowTrainer(SlowModel):
-    """The masked pass with gradients."""
-
-    def run(self, ids, change):
-        with self._changing(change):
-            return self.model(torch.tensor([ids]), use_cache=False).logits[0]
-
-    def step(self, policy, conversations):
-        """Loss and gradients of conversations, each a pair of token ids and turns, one after another."""
-        losses, count = 0, 0
-        for ids, turns in conversations:
-            logits = speed(self, ids, letters_of(policy, *turns), policy.cutoff)
-            targets = torch.tensor(labels_of(ids, *turns))[1:]
-            losses += torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
-            count += (targets != -100).sum()
-        loss = losses / count
-        loss.backward()
-        return loss.detach(), gradients(self.model)
-
-
-@pytest.fixture
-def all_double(monkeypatch):
-    """Modelling code takes norms, softmax and losses in float32 whatever the model's type: here in float64."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def double(family):
-    lm = tiny_model(family)
-    slow = SlowTrainer(lm)
-    model = lm.model.double()
-    model.set_experts_implementation("eager")
-    return model, slow
 
 
 # --- Against the slow masked pass and against inference ---

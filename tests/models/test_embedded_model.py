@@ -5,21 +5,12 @@ import pytest
 import torch
 
 from diagnostics.diagnosis.probes.logit_lens import spaced
-from tests.diagnosis.test_against_reference import assert_sweep_equals_masked_pass
 from tests.support.observe import observe
-from tests.support.reference import Reference, kl
+from tests.support.prompts import real_prompt
+from tests.support.reference import Reference, assert_sweep_equals_masked_pass, kl
 
 N_DECODE = 24
 TOLERANCE = 1e-4
-
-
-def real_prompt(lm, n_tokens, question="What does the text say? Answer in one sentence."):
-    from pydoc_data.topics import topics
-
-    document = lm.tokenizer.decode(lm.tokenizer(topics["compound"])["input_ids"][: n_tokens - 60])
-    chat = [{"role": "user", "content": f"{document}\n\n{question}"}]
-    text = lm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.fixture(scope="module")

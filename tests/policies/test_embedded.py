@@ -5,10 +5,10 @@ import torch
 
 from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy, decode, load_prompts, prefill
 from diagnostics.prompts.encoding import encode_prompts
-from tests.models.test_embedded_model import real_prompt
-from tests.policies.test_generate import reference_logits
 from tests.support.observe import observe
+from tests.support.policy_cases import reference_logits
 from tests.support.policy_reference import SlowModel
+from tests.support.prompts import real_prompt
 from tests.support.reference import kl
 
 N_LAYERS, N_DECODE = 30, 32

@@ -33,9 +33,9 @@ from diagnostics import (
     recommend,
 )
 from diagnostics.runs.run import RECOMMENDATION
-from tests.cutoffs.test_recommendation import FALLING, region_layers, spread
 from tests.support import policy_reference
-from tests.support.runs import make_run, write_prompts
+from tests.support.policy_cases import reference_logits
+from tests.support.runs import FALLING, make_run, region_layers, spread, write_prompts
 from tests.support.tiny import N_LAYERS, random_ids, tiny_model
 
 N, NEW = 24, 8
@@ -82,24 +82,6 @@ def continuation(model, ids, **options):
     return greedy(model, ids, **options)[0, ids.shape[1] :].tolist()
 
 
-def reference_logits(slow, policy, ids, letters=None, n_prompt=N):
-    """Float64 logits of the policy's second implementation, from the last prompt token on: [len(ids) - n + 1, V]."""
-    n = n_prompt
-    letters = letters or policy_reference.labels(n, len(ids) - n, policy.anchors, policy.boundary)
-    match policy:
-        case SpeedPolicy():
-            logits = policy_reference.speed(slow, ids, letters, policy.cutoff)
-        case ProjectedPolicy():
-            logits = policy_reference.projected(slow, ids, letters, policy.cutoff)
-        case FastKVPolicy():
-            layer = policy.depth(len(slow.layers)) - 1
-            rates = policy.tsp_rate, policy.retention_rate
-            logits = policy_reference.fastkv(slow, ids, n, layer, *rates, policy.window, policy.kernel)[0]
-        case _:
-            logits = slow.run(ids, lambda _, hidden, mask: (hidden, mask))
-    return logits[n - 1 :]
-
-
 def of_options(value):
     """Name a case by its option: ids with addresses in them would differ from worker to worker."""
     return "+".join(value) if isinstance(value, dict) else None
@@ -124,7 +106,7 @@ def test_greedy_equals_the_second_implementation(family, policy):
     with policy(model):
         out = greedy(model, ids, return_dict_in_generate=True, output_logits=True, output_scores=True)
     tokens = out.sequences[0].tolist()
-    expected = reference_logits(slow(family), policy, tokens[:-1])
+    expected = reference_logits(slow(family), policy, tokens[:-1], n_prompt=N)
     assert tokens[N:] == expected.argmax(-1).tolist()
     torch.testing.assert_close(torch.cat(out.logits).double(), expected, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(torch.cat(out.scores).double(), expected, atol=TOLERANCE, rtol=0)
@@ -172,7 +154,7 @@ def test_sampling_draws_from_the_second_implementation(model, policy):
     with policy(model):
         torch.manual_seed(3)
         tokens = model.generate(prompt_ids(), do_sample=True, top_k=0, max_new_tokens=NEW)[0].tolist()
-    logits = reference_logits(slow(), policy, tokens[:-1])
+    logits = reference_logits(slow(), policy, tokens[:-1], n_prompt=N)
     torch.manual_seed(3)
     assert tokens[N:] == [int(torch.multinomial(row.float().softmax(-1), 1)) for row in logits]
 
@@ -181,7 +163,7 @@ def test_sampling_draws_from_the_second_implementation(model, policy):
 def test_repetition_penalty(model, policy):
     with policy(model):
         tokens = greedy(model, prompt_ids(), repetition_penalty=3.0)[0]
-    logits = reference_logits(slow(), policy, tokens[:-1].tolist()).float()
+    logits = reference_logits(slow(), policy, tokens[:-1].tolist(), n_prompt=N).float()
     penalty = RepetitionPenaltyLogitsProcessor(3.0)
     expected = [int(penalty(tokens[None, : N + i], logits[i : i + 1].clone()).argmax()) for i in range(NEW)]
     assert tokens[N:].tolist() == expected
@@ -194,7 +176,7 @@ def search(policy, prompt, width, new):
     for _ in range(new):
         grown = []
         for tokens, score in beams:
-            log_p = reference_logits(slow(), policy, [*prompt, *tokens])[-1].log_softmax(-1)
+            log_p = reference_logits(slow(), policy, [*prompt, *tokens], n_prompt=N)[-1].log_softmax(-1)
             grown += [((*tokens, t), score + float(log_p[t])) for t in log_p.topk(width).indices.tolist()]
         beams = sorted(grown, key=lambda beam: -beam[1])[:width]
     return [list(tokens) for tokens, _ in beams]
@@ -314,7 +296,7 @@ def test_a_conversation_goes_on_with_its_cache(model, policy):
         ids = torch.cat([first.sequences, torch.tensor([question])], dim=1)
         tokens = greedy(model, ids, past_key_values=first.past_key_values)[0].tolist()
     letters += ["p"] * (len(question) - 1) + ["d"] * NEW
-    expected = reference_logits(slow(), policy, tokens[:-1], letters).argmax(-1).tolist()
+    expected = reference_logits(slow(), policy, tokens[:-1], letters, n_prompt=N).argmax(-1).tolist()
     assert tokens[N : N + NEW] == expected[:NEW]
     assert tokens[-NEW:] == expected[-NEW:]
 
@@ -418,7 +400,7 @@ def test_direct_call_has_nan_where_nothing_ran(family, policy):
         chosen = policy_reference.fastkv(slow(family), ids[0, :N].tolist(), N, 1, *rates)[2]
     assert logits.isfinite().all(-1).nonzero()[:, 0].tolist() == sorted(chosen)
     assert states.isfinite().all(-1)[0].tolist() == logits.isfinite().all(-1).tolist()
-    expected = reference_logits(slow(family), policy, ids[0].tolist())
+    expected = reference_logits(slow(family), policy, ids[0].tolist(), n_prompt=N)
     torch.testing.assert_close(logits[-1].double(), expected[0], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(later.double(), expected[1:], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(last[0], logits[-1:], atol=1e-5, rtol=0)
@@ -444,7 +426,7 @@ def test_loss_of_what_follows_the_prompt(model, policy, way):
     letters = policy_reference.labels(N, new, policy.anchors)
     if way == "cache":  # its first call ended with a decode-phase token, as every first call does
         letters[N - 2] = policy_reference.DECODE
-    expected = reference_logits(slow(), policy, ids[0].tolist(), letters)[:-1]
+    expected = reference_logits(slow(), policy, ids[0].tolist(), letters, n_prompt=N)[:-1]
     expected = torch.nn.functional.cross_entropy(expected, ids[0, N:])
     assert loss.isfinite()
     assert float(loss) == pytest.approx(float(expected), abs=TOLERANCE)

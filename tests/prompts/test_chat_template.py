@@ -8,7 +8,7 @@ from diagnostics.finetune.conversations import Conversation
 from diagnostics.prompts.encoding import encode_messages, encode_prompt
 from diagnostics.prompts.prompt import Prompt, escaped
 from diagnostics.support.errors import UserError
-from tests.prompts.test_encoding import read
+from tests.support.prompts import evidence_texts
 from tests.support.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
 PARTS = (
@@ -64,7 +64,7 @@ def test_white_space_at_the_ends_may_go():
 def test_evidence_is_not_found_in_the_template_itself(word):
     tokenizer = byte_tokenizer(chat_template=HEADER)
     encoded = encode_prompt(chat(f"The report names {word} once.", evidence=(word,)), tokenizer)
-    assert read(tokenizer, encoded) == [word]
+    assert evidence_texts(tokenizer, encoded) == [word]
     assert tokenizer.decode(encoded.token_ids[: encoded.evidence[0][0]]).endswith("names ")
 
 

@@ -7,6 +7,7 @@ from diagnostics.prompts.encoding import PromptTooLong, encode_prompt, encode_pr
 from diagnostics.prompts.inserts import Insert
 from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
 from diagnostics.support.errors import UserError
+from tests.support.prompts import evidence_texts
 from tests.support.tokenizers import CHAT_TEMPLATE, byte_tokenizer, smollm_tokenizer, word_tokenizer
 
 BYTES = byte_tokenizer()
@@ -16,11 +17,6 @@ CHAT = byte_tokenizer(chat_template=CHAT_TEMPLATE)
 
 def user(content: str, **fields) -> Prompt:
     return Prompt("p", messages=({"role": "user", "content": content},), **fields)
-
-
-def read(tokenizer, encoded) -> list[str]:
-    """The evidence, as the tokens say it."""
-    return [tokenizer.decode(encoded.token_ids[start:stop]) for start, stop in encoded.evidence]
 
 
 # --- Special tokens and templates ---
@@ -206,7 +202,7 @@ def test_never_above_the_limit_and_never_much_below(document, limit, tokenizer, 
     assert encoded.text.startswith(front)
     assert encoded.text.endswith(back)
     assert encoded.text.count("Needle one.") == 1
-    assert read(tokenizer, encoded) == ["Needle two."]
+    assert evidence_texts(tokenizer, encoded) == ["Needle two."]
     whole = encode_prompt(prompt, tokenizer)
     if whole.n_prompt <= limit:
         assert encoded == whole
@@ -254,20 +250,20 @@ def test_evidence_as_strings_and_as_characters():
     text = "caf\u00e9 is open; the caf\u00e9 is red"
     prompt = Prompt("p", text=text, evidence=("caf\u00e9", (8, 12), (8, 9)))
     encoded = encode_prompt(prompt, BYTES)
-    assert read(BYTES, encoded) == ["caf\u00e9", "open", "caf\u00e9"]
+    assert evidence_texts(BYTES, encoded) == ["caf\u00e9", "open", "caf\u00e9"]
     assert encoded.evidence == ((1, 6), (10, 14), (20, 25))
 
 
 def test_evidence_in_a_chat_with_a_real_tokenizer():
     prompt = user("{document}\nWhich?", document="One is red. Two is blue. Three", evidence=("Two is blue.",))
-    (found,) = read(smollm_tokenizer(), encode_prompt(prompt, smollm_tokenizer()))
+    (found,) = evidence_texts(smollm_tokenizer(), encode_prompt(prompt, smollm_tokenizer()))
     assert found.strip() == "Two is blue."
 
 
 def test_evidence_that_is_cut_off_is_dropped_and_said():
     prompt = Prompt("p", text="{document}?", document="red " * 20 + "blue " * 20, evidence=("red", "blue"))
     encoded = encode_prompt(prompt, BARE, limit=50)
-    assert set(read(BARE, encoded)) == {"red"}
+    assert set(evidence_texts(BARE, encoded)) == {"red"}
     assert encoded.notes[1] == "1 of 2 evidence strings are not in the prompt as encoded"
 
 

@@ -27,7 +27,7 @@ from diagnostics.policies.self_test import prove_runnable
 from diagnostics.prompts.prompt import Prompt, PromptSet
 from diagnostics.self_test import proof as proofs
 from diagnostics.self_test import proving, self_test, switch
-from tests.policies.test_undo import fingerprint
+from tests.support.fingerprints import fingerprint
 from tests.support.observe import observe
 from tests.support.reference import Reference
 from tests.support.runs import run_command, save_tiny, write_prompts

@@ -5,7 +5,12 @@ import functools
 import pytest
 import torch
 
-from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy
+from diagnostics import (
+    FastKVPolicy,
+    FullPolicy,
+    ProjectedPolicy,
+    SpeedPolicy,
+)
 from tests.support import policy_reference
 from tests.support.tiny import random_ids, tiny_model
 
@@ -69,3 +74,21 @@ def masked_pass(family, policy, ids, letters):
 
 def assert_close(found, wanted, tolerance=1e-4):
     torch.testing.assert_close(found.double(), wanted.double(), atol=tolerance, rtol=0)
+
+
+def reference_logits(slow, policy, ids, letters=None, *, n_prompt):
+    """Float64 logits of the policy's second implementation, from the last prompt token on: [len(ids) - n + 1, V]."""
+    n = n_prompt
+    letters = letters or policy_reference.labels(n, len(ids) - n, policy.anchors, policy.boundary)
+    match policy:
+        case SpeedPolicy():
+            logits = policy_reference.speed(slow, ids, letters, policy.cutoff)
+        case ProjectedPolicy():
+            logits = policy_reference.projected(slow, ids, letters, policy.cutoff)
+        case FastKVPolicy():
+            layer = policy.depth(len(slow.layers)) - 1
+            rates = policy.tsp_rate, policy.retention_rate
+            logits = policy_reference.fastkv(slow, ids, n, layer, *rates, policy.window, policy.kernel)[0]
+        case _:
+            logits = slow.run(ids, lambda _, hidden, mask: (hidden, mask))
+    return logits[n - 1 :]

@@ -8,9 +8,12 @@ import inspect
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 import scipy.spatial.distance
 import torch
 from transformers import DynamicCache
+
+TOLERANCE = 1e-4
 
 
 class Reference:
@@ -189,3 +192,17 @@ def kl(log_p, log_q):
 def js_distance(log_p, log_q):
     pairs = zip(log_p.exp().numpy(), log_q.exp().numpy(), strict=True)
     return float(np.mean([scipy.spatial.distance.jensenshannon(p, q) for p, q in pairs]))
+
+
+def assert_sweep_equals_masked_pass(reference, target, cutoffs, which):
+    full = reference.logits[reference.decode].log_softmax(-1)
+    rows, target = torch.arange(len(target)), torch.tensor(target)
+    for k in which:
+        speed = reference.speed_logits(k).log_softmax(-1)
+        assert cutoffs["kl"][k - 1] == pytest.approx(kl(full, speed), rel=TOLERANCE, abs=TOLERANCE)
+        agreement = (full.argmax(-1) == speed.argmax(-1)).double().mean()
+        assert cutoffs["top1_agreement"][k - 1] == pytest.approx(float(agreement), abs=1e-6)
+        assert cutoffs["nll"][k - 1] == pytest.approx(-float(speed[rows, target].mean()), rel=TOLERANCE, abs=TOLERANCE)
+        assert cutoffs["nll_full"][k - 1] == pytest.approx(
+            -float(full[rows, target].mean()), rel=TOLERANCE, abs=TOLERANCE
+        )

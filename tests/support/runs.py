@@ -142,3 +142,39 @@ def run_command(monkeypatch, capfd, *arguments):
 def contents(folder):
     """Every file below a folder with its bytes, and every folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+def write_run(folder, *, n_prompts=3, finished=None, **changes):
+    """Write a run made by hand: complete, or with the first prompts finished."""
+    run = make_run(np.full((n_prompts, 4), 0.01))
+    run.tables["heads"]["selectivity"] = 0.0
+    folder.mkdir(parents=True)
+    status = "complete" if finished is None else "running"
+    (folder / "manifest.json").write_text(json.dumps(run.manifest | {"status": status} | changes))
+    if finished is None:
+        for name, table in run.tables.items():
+            table.to_parquet(folder / f"{name}.parquet")
+    for i in range(finished or 0):
+        part = folder / "parts" / f"{i:06d}"
+        part.mkdir(parents=True)
+        for name, table in run.select([run.prompts["prompt_id"][i]]).tables.items():
+            table.to_parquet(part / f"{name}.parquet")
+    return folder
+
+
+FALLING = [2.0, 1.0, 0.5, 0.3, 0.15, 0.08, 0.04, 0.0]
+
+
+def spread(mean, n_prompts=20, relative=0.1, seed=0):
+    """Losses [prompts, L] around a mean curve, differing between prompts."""
+    noise = np.random.default_rng(seed).uniform(-relative, relative, (n_prompts, 1))
+    return np.asarray(mean) * (1 + noise)
+
+
+def region_layers(first, last, stable_from, n_layers=8):
+    layer = np.arange(n_layers)
+    return {
+        "selectivity": np.where((layer >= first) & (layer <= last), 0.8, 0.0),
+        "drift_prompt_centred": np.where(layer < stable_from, 0.3, 0.01),
+        "saliency_overlap": 0.9,
+    }
