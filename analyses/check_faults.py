@@ -55,7 +55,7 @@ from diagnostics import (  # noqa: E402  # noqa: E402
     save_cache,
 )
 from diagnostics.evaluate.evaluation import evaluate  # noqa: E402
-from diagnostics.evaluate.folder import load_evaluation  # noqa: E402
+from diagnostics.evaluate.evaluation_folder import load_evaluation  # noqa: E402
 from diagnostics.evaluate.tasks import load_task  # noqa: E402
 from diagnostics.finetune import Settings, Source, finetune, load_data, load_finetuning, load_held_out  # noqa: E402
 from diagnostics.generation.benchmarks import benchmark, load_benchmark  # noqa: E402

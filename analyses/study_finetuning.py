@@ -37,8 +37,8 @@ from diagnostics.finetune import (
     load_finetuning,
     load_held_out,
 )
+from diagnostics.finetune.cutoff_comparison import by_category
 from diagnostics.finetune.sources import HELD_OUT
-from diagnostics.finetune.summary import by_category
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import LoadedModel
 from diagnostics.runs.run import RECOMMENDATION

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from diagnostics import UserError, load_model, parse_policy
 from diagnostics.evaluate import Evaluation, evaluate, load_evaluation, load_task, summarize
-from diagnostics.evaluate.folder import ITEMS
+from diagnostics.evaluate.evaluation_folder import ITEMS
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.statistics import average
 from diagnostics.models.embedded import EMBEDDED_MODEL

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from diagnostics import UserError, load_model, parse_policy
 from diagnostics.evaluate import evaluate, load_task, summarize
-from diagnostics.evaluate.summary import markdown
+from diagnostics.evaluate.score_table import markdown
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support.console import fail
 from diagnostics.support.files import write_json, write_text

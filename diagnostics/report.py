@@ -20,8 +20,8 @@ from diagnostics.support.files import write_text
 from diagnostics.terminal.diagnosis import show_recommendation
 
 if TYPE_CHECKING:
-    from diagnostics.evaluate.folder import Evaluation
-    from diagnostics.finetune.folder import FineTuning
+    from diagnostics.evaluate.evaluation_folder import Evaluation
+    from diagnostics.finetune.finetuning_folder import FineTuning
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -59,7 +59,7 @@ def report(run: Run, recommendation: Recommendation, benchmark: Benchmark | None
 
 def evaluation_report(evaluation: Evaluation) -> str:
     """Return the page of an evaluation, at the margin and with the seed that it was made with."""
-    from diagnostics.evaluate.summary import summarize
+    from diagnostics.evaluate.score_table import summarize
     from diagnostics.terminal.evaluation import show_evaluation
 
     m = evaluation.manifest
@@ -92,7 +92,7 @@ def finetuning_report(made: FineTuning, after: Run, recommendation: Recommendati
 
     Raises UserError for a folder that lacks what a finished one has.
     """
-    from diagnostics.finetune.summary import compare_cutoffs
+    from diagnostics.finetune.cutoff_comparison import compare_cutoffs
     from diagnostics.terminal.finetuning import show_finetuning
 
     m, goal = made.manifest, recommendation.data["criterion"].get("max_kl")
@@ -127,7 +127,7 @@ def finetuning_data(manifest: dict[str, Any]) -> str:
 
 def asked_margin(manifest: dict[str, Any]) -> float:
     """Return the margin of non-inferiority that an evaluation was asked for, as a share of the score."""
-    from diagnostics.evaluate.summary import MARGIN
+    from diagnostics.evaluate.score_table import MARGIN
 
     arguments = manifest.get("arguments")
     asked = arguments.get("margin") if isinstance(arguments, dict) else None

@@ -51,7 +51,7 @@ def test_no_module_has_the_name_of_a_public_function():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "runs.run", "cutoffs.recommendation", "figures", "evaluate", "evaluate.summary"]
+    "module", ["cli", "runs.run", "cutoffs.recommendation", "figures", "evaluate", "evaluate.score_table"]
 )
 def test_what_only_reads_runs_does_not_load_torch(module):
     code = f"import diagnostics.{module}, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"

@@ -13,7 +13,7 @@ from scipy import stats
 
 from diagnostics import Run, SpeedPolicy
 from diagnostics.cutoffs.regions import uptake
-from diagnostics.evaluate.folder import Evaluation
+from diagnostics.evaluate.evaluation_folder import Evaluation
 from diagnostics.policies import parse_policy
 
 N_RESAMPLES = 500

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagnostics.evaluate.folder import EVALUATION
-from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING
+from diagnostics.evaluate.evaluation_folder import EVALUATION
+from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING
 from diagnostics.runs.parts import PARTS, count_finished, prompts_of
 from diagnostics.runs.run import BENCHMARK, MANIFEST, RECOMMENDATION, read_manifest
 from diagnostics.support.errors import UserError

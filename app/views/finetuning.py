@@ -11,8 +11,8 @@ from dashboard.headline import metrics
 from dashboard.state import COMPARED, entries, md, recommendation, runs_folder, show
 from diagnostics import figures
 from diagnostics.cutoffs.recommendation import MAX_KL
-from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuning, load_finetuning, load_manifest
-from diagnostics.finetune.summary import compare_cutoffs
+from diagnostics.finetune.cutoff_comparison import compare_cutoffs
+from diagnostics.finetune.finetuning_folder import STEPS, SWEEPS, FineTuning, load_finetuning, load_manifest
 from diagnostics.report import finetuning_data
 from diagnostics.support.errors import UserError
 

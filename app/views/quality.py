@@ -10,10 +10,10 @@ import streamlit as st
 from dashboard.catalog import Entry, Signature
 from dashboard.state import entries, md, runs_folder, show
 from diagnostics import figures
-from diagnostics.evaluate.answers import FAILURES
-from diagnostics.evaluate.folder import ITEMS, Evaluation, load_evaluation
+from diagnostics.evaluate.answer_metrics import FAILURES
+from diagnostics.evaluate.evaluation_folder import ITEMS, Evaluation, load_evaluation
 from diagnostics.evaluate.items import AVERAGE
-from diagnostics.evaluate.summary import FULL, markdown, summarize, texts
+from diagnostics.evaluate.score_table import FULL, markdown, summarize, texts
 from diagnostics.figures.quality import policy_label
 from diagnostics.report import asked_margin, asked_seed
 

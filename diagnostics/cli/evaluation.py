@@ -50,7 +50,7 @@ def evaluate(
     claim(out)
     lm = load(arguments)
     from diagnostics.evaluate.evaluation import evaluate as run_evaluation
-    from diagnostics.evaluate.summary import markdown, summarize
+    from diagnostics.evaluate.score_table import markdown, summarize
     from diagnostics.evaluate.tasks import load_task
     from diagnostics.runs.run import reporting
     from diagnostics.support.files import write_table, write_text

@@ -122,7 +122,7 @@ def finetune(
             )
     except KeyboardInterrupt:
         fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
-    from diagnostics.finetune.summary import compare_cutoffs
+    from diagnostics.finetune.cutoff_comparison import compare_cutoffs
 
     table = compare_cutoffs(made)
     if json:

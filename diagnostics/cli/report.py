@@ -18,8 +18,8 @@ def report(
     figures. Of a fine-tuning: what it changed, and the run of the trained model.
     """
     from diagnostics.cutoffs.recommendation import recommend
-    from diagnostics.evaluate.folder import EVALUATION, load_evaluation
-    from diagnostics.finetune.folder import AFTER, FINETUNING, load_finetuning
+    from diagnostics.evaluate.evaluation_folder import EVALUATION, load_evaluation
+    from diagnostics.finetune.finetuning_folder import AFTER, FINETUNING, load_finetuning
     from diagnostics.generation.benchmarks import load_benchmark
     from diagnostics.runs.run import BENCHMARK, MANIFEST, load_run
     from diagnostics.support.errors import UserError

@@ -6,18 +6,18 @@ from diagnostics.support.lazy import find_on_demand
 
 if TYPE_CHECKING:
     from diagnostics.evaluate.evaluation import evaluate
-    from diagnostics.evaluate.folder import Evaluation, load_evaluation
+    from diagnostics.evaluate.evaluation_folder import Evaluation, load_evaluation
     from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
     from diagnostics.evaluate.policy_fidelity import fidelity
-    from diagnostics.evaluate.summary import summarize
+    from diagnostics.evaluate.score_table import summarize
     from diagnostics.evaluate.tasks import load_task
 
 _HOMES = {
     "evaluation": ("evaluate",),
     "policy_fidelity": ("fidelity",),
-    "folder": ("Evaluation", "load_evaluation"),
+    "evaluation_folder": ("Evaluation", "load_evaluation"),
     "items": ("ChoiceItem", "Context", "GenerationItem", "Task"),
-    "summary": ("summarize",),
+    "score_table": ("summarize",),
     "tasks": ("load_task",),
 }
 

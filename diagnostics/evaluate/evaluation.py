@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from diagnostics.evaluate.answering import answer, token_ids
-from diagnostics.evaluate.folder import AnsweredItems, Evaluation, EvaluationFolder
+from diagnostics.evaluate.evaluation_folder import AnsweredItems, Evaluation, EvaluationFolder
 from diagnostics.evaluate.humaneval import require_allowed
+from diagnostics.evaluate.item_answers import answer, token_ids
 from diagnostics.evaluate.items import Task
 from diagnostics.evaluate.sandbox import isolation
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagnostics.evaluate.answers import last_number
+from diagnostics.evaluate.answer_metrics import last_number
 from diagnostics.support.errors import UserError
 from diagnostics.support.fields import check_name, check_text, kind, wrong
 from diagnostics.support.jsonl import read_records

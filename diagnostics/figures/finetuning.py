@@ -12,7 +12,7 @@ from diagnostics.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILION, add_
 from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
-    from diagnostics.finetune.folder import FineTuning
+    from diagnostics.finetune.finetuning_folder import FineTuning
 
 # Curves drawn between the first and the last, however often was measured.
 MOST_BETWEEN = 8

@@ -1,6 +1,6 @@
 """What policies keep of quality: scores, paired differences, cutoffs and ways to fail.
 
-All are drawn from the table that `diagnostics.evaluate.summary.summarize` makes.
+All are drawn from the table that `diagnostics.evaluate.score_table.summarize` makes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from diagnostics.evaluate.answers import FAILURES
+from diagnostics.evaluate.answer_metrics import FAILURES
 from diagnostics.evaluate.items import AVERAGE
-from diagnostics.evaluate.summary import FULL
+from diagnostics.evaluate.score_table import FULL
 from diagnostics.figures.style import BLUE, GREY, PALETTE, VERMILION, add_line, faint, finished, literal
 from diagnostics.support.errors import UserError
 

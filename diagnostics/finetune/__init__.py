@@ -5,35 +5,35 @@ from typing import TYPE_CHECKING
 from diagnostics.support.lazy import find_on_demand
 
 if TYPE_CHECKING:
-    from diagnostics.finetune.answers import with_answers
     from diagnostics.finetune.chat_tokens import encode_conversation
     from diagnostics.finetune.conversations import Conversation, read_conversations
-    from diagnostics.finetune.data import collate, encode_examples
+    from diagnostics.finetune.cutoff_comparison import compare_cutoffs
+    from diagnostics.finetune.example_encoding import collate, encode_examples
     from diagnostics.finetune.examples import Counts, Example
-    from diagnostics.finetune.folder import FineTuning, load_finetuning
+    from diagnostics.finetune.finetuning_folder import FineTuning, load_finetuning
     from diagnostics.finetune.objectives import distillation_loss, mixed_loss, predicting, supervised_loss
+    from diagnostics.finetune.own_answers import with_answers
     from diagnostics.finetune.plan import decode_phase
     from diagnostics.finetune.schedule import CutoffSchedule
     from diagnostics.finetune.settings import Settings
     from diagnostics.finetune.sources import Source, load_data, load_held_out
-    from diagnostics.finetune.summary import compare_cutoffs
     from diagnostics.finetune.trainer import SpeedTrainer
     from diagnostics.finetune.training import finetune
     from diagnostics.finetune.visibility import Visibility, full_depth, train_under
 
 _HOMES = {
-    "answers": ("with_answers",),
+    "own_answers": ("with_answers",),
     "chat_tokens": ("encode_conversation",),
     "conversations": ("Conversation", "read_conversations"),
-    "data": ("collate", "encode_examples"),
+    "example_encoding": ("collate", "encode_examples"),
     "examples": ("Counts", "Example"),
-    "folder": ("FineTuning", "load_finetuning"),
+    "finetuning_folder": ("FineTuning", "load_finetuning"),
     "objectives": ("distillation_loss", "mixed_loss", "predicting", "supervised_loss"),
     "plan": ("decode_phase",),
     "schedule": ("CutoffSchedule",),
     "settings": ("Settings",),
     "sources": ("Source", "load_data", "load_held_out"),
-    "summary": ("compare_cutoffs",),
+    "cutoff_comparison": ("compare_cutoffs",),
     "trainer": ("SpeedTrainer",),
     "training": ("finetune",),
     "visibility": ("Visibility", "full_depth", "train_under"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diagnostics.finetune.folder import FineTuning
+from diagnostics.finetune.finetuning_folder import FineTuning
 
 
 def model_card(made: FineTuning, base: str) -> str:

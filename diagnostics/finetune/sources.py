@@ -10,11 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diagnostics.finetune.answers import with_answers
 from diagnostics.finetune.conversations import FIELDS as CONVERSATION_FIELDS
 from diagnostics.finetune.conversations import Conversation, read_conversations
-from diagnostics.finetune.data import encode_examples
+from diagnostics.finetune.example_encoding import encode_examples
 from diagnostics.finetune.examples import Counts, Example
+from diagnostics.finetune.own_answers import with_answers
 from diagnostics.finetune.training_prompts import training_prompts
 from diagnostics.prompts.builtin import builtin_prompts
 from diagnostics.prompts.prompt import FILE_FIELDS as PROMPT_FIELDS

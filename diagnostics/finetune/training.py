@@ -17,9 +17,9 @@ from diagnostics.cutoffs.recommendation import Criterion, recommend
 from diagnostics.diagnosis.diagnosis import diagnose, encode_for_diagnosis
 from diagnostics.diagnosis.teacher import Teacher, observe_teacher
 from diagnostics.finetune.card import model_card
-from diagnostics.finetune.data import collate
+from diagnostics.finetune.example_encoding import collate
 from diagnostics.finetune.examples import IGNORED, Example
-from diagnostics.finetune.folder import (
+from diagnostics.finetune.finetuning_folder import (
     AFTER,
     BEFORE,
     CARD,
@@ -73,8 +73,8 @@ def finetune(
     settings
         How to train.
     out, resume
-        Folder to write, see `diagnostics.finetune.folder`, and whether to go on with a fine-tuning there that asked for
-        the same: losses and weights are then those of an undisturbed one. A finished one is read, and nothing is done.
+        Folder to write, see `diagnostics.finetune.finetuning_folder`, and whether to continue a fine-tuning there that
+        asked for the same: losses and weights are then those of an undisturbed one. A finished one is read.
     goals
         Of the recommendation; arguments of `recommend`.
     progress

@@ -11,7 +11,7 @@ import pandas as pd
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from diagnostics.diagnosis.teacher import Teacher
-from diagnostics.finetune.folder import STEPS, SWEEPS, FineTuningFolder
+from diagnostics.finetune.finetuning_folder import STEPS, SWEEPS, FineTuningFolder
 from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sweeps import sweep_cutoffs
 from diagnostics.finetune.visibility import full_depth

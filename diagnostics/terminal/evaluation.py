@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diagnostics.evaluate.items import AVERAGE
-from diagnostics.evaluate.summary import KEPT, texts
+from diagnostics.evaluate.score_table import KEPT, texts
 
 LONGEST, NARROWEST = 30, 8
 

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from diagnostics.cutoffs.recommendation import recommend
-from diagnostics.finetune.folder import BEFORE, FineTuning
-from diagnostics.finetune.summary import by_category
+from diagnostics.finetune.cutoff_comparison import by_category
+from diagnostics.finetune.finetuning_folder import BEFORE, FineTuning
 from diagnostics.policies.recommendation import read_recommendation
 from diagnostics.runs.run import load_run
 

@@ -13,7 +13,7 @@ from calibration_study import pool as pool_module
 from calibration_study.coverage import GOALS, RULES, SIZES, coverage, cutoff_by, left_out, transfer
 from calibration_study.prediction import correlations, predictors, price, spearman, task_losses
 from diagnostics.evaluate import evaluation
-from diagnostics.evaluate.folder import Evaluation
+from diagnostics.evaluate.evaluation_folder import Evaluation
 from tests.support.runs import make_run
 from tests.support.tiny import tiny_model
 

@@ -10,8 +10,8 @@ from streamlit.testing.v1 import AppTest
 
 from dashboard import catalog
 from diagnostics import load_run, recommend
-from diagnostics.finetune.folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
-from diagnostics.finetune.summary import compare_cutoffs
+from diagnostics.finetune.cutoff_comparison import compare_cutoffs
+from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
 from diagnostics.runs.run import MANIFEST, RECOMMENDATION
 from tests.support.finetunings import DAMAGE, TRAINED, change, make_finetuning, save_finetuning
 from tests.support.pages import MAIN, ODD, calm, figure, literal, metrics, numbers, same

@@ -11,9 +11,9 @@ from streamlit.runtime.memory_media_file_storage import MemoryMediaFileStorage
 from streamlit.testing.v1 import AppTest
 
 from dashboard import catalog
-from diagnostics.evaluate import summary as summary_module
-from diagnostics.evaluate.folder import EVALUATION, ITEMS, Evaluation
-from diagnostics.evaluate.summary import AVERAGE, cell, markdown, summarize
+from diagnostics.evaluate import score_table as summary_module
+from diagnostics.evaluate.evaluation_folder import EVALUATION, ITEMS, Evaluation
+from diagnostics.evaluate.score_table import AVERAGE, cell, markdown, summarize
 from diagnostics.figures.quality import policy_label
 from diagnostics.support.files import read_json
 from tests.support.evaluations import POLICIES, make_evaluation, save_evaluation

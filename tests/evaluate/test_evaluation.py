@@ -12,14 +12,14 @@ import pytest
 from rich.console import Console
 
 from diagnostics import FullPolicy, SpeedPolicy, UserError, generate, load_run
-from diagnostics.evaluate import answering
+from diagnostics.evaluate import item_answers
 from diagnostics.evaluate.evaluation import draw, evaluate
-from diagnostics.evaluate.folder import load_evaluation
+from diagnostics.evaluate.evaluation_folder import load_evaluation
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
 from diagnostics.evaluate.retrieval import retrieval_names, retrieval_task
+from diagnostics.evaluate.score_table import AVERAGE, markdown, summarize
 from diagnostics.evaluate.scoring import encode_pair, score
 from diagnostics.evaluate.statistics import difference, estimate, holm
-from diagnostics.evaluate.summary import AVERAGE, markdown, summarize
 from diagnostics.evaluate.tasks import load_task
 from diagnostics.terminal.evaluation import show_evaluation
 from tests.support.runs import contents, run_command, save_tiny
@@ -199,9 +199,9 @@ def test_an_answer_is_written_as_it_follows_its_context(legacy):
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     assert fast.decode([3, 2]) == ("   return x" if legacy else "    return x")
-    assert answering.Continuation(fast, [4, 2, 5]).text([3, 2]) == "    return x"
+    assert item_answers.Continuation(fast, [4, 2, 5]).text([3, 2]) == "    return x"
     # Half of a character before: what is whole is said.
-    assert answering.Continuation(fast, [2, 6]).text([7, 5]) in ("é:", "\ufffd:")
+    assert item_answers.Continuation(fast, [2, 6]).text([7, 5]) in ("é:", "\ufffd:")
 
 
 def test_code_runs_only_if_that_is_asked_for(lm, tmp_path, monkeypatch):
@@ -212,8 +212,8 @@ def test_code_runs_only_if_that_is_asked_for(lm, tmp_path, monkeypatch):
         evaluate(lm, [task], [], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     written = iter(["    return 2 * x", "    return x", "    import os; os._exit(0)"] * 2)
-    monkeypatch.setattr(answering.Continuation, "text", lambda self, ids: next(written) if len(ids) == 4 else "")
-    monkeypatch.setattr(answering, "end_tokens", lambda _: np.array([]))
+    monkeypatch.setattr(item_answers.Continuation, "text", lambda self, ids: next(written) if len(ids) == 4 else "")
+    monkeypatch.setattr(item_answers, "end_tokens", lambda _: np.array([]))
     made = evaluate(lm, [task], [], run_code=True, out=tmp_path / "out")
     assert list(made.items["score"]) == [1, 0, 0]
     assert "accepted" not in made.items
@@ -224,14 +224,14 @@ def test_stopped_and_resumed_it_ends_the_same(lm, choice, writing, made, tmp_pat
     class Killed(BaseException):
         pass
 
-    original = answering._write
+    original = item_answers._write
 
     def deadly(lm, task, item, policy, *more):
         if policy == SpeedPolicy(2) and item.id == "g3":
             raise Killed
         return original(lm, task, item, policy, *more)
 
-    monkeypatch.setattr(answering, "_write", deadly)
+    monkeypatch.setattr(item_answers, "_write", deadly)
     with pytest.raises(Killed):
         evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out")
     with pytest.raises(UserError, match="no finished evaluation"):
@@ -246,8 +246,8 @@ def test_stopped_and_resumed_it_ends_the_same(lm, choice, writing, made, tmp_pat
         written.append((item.id, policy.spec))
         return original(lm, task, item, policy, *more)
 
-    monkeypatch.setattr(answering, "_write", counting)
-    monkeypatch.setattr(answering, "_choose", lambda *_: pytest.fail("done before"))
+    monkeypatch.setattr(item_answers, "_write", counting)
+    monkeypatch.setattr(item_answers, "_choose", lambda *_: pytest.fail("done before"))
     resumed = evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out", resume=True)
     assert written[:2] == [("g3", "speed:2"), ("g3", "speed:4")]
     assert len(written) == 2 + 4 * 3

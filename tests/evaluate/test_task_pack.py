@@ -6,7 +6,7 @@ import json
 import pytest
 
 from diagnostics import SpeedPolicy, UserError
-from diagnostics.evaluate.answers import last_number
+from diagnostics.evaluate.answer_metrics import last_number
 from diagnostics.evaluate.evaluation import evaluate
 from diagnostics.evaluate.items import Context, GenerationItem, read_jsonl
 from diagnostics.evaluate.tasks import load_task

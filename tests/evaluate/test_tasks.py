@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diagnostics import UserError
-from diagnostics.evaluate.answers import cut_at_stop, failures, is_loop, last_number, score_answer
+from diagnostics.evaluate.answer_metrics import cut_at_stop, failures, is_loop, last_number, score_answer
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task, read_jsonl
 from diagnostics.evaluate.olmes import load_olmes, olmes_names
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diagnostics import figures, recommend
-from diagnostics.finetune.folder import AFTER, BEFORE, FineTuning, load_finetuning
+from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FineTuning, load_finetuning
 from diagnostics.report import finetuning_data
 from diagnostics.runs.run import RECOMMENDATION
 from diagnostics.support.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from diagnostics import figures
-from diagnostics.evaluate.folder import EVALUATION, ITEMS, Evaluation
-from diagnostics.evaluate.summary import AVERAGE, cell, summarize
+from diagnostics.evaluate.evaluation_folder import EVALUATION, ITEMS, Evaluation
+from diagnostics.evaluate.score_table import AVERAGE, cell, summarize
 from diagnostics.figures.quality import policy_label
 from tests.support.evaluations import CHOICE, POLICIES, WRITTEN, make_evaluation, save_evaluation
 from tests.support.figures import assert_whole

@@ -5,8 +5,8 @@ import random
 
 import pandas as pd
 
-from diagnostics.evaluate.answers import FAILURES
-from diagnostics.evaluate.folder import EVALUATION, ITEMS, Evaluation
+from diagnostics.evaluate.answer_metrics import FAILURES
+from diagnostics.evaluate.evaluation_folder import EVALUATION, ITEMS, Evaluation
 
 # Chances of a right answer under full depth.
 CHOICE = {"arc_easy": 0.8, "boolq": 0.7}

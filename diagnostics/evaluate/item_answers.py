@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diagnostics.evaluate.answers import cut_at_stop, failures, score_answer
+from diagnostics.evaluate.answer_metrics import cut_at_stop, failures, score_answer
 from diagnostics.evaluate.humaneval import METRIC as PASSES
 from diagnostics.evaluate.humaneval import passes
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
@@ -31,7 +31,7 @@ def answer(
     query: str = "prompt",
     shared: SharedPrefill,
 ) -> Row:
-    """Answer an item, and return its row of the table of items; see `diagnostics.evaluate.folder.Evaluation`.
+    """Answer an item, and return its row of `Evaluation.items`.
 
     Raises UserError for an item that does not fit the model's positions.
     """

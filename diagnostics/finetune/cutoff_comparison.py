@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from diagnostics.finetune.folder import FineTuning
+from diagnostics.finetune.finetuning_folder import FineTuning
 
 COLUMNS = ("kl", "top1_agreement", "nll")
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.evaluate.answers import FAILURES
-from diagnostics.evaluate.folder import Evaluation
+from diagnostics.evaluate.answer_metrics import FAILURES
+from diagnostics.evaluate.evaluation_folder import Evaluation
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.statistics import Estimate, average, difference, estimate, holm
 
