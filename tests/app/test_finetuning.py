@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from streamlit.testing.v1 import AppTest
 
 from dashboard import catalog
 from diagnostics import load_run, recommend
@@ -14,19 +13,8 @@ from diagnostics.finetune.cutoff_comparison import compare_cutoffs
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
 from diagnostics.runs.run import MANIFEST, RECOMMENDATION
 from tests.support.finetunings import DAMAGE, TRAINED, change, make_finetuning, save_finetuning
-from tests.support.pages import MAIN, ODD, calm, figure, literal, metrics, numbers, same
+from tests.support.pages import ODD, calm, figure, literal, metrics, numbers, same
 from tests.support.runs import write_run
-
-
-@pytest.fixture
-def open_page(monkeypatch):
-    """``open_page(folder)``: the page over a folder of runs."""
-
-    def opened(folder, page="finetuning"):
-        monkeypatch.setenv("SPEED_DIAGNOSTICS_RUNS", str(folder))
-        return AppTest.from_file(str(MAIN), default_timeout=60).run().switch_page(f"views/{page}.py").run()
-
-    return opened
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +33,8 @@ def captions(at):
     return [literal(caption.value) for caption in at.caption]
 
 
-def test_the_headline_is_before_and_after(runs, made, open_page):
-    at = open_page(runs)
+def test_the_headline_is_before_and_after(runs, made, open_app):
+    at = open_app(runs, "finetuning")
     assert calm(at) == []
     table = compare_cutoffs(made).set_index("cutoff")
     before, after = (recommend(load_run(runs / "tuned" / name), max_kl=0.3).cutoff for name in (BEFORE, AFTER))
@@ -68,10 +56,10 @@ def test_the_headline_is_before_and_after(runs, made, open_page):
     )
 
 
-def test_given_answers_have_no_drift_but_a_likelihood(tmp_path, open_page):
+def test_given_answers_have_no_drift_but_a_likelihood(tmp_path, open_app):
     made = make_finetuning(against="itself", supervised=1.0, method="full")
     save_finetuning(tmp_path / "taught", made)
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     table = compare_cutoffs(made).set_index("cutoff")
     assert metrics(at)["NLL at full depth"] == f"{table['nll_after'][6]:.3f}"
@@ -79,8 +67,8 @@ def test_given_answers_have_no_drift_but_a_likelihood(tmp_path, open_page):
     assert any("all weights, given answers" in line for line in captions(at))
 
 
-def test_the_figures_are_those_of_the_package(runs, made, open_page):
-    at = open_page(runs)
+def test_the_figures_are_those_of_the_package(runs, made, open_app):
+    at = open_app(runs, "finetuning")
     titles = [figure(at, number)["layout"]["title"]["text"].partition(":")[0] for number in range(3)]
     assert titles == ["Loss of every cutoff", "Training", "By kind of prompt"]
     (after,) = [trace for trace in figure(at)["data"] if trace["name"] == "after"]
@@ -93,8 +81,8 @@ def test_the_figures_are_those_of_the_package(runs, made, open_page):
     same(numbers(bars["x"]), at_five)
 
 
-def test_the_table_has_every_cutoff_and_says_which_matter(runs, made, open_page):
-    shown = open_page(runs).dataframe[0].value.set_index("cutoff")
+def test_the_table_has_every_cutoff_and_says_which_matter(runs, made, open_app):
+    shown = open_app(runs, "finetuning").dataframe[0].value.set_index("cutoff")
     table = compare_cutoffs(made).set_index("cutoff")
     assert list(shown.index) == [6, 5, 4, 3, 2, 1]
     for column in table:
@@ -106,8 +94,8 @@ def test_the_table_has_every_cutoff_and_says_which_matter(runs, made, open_page)
     assert sum(map(bool, shown["note"])) == len({TRAINED, *notes.values()})
 
 
-def test_data_settings_and_versions_are_told(runs, made, open_page):
-    at = open_page(runs)
+def test_data_settings_and_versions_are_told(runs, made, open_app):
+    at = open_app(runs, "finetuning")
     assert any(line.startswith("Data: 10 loaded: 8 kept") for line in captions(at))
     settings, versions = at.dataframe[1].value, at.dataframe[2].value
     told = dict(zip(settings["settings"], settings["value"], strict=True))
@@ -115,8 +103,8 @@ def test_data_settings_and_versions_are_told(runs, made, open_page):
     assert versions.to_numpy().tolist() == [["python", "3.11"]]
 
 
-def test_both_runs_are_compared_at_a_click(runs, open_page):
-    at = open_page(runs)
+def test_both_runs_are_compared_at_a_click(runs, open_app):
+    at = open_app(runs, "finetuning")
     at.button(key="both").click().run()
     assert calm(at) == []
     assert at.title[0].value == "Runs side by side"
@@ -132,8 +120,8 @@ def test_both_runs_are_compared_at_a_click(runs, open_page):
 
 
 @pytest.mark.parametrize("page", ["overview", "layers", "cutoff"])
-def test_the_runs_in_it_have_all_other_pages(runs, open_page, page):
-    at = open_page(runs, page)
+def test_the_runs_in_it_have_all_other_pages(runs, open_app, page):
+    at = open_app(runs, page)
     assert set(at.sidebar.selectbox[0].options) == {"tuned/before", "tuned/after"}
     at.sidebar.selectbox[0].select("tuned/after").run()
     assert calm(at) == []
@@ -155,9 +143,9 @@ def running(folder, made, step, runs=(BEFORE,)):
     return save_finetuning(folder, part, runs=runs)
 
 
-def test_an_unfinished_one_shows_what_there_is(tmp_path, made, open_page):
+def test_an_unfinished_one_shows_what_there_is(tmp_path, made, open_app):
     folder = running(tmp_path / "going", made, 20)
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     assert "going** is not finished: step 25 of 40" in literal(at.info[0].value)
     assert at.code[0].value == f"--out {folder} --resume"
@@ -170,9 +158,9 @@ def test_an_unfinished_one_shows_what_there_is(tmp_path, made, open_page):
     assert not [button for button in at.button if button.key == "both"]
 
 
-def test_measured_before_training_only(tmp_path, made, open_page):
+def test_measured_before_training_only(tmp_path, made, open_app):
     running(tmp_path / "going", made, 0)
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     assert metrics(at)["KL at cutoff 3"] == f"{made.curve(0)[TRAINED]:.3f}"
     assert metrics(at)["Full depth's own drift"] == "-"
@@ -180,11 +168,11 @@ def test_measured_before_training_only(tmp_path, made, open_page):
     assert len(at.get("plotly_chart")) == 3
 
 
-def test_nothing_measured_yet(tmp_path, made, open_page):
+def test_nothing_measured_yet(tmp_path, made, open_app):
     folder = running(tmp_path / "going", made, 0, runs=())
     (folder / STEPS).unlink()
     (folder / SWEEPS).unlink()
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     assert "is not finished" in at.info[0].value
     assert "Nothing of the training was written yet. Before it: -." in captions(at)
@@ -194,25 +182,25 @@ def test_nothing_measured_yet(tmp_path, made, open_page):
     assert any("Before it: 2 of 3 prompts." in line for line in captions(at))
 
 
-def test_without_one_the_page_says_how_to_make_it(tmp_path, open_page):
-    at = open_page(tmp_path)
+def test_without_one_the_page_says_how_to_make_it(tmp_path, open_app):
+    at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     assert "There is no fine-tuning" in at.info[0].value
     assert re.search(r"speed-diagnostics finetune --cutoff \d+", at.code[0].value)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_one_is_one_line(tmp_path, made, open_page, damage):
+def test_a_damaged_one_is_one_line(tmp_path, made, open_app, damage):
     DAMAGE[damage](save_finetuning(tmp_path / "broken", made))
-    (said,) = calm(open_page(tmp_path))
+    (said,) = calm(open_app(tmp_path, "finetuning"))
     assert "broken" in said
 
 
-def test_a_damaged_one_leaves_the_others_alone(runs, tmp_path, open_page):
+def test_a_damaged_one_leaves_the_others_alone(runs, tmp_path, open_app):
     for name in ("bad", "good"):
         shutil.copytree(runs / "tuned", tmp_path / name)
     (tmp_path / "bad" / SWEEPS).write_bytes(b"")
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     at.selectbox(key="finetuning").select("bad").run()
     assert len(calm(at)) == 1
     at.selectbox(key="finetuning").select("good").run()
@@ -221,10 +209,10 @@ def test_a_damaged_one_leaves_the_others_alone(runs, tmp_path, open_page):
 
 
 @pytest.mark.parametrize("name", [BEFORE, AFTER])
-def test_a_damaged_run_in_it_leaves_its_measurements(tmp_path, made, open_page, name):
+def test_a_damaged_run_in_it_leaves_its_measurements(tmp_path, made, open_app, name):
     folder = save_finetuning(tmp_path / "tuned", made)
     change(f"{name}/cutoffs.parquet", lambda t: t.drop(columns="kl"))(folder)
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     (said,) = calm(at)
     assert "no column kl" in said
     assert len(at.get("plotly_chart")) == 3
@@ -232,31 +220,31 @@ def test_a_damaged_run_in_it_leaves_its_measurements(tmp_path, made, open_page, 
 
 
 @pytest.mark.parametrize("missing", [[BEFORE], [AFTER], [BEFORE, AFTER], [RECOMMENDATION]])
-def test_a_folder_that_lacks_something_shows_the_rest(tmp_path, made, open_page, missing):
+def test_a_folder_that_lacks_something_shows_the_rest(tmp_path, made, open_app, missing):
     folder = save_finetuning(tmp_path / "tuned", made)
     for name in missing:
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     assert len(at.get("plotly_chart")) == 3
     assert metrics(at)["Recommended cutoff"].count("?") == len(set(missing) & {BEFORE, AFTER})
 
 
-def test_a_manifest_that_says_little_is_enough(tmp_path, made, open_page):
+def test_a_manifest_that_says_little_is_enough(tmp_path, made, open_app):
     folder = save_finetuning(tmp_path / "bare", made, runs=())
     little = {"model": "m", "status": "complete", "n_layers": 6, "settings": {"cutoff": 3}, "identity": {}}
     odd = {"arguments": 3, "held_out": [], "versions": "all", "data": None}
     (folder / FINETUNING).write_text(json.dumps(little | odd))
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     assert metrics(at)["Recommended cutoff"] == "? → ?"
 
 
-def test_names_are_text(tmp_path, open_page):
+def test_names_are_text(tmp_path, open_app):
     made = make_finetuning(categories=(ODD, "plain"), supervised=ODD, steps=ODD)
     made.manifest.update(model=ODD, source=ODD, hardware=ODD, held_out={"name": ODD, "n_prompts": ODD})
     save_finetuning(tmp_path / "*ru<b>n*", FineTuning(made.manifest | {"status": "running"}, made.steps, made.sweeps))
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     seen = 0
     for element in (*at.markdown, *at.caption, *at.info, *at.subheader):
@@ -285,10 +273,10 @@ def test_a_fine_tuning_is_listed_with_its_runs(runs, tmp_path):
     assert (entry.name, entry.status) == ("other", "not a run")
 
 
-def test_the_overview_lists_the_runs_and_a_broken_one_with_its_reason(tmp_path, made, open_page):
+def test_the_overview_lists_the_runs_and_a_broken_one_with_its_reason(tmp_path, made, open_app):
     folder = save_finetuning(tmp_path / "tuned", made)
     (folder / AFTER / MANIFEST).write_text("{")
-    at = open_page(tmp_path, "overview")
+    at = open_app(tmp_path, "overview")
     lines = at.dataframe[0].value.set_index("run")
     assert set(lines.index) == {"tuned/before", "tuned/after"}
     assert "damaged manifest.json" in lines.loc["tuned/after", "problem"]

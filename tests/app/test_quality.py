@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from streamlit.runtime.memory_media_file_storage import MemoryMediaFileStorage
-from streamlit.testing.v1 import AppTest
 
 from dashboard import catalog
 from diagnostics.evaluate import score_table as summary_module
@@ -17,20 +16,9 @@ from diagnostics.evaluate.score_table import AVERAGE, cell, markdown, summarize
 from diagnostics.figures.quality import policy_label
 from diagnostics.support.files import read_json
 from tests.support.evaluations import POLICIES, make_evaluation, save_evaluation
-from tests.support.pages import MAIN, ODD, calm, figure, literal, numbers, same
+from tests.support.pages import ODD, calm, figure, literal, numbers, same
 
 SPEEDS = {"full": 1.0, "speed:4": 0.5, "speed:6": 0.99}
-
-
-@pytest.fixture
-def open_page(monkeypatch):
-    """``open_page(folder)``: the page over a folder of runs."""
-
-    def opened(folder):
-        monkeypatch.setenv("SPEED_DIAGNOSTICS_RUNS", str(folder))
-        return AppTest.from_file(str(MAIN), default_timeout=60).run().switch_page("views/quality.py").run()
-
-    return opened
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +37,8 @@ def verdicts(at):
     return {line.split("**")[1]: literal(line) for m in at.markdown for line in m.value.split("\n") if "- **" in line}
 
 
-def test_the_table_is_the_summary_in_percent(runs, evaluation, open_page):
-    at = open_page(runs)
+def test_the_table_is_the_summary_in_percent(runs, evaluation, open_app):
+    at = open_app(runs, "quality")
     at.number_input(key="margin made-eval").set_value(8.0).run()
     assert calm(at) == []
     summary = summarize(evaluation, margin=0.08)
@@ -71,8 +59,8 @@ def test_the_table_is_the_summary_in_percent(runs, evaluation, open_page):
     assert any("made-model, float32, CPU, 360 items of 3 tasks, query: prompt" in literal(c.value) for c in at.caption)
 
 
-def test_a_sentence_says_what_each_policy_keeps(runs, evaluation, open_page):
-    said = verdicts(open_page(runs))
+def test_a_sentence_says_what_each_policy_keeps(runs, evaluation, open_app):
+    said = verdicts(open_app(runs, "quality"))
     summary = summarize(evaluation)
     averages = summary[summary["task"] == AVERAGE].set_index("policy")["score"]
     assert list(said) == [policy_label(policy) for policy in list(POLICIES)[1:]]
@@ -85,8 +73,8 @@ def test_a_sentence_says_what_each_policy_keeps(runs, evaluation, open_page):
         assert f"non-inferior at 2 points on {rows['non_inferior'].sum()} of 3" in line
 
 
-def test_the_margin_moves_the_verdict_without_new_resamples(runs, evaluation, monkeypatch, open_page):
-    at = open_page(runs)
+def test_the_margin_moves_the_verdict_without_new_resamples(runs, evaluation, monkeypatch, open_app):
+    at = open_app(runs, "quality")
     assert at.number_input(key="margin made-eval").value == 2
 
     def not_again(*_, **__):
@@ -106,13 +94,13 @@ def test_the_margin_moves_the_verdict_without_new_resamples(runs, evaluation, mo
     assert counts[0] < counts[1] < counts[2] == 24
 
 
-def test_the_margin_begins_with_the_one_that_was_asked_for(tmp_path, open_page):
+def test_the_margin_begins_with_the_one_that_was_asked_for(tmp_path, open_app):
     made = make_evaluation(policies=SPEEDS, n=20)
     made.manifest["arguments"] = {"margin": 0.05}
     save_evaluation(tmp_path / "a", made)
     made.manifest["arguments"] = {"margin": "wide"}
     save_evaluation(tmp_path / "b", made)
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "quality")
     for name, margin in (("a", 5), ("b", 2)):
         at.selectbox(key="evaluation").select(name).run()
         assert at.number_input(key=f"margin {name}").value == margin
@@ -123,8 +111,8 @@ def test_the_margin_begins_with_the_one_that_was_asked_for(tmp_path, open_page):
     assert at.number_input(key="margin b").value == 7.5
 
 
-def test_the_figures_are_those_of_the_package(runs, evaluation, open_page):
-    at = open_page(runs)
+def test_the_figures_are_those_of_the_package(runs, evaluation, open_app):
+    at = open_app(runs, "quality")
     titles = [figure(at, number)["layout"]["title"]["text"] for number in range(4)]
     assert titles == [
         "Differences on the same items",
@@ -137,8 +125,8 @@ def test_the_figures_are_those_of_the_package(runs, evaluation, open_page):
     same(numbers(dots["x"]), 100 * rows["difference"])
 
 
-def test_where_answers_changed_is_item_by_item(runs, evaluation, open_page):
-    at = open_page(runs)
+def test_where_answers_changed_is_item_by_item(runs, evaluation, open_app):
+    at = open_app(runs, "quality")
     at.selectbox(key="changed_policy").select("speed:26").run()
     right = evaluation.items.pivot(index=["task", "item_id"], columns="policy", values="score") == 1
     lost = right.index[right["full"] & ~right["speed:26"]]
@@ -158,14 +146,14 @@ def test_where_answers_changed_is_item_by_item(runs, evaluation, open_page):
     assert "None." in [caption.value for caption in at.caption]
 
 
-def test_graded_and_won_answers_and_empty_ones(tmp_path, open_page):
+def test_graded_and_won_answers_and_empty_ones(tmp_path, open_app):
     made = make_evaluation(choice={}, written={"squad": 0.5}, policies={"full": 1.0, "speed:4": 0.9}, n=12)
     items = made.items
     items["score"], items["answer"] = 0.5, "# *half* <b>right</b>"
     ours = items["policy"] == "speed:4"
     items.loc[ours & items["item_id"].isin(["squad/3", "squad/7"]), ["score", "answer"]] = [0.75, "  "]
     save_evaluation(tmp_path / "graded", made)
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "quality")
     at.segmented_control(key="changed_side").set_value("won").run()
     assert calm(at) == []
     assert list(at.dataframe[1].value["item"]) == ["squad/3", "squad/7"]
@@ -174,7 +162,7 @@ def test_graded_and_won_answers_and_empty_ones(tmp_path, open_page):
     assert {"full depth: score 0.5", "SPEED 4: score 0.75, empty"} <= {literal(c.value) for c in at.caption}
 
 
-def test_the_downloads_are_the_table(runs, evaluation, monkeypatch, open_page):
+def test_the_downloads_are_the_table(runs, evaluation, monkeypatch, open_app):
     kept = {}
     load = MemoryMediaFileStorage.load_and_get_id
 
@@ -183,7 +171,7 @@ def test_the_downloads_are_the_table(runs, evaluation, monkeypatch, open_page):
         return load(self, path_or_data, mimetype, kind, filename)
 
     monkeypatch.setattr(MemoryMediaFileStorage, "load_and_get_id", keep)
-    at = open_page(runs)
+    at = open_app(runs, "quality")
     at.number_input(key="margin made-eval").set_value(4.0).run()
     wanted = summarize(evaluation, margin=0.04)
     given = pd.read_parquet(io.BytesIO(kept["summary.parquet"]))
@@ -198,12 +186,12 @@ def test_the_downloads_are_the_table(runs, evaluation, monkeypatch, open_page):
     assert (text.decode() if isinstance(text, bytes) else text) == markdown(wanted)
 
 
-def test_what_did_not_finish_is_said(tmp_path, open_page):
+def test_what_did_not_finish_is_said(tmp_path, open_app):
     made = make_evaluation(n=20)
     gone = (made.items["policy"] == "speed:24") & (made.items["task"] == "boolq")
     made.manifest["errors"] = [f"boolq, speed:24: OutOfMemoryError: {ODD}"]
     save_evaluation(tmp_path / "part", Evaluation(made.manifest, made.items[~gone]))
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "quality")
     assert calm(at) == []
     assert any("boolq, speed:24: OutOfMemoryError" in literal(c.value) and ODD not in c.value for c in at.caption)
     shown = at.dataframe[0].value
@@ -212,21 +200,21 @@ def test_what_did_not_finish_is_said(tmp_path, open_page):
 
 
 @pytest.mark.parametrize("policies", [{"full": 1.0}, {"speed:4": 0.5}], ids=["full depth alone", "no full depth"])
-def test_nothing_to_compare(tmp_path, open_page, policies):
+def test_nothing_to_compare(tmp_path, open_app, policies):
     save_evaluation(tmp_path / "alone", make_evaluation(policies=policies, n=10))
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "quality")
     assert calm(at) == []
     assert len(at.dataframe) == 1
     assert verdicts(at) == {}
     assert "There is nothing to compare." in [caption.value for caption in at.caption]
 
 
-def test_names_are_text(tmp_path, open_page):
+def test_names_are_text(tmp_path, open_app):
     made = make_evaluation(choice={ODD: 0.8, "policy": 0.5, "empty": 0.5}, written={}, policies=SPEEDS, n=10)
     made.items["policy"] = made.items["policy"].replace({"speed:4": ODD})
     made.manifest.update(model=ODD, errors=[ODD])
     save_evaluation(tmp_path / "*ru<b>n*", made)
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "quality")
     assert calm(at) == []
     seen = 0
     for element in (*at.markdown, *at.caption, *at.info):
@@ -238,17 +226,17 @@ def test_names_are_text(tmp_path, open_page):
     assert "<b>d" not in json.dumps(figure(at))
 
 
-def test_without_an_evaluation_the_page_says_how_to_make_one(tmp_path, open_page):
-    at = open_page(tmp_path)
+def test_without_an_evaluation_the_page_says_how_to_make_one(tmp_path, open_app):
+    at = open_app(tmp_path, "quality")
     assert calm(at) == []
     assert "There is no evaluation" in at.info[0].value
     assert re.search(r"speed-diagnostics evaluate --tasks \S+ --policies \S+", at.code[0].value)
 
 
-def test_an_unfinished_evaluation_says_how_to_go_on(tmp_path, open_page):
+def test_an_unfinished_evaluation_says_how_to_go_on(tmp_path, open_app):
     folder = save_evaluation(tmp_path / "running", make_evaluation(policies=SPEEDS, n=5))
     (folder / ITEMS).unlink()
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "quality")
     assert calm(at) == []
     assert "is not finished" in at.info[0].value
     assert at.code[0].value == f"--out {folder} --resume"
@@ -282,16 +270,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_evaluation_is_one_line(tmp_path, open_page, damage):
+def test_a_damaged_evaluation_is_one_line(tmp_path, open_app, damage):
     DAMAGE[damage](save_evaluation(tmp_path / "made-eval", make_evaluation(policies=SPEEDS, n=5)))
-    (said,) = calm(open_page(tmp_path))
+    (said,) = calm(open_app(tmp_path, "quality"))
     assert "made-eval" in said
 
 
-def test_a_manifest_that_says_little_is_enough(tmp_path, open_page):
+def test_a_manifest_that_says_little_is_enough(tmp_path, open_app):
     folder = save_evaluation(tmp_path / "bare", make_evaluation(policies=SPEEDS, n=5))
     (folder / EVALUATION).write_text(json.dumps({"model": "m", "identity": [], "arguments": 3, "errors": "none"}))
-    at = open_page(tmp_path)
+    at = open_app(tmp_path, "quality")
     assert calm(at) == []
     assert len(at.dataframe) >= 1
 

@@ -12,6 +12,7 @@ from diagnostics.support.files import read_json
 from tests.support.paths import ROOT
 
 MAIN = ROOT / "app" / "main.py"
+RESULT_PAGES = ("overview", "layers", "cutoff", "compare")
 # Characters that mean something to Markdown, HTML or Streamlit.
 ODD = "a*b*c <b>d</b> [e](f) $g$ :red[h] `i` _j_ #k"
 
