@@ -1,5 +1,6 @@
 # make demo   from a fresh machine to a recommended cutoff for the embedded model
 # make test   lint, types and tests
+# make test-docs   every command and Python block of README and docs/, as pasted, and the strict build of the site
 # make test-browser   the dashboard in a headless Chromium, which is installed if there is none
 # make mutate   what the tests would miss: seeded faults, one at a time, in a copy of the tree; about an hour
 # make notebooks, make pictures   what is committed under analyses/, made anew
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-browser mutate install lint notebooks pictures bench docs dist clean
+.PHONY: demo test test-docs test-browser mutate install lint notebooks pictures bench docs dist clean
 
 install: $(VENV)/.installed
 
@@ -34,7 +35,11 @@ lint: install
 
 # Two workers, one thread each: tiny models gain nothing from more, and threads of two processes wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/docs/test_blocks.py
+
+# One process: pages that continue from another share what it left.
+test-docs: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs
 
 test-browser: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
@@ -56,7 +61,6 @@ bench: install
 	$(BIN)/python analyses/bench_capture.py
 
 docs: install
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
 
 dist: install

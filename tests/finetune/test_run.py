@@ -1,6 +1,7 @@
 """A whole fine-tuning: what it leaves behind, that it goes on after any stop, and the command."""
 
 import json
+import re
 import resource
 import shutil
 from importlib import import_module
@@ -126,6 +127,14 @@ def logits(model):
 
 
 # --- What it leaves behind ---
+
+
+def test_the_block_of_the_model_card_runs_as_pasted(world, monkeypatch):
+    monkeypatch.chdir(world.out)
+    (block,) = re.findall(r"```python\n(.*?)```", (world.out / "README.md").read_text(), re.S)
+    names = {}
+    exec(block, names)
+    assert names["tokens"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 def test_the_folder(world):
