@@ -8,6 +8,9 @@ from dashboard.catalog import Entry
 from dashboard.state import md, open_run, saved_recommendation
 from diagnostics.cutoffs.regions import Region
 
+# Pixels: room for the longest name of a figure.
+METRIC_WIDTH = 210
+
 
 def headline(entry: Entry) -> None:
     """Show the headline evidence of a run."""
@@ -42,10 +45,12 @@ def headline_savings(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def metrics(figures: dict[str, tuple[str, str]]) -> None:
-    """Show figures in a row: what, the value, and what it is of."""
-    for column, (name, (value, unit)) in zip(st.columns(len(figures)), figures.items(), strict=True):
-        column.metric(name, value, border=True)
-        column.caption(md(unit))
+    """Show figures side by side, in as many rows as the window needs: name, value, and what it is of."""
+    row = st.container(horizontal=True)
+    for name, (value, unit) in figures.items():
+        with row.container(width=METRIC_WIDTH):
+            st.metric(name, value, border=True)
+            st.caption(md(unit))
 
 
 def _region(region: Region | None) -> str:
