@@ -1,5 +1,7 @@
 # make demo   from a fresh machine to a recommended cutoff for the embedded model
-# make test   lint, types and tests
+# make test   lint, types, and the tests: about ten minutes on two cores
+# make test-slow   tests that take long for what they add, and property tests at length
+# make test-notebooks   every notebook from top to bottom
 # make test-docs   every command and Python block of README and docs/, as pasted, and the strict build of the site
 # make test-browser   the dashboard in a headless Chromium, which is installed if there is none
 # make mutate   what the tests would miss: seeded faults, one at a time, in a copy of the tree; about an hour
@@ -13,7 +15,7 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-docs test-browser mutate install lint notebooks pictures bench docs dist clean
+.PHONY: demo test test-slow test-notebooks test-docs test-browser mutate install lint notebooks pictures bench docs dist clean
 
 install: $(VENV)/.installed
 
@@ -34,17 +36,31 @@ lint: install
 	$(BIN)/mypy
 
 # Two workers, one thread each: tiny models gain nothing from more, and threads of two processes wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS = -n 2 --dist worksteal
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/docs/test_blocks.py
+	$(PYTEST) $(WORKERS) -m "not slow and not notebooks and not browser and not docs"
+
+test-slow: install
+	$(PYTEST) $(WORKERS) -m "(slow or hypothesis) and not notebooks" --hypothesis-profile=at-length
+
+test-notebooks: install
+	$(PYTEST) $(WORKERS) -m notebooks
 
 # One process: pages that continue from another share what it left.
 test-docs: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs
+	$(PYTEST) tests/docs
 
+CHROMIUM = command -v chromium || command -v chromium-browser || command -v google-chrome
+
+# Without a Chromium, and without a way to get one, it says so and fails nothing.
 test-browser: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
-	command -v chromium || command -v chromium-browser || command -v google-chrome || $(BIN)/python -m playwright install --with-deps chromium
-	$(BIN)/python -m pytest tests/app/test_browser.py -rs
+	$(CHROMIUM) || timeout 300 $(BIN)/python -m playwright install --with-deps chromium || true
+	if $(BIN)/python -c 'import sys; sys.path.append("analyses"); import browsing; sys.exit(not browsing.available())'; \
+	then $(PYTEST) -m browser tests/app/test_browser.py; \
+	else echo "NOT RUN: the dashboard in a browser. There is no Chromium, and it could not be installed." >&2; fi
 
 mutate: install
 	OMP_NUM_THREADS=1 $(BIN)/python analyses/mutate.py --jobs 2

@@ -1,5 +1,6 @@
 """The dashboard in a headless Chromium: started by its command, opened, and waited for."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,22 @@ from socket import socket
 from typing import Any
 
 START_SECONDS = 60
+# It draws a page and asks nobody for anything.
+QUIET = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
 
 
 def chromium() -> str | None:
     """Find a Chromium of the system; None leaves it to Playwright to find its own."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def available() -> bool:
+    """Whether there is a Chromium: one of the system, or one that Playwright installed."""
+    installed = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache/ms-playwright"))
+    return chromium() is not None or any(installed.glob("chromium*"))
 
 
 @contextmanager
@@ -50,7 +62,7 @@ def browsing() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=QUIET)
         yield browser
         browser.close()
 

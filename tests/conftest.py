@@ -1,11 +1,16 @@
 import os
 
+import hypothesis
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Their assertions say what was compared, as those of test modules do.
 pytest.register_assert_rewrite("tests.support")
+# `make test` draws few examples, `make test-slow` many: --hypothesis-profile=at-length.
+hypothesis.settings.register_profile("short", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("at-length", max_examples=100, deadline=None)
+hypothesis.settings.load_profile("short")
 
 
 @pytest.fixture(scope="session", autouse=True)

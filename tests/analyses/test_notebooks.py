@@ -18,6 +18,7 @@ def test_there_are_notebooks():
     assert len(notebooks()) >= 4
 
 
+@pytest.mark.notebooks
 @every_notebook
 def test_it_runs(path):
     before = path.read_bytes()

@@ -20,6 +20,7 @@ from cutoff_selection import runs
 from diagnostics import UserError, load_run, recommend
 from diagnostics.diagnosis import diagnosis as DIAGNOSE
 from diagnostics.support.files import read_json
+from tests.support.examples import mostly_slow
 from tests.support.runs import contents, save_tiny, write_prompts
 
 TABLES = {"recommendations.csv", "recommendations.parquet", "recommendations.html"}
@@ -228,8 +229,12 @@ def test_what_fails_does_not_stop_the_rest_and_is_retried(world):
     ("error", "said"),
     [
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of device memory"),
-        (UserError("its attention is not understood"), "its attention is not understood"),
-        (ZeroDivisionError("division\nby zero"), "ZeroDivisionError: division by zero"),
+        pytest.param(
+            UserError("its attention is not understood"), "its attention is not understood", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ZeroDivisionError("division\nby zero"), "ZeroDivisionError: division by zero", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_one_pair_that_fails_leaves_the_other_pairs_of_its_model(world, monkeypatch, error, said):
@@ -266,6 +271,7 @@ def test_a_goal_that_one_model_cannot_meet_is_its_own_failure(world, monkeypatch
     assert all("less than one of 5 layers" in error for error in world.table()["error"])
 
 
+@pytest.mark.slow
 def test_there_is_never_a_second_model_in_memory(world, monkeypatch):
     alive = []
 
@@ -297,7 +303,14 @@ def test_there_is_never_a_second_model_in_memory(world, monkeypatch):
 # --- Interrupted, and run again ---
 
 
-@pytest.mark.parametrize("after", [1, N_PROMPTS[0] + 1, sum(N_PROMPTS) + 2])
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        N_PROMPTS[0] + 1,
+        pytest.param(sum(N_PROMPTS) + 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(world, monkeypatch, after):
     assert world.run(out="whole")[0] == 0
     counted, total = DIAGNOSE._diagnose_prompt, len(world.measured)
@@ -371,7 +384,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", mostly_slow(CHANGES, "dtype of one model"))
 def test_a_changed_setting_is_measured_beside_the_old_runs(world, name):
     old, new, n_measured = CHANGES[name]
     world.run()
@@ -410,6 +423,7 @@ def test_changed_weights_under_the_same_name_are_measured(world):
     assert not set(table["run_folder"][:2]) & set(first["run_folder"])
 
 
+@pytest.mark.slow
 def test_touched_files_are_loaded_once_and_not_measured(world):
     world.run()
     first = world.table()
@@ -564,6 +578,7 @@ def refused(world, said, *arguments):
     assert world.loaded == []
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(world):
     world.write('models = ["a"]\nprompts = ["one.jsonl"]\ndefaults.decode_tokens = 2')
 

@@ -4,13 +4,11 @@
 """
 
 import importlib.util
-import os
 import re
-from pathlib import Path
 
 import pytest
 
-from browsing import browsing, chromium, go, serving, settled
+from browsing import available, browsing, go, serving, settled
 from diagnostics import diagnose, load_prompts, load_run, recommend
 from diagnostics.generation.benchmarks import benchmark
 from diagnostics.policies.speed import SpeedPolicy
@@ -18,10 +16,10 @@ from diagnostics.runs.run import RECOMMENDATION
 from tests.support.finetunings import make_finetuning, save_finetuning
 from tests.support.tiny import tiny_model
 
-PLAYWRIGHTS = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache/ms-playwright"))
+pytestmark = pytest.mark.browser
 if importlib.util.find_spec("playwright") is None:
     pytest.skip("playwright is not installed: make test-browser", allow_module_level=True)
-if chromium() is None and not list(PLAYWRIGHTS.glob("chromium*")):
+if not available():
     pytest.skip("there is no Chromium: make test-browser", allow_module_level=True)
 
 # Pages in the order of a visit, and whether they have figures.

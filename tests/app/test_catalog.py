@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashboard import prompt_text as text_module
@@ -31,6 +31,7 @@ from dashboard.catalog import find_runs
 from dashboard.prompt_text import ATTENTION, EVIDENCE, SEGMENTS, legend, prompt_text, received_attention
 from diagnostics import load_run, recommend
 from diagnostics.support.files import read_json
+from tests.support.examples import examples
 from tests.support.paths import ROOT
 from tests.support.runs import contents, run_command, write_run
 
@@ -359,7 +360,7 @@ MARKUP = st.sampled_from([*MARKUP_WORDS.split(), "\n", "\n\n", "\t", "\r\n", "  
     colour=st.sampled_from(["attention", "segment"]),
     first=st.integers(0, 3),
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_the_text_on_the_page_is_the_text_of_the_tokens(texts, colour, first):
     tokens = make_tokens(texts, [[0.5, i / 100] for i in range(len(texts))], evidence=(1, 3))
     page = Page(prompt_text(tokens, None, colour, first))
@@ -387,7 +388,7 @@ def test_the_strongest_token_has_full_colour_and_others_their_share():
 
 
 @given(weights=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=150))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_more_attention_is_no_paler(weights):
     page = Page(prompt_text(make_tokens(["x"] * len(weights), [[w] for w in weights]), None, "attention"))
     shares = np.array([alpha(span)[1] for span in page.spans])[np.argsort(weights, kind="stable")]

@@ -130,6 +130,7 @@ def test_from_start_to_recommendation(tiny, runs):
     assert contents(job.out) == before
 
 
+@pytest.mark.slow
 def test_killed_cancelled_and_resumed_it_ends_as_if_undisturbed(tiny, runs, tmp_path):
     arguments = [str(tiny / "model"), f"--prompts={tiny / 'long.jsonl'}", *LONG]
     job = start_job(runs, "run", arguments)

@@ -17,13 +17,14 @@ from pathlib import Path
 import check_faults
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dashboard import upload
 from dashboard.upload import MAX_FILES, MAX_MEGABYTES, import_zip
 from diagnostics import UserError, diagnose, load_prompts, load_run, recommend
 from diagnostics.runs import untrusted
+from tests.support.examples import examples
 from tests.support.runs import DECODE_TOKENS, contents, write_prompts
 from tests.support.tiny import tiny_model
 
@@ -540,7 +541,7 @@ NAMES = st.lists(PIECES | ANY, min_size=1, max_size=8).map("".join).filter(lambd
 
 
 @given(top=st.just("") | NAMES, extra=st.lists(NAMES, max_size=3), whole=st.booleans())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_no_name_leads_out_of_the_folder(files, top, extra, whole):
     # Longer names of folders are in a test of their own.
     top = top if len(top.strip("/").split("/")[-1]) <= 200 else ""
@@ -603,7 +604,7 @@ def test_compressed_data_that_is_damaged(files, runs, method):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_damage_anywhere(files, data):
     """As above; a bit that nobody reads may as well be wrong."""
     packed = bytearray(pack(files, "run/"))

@@ -9,7 +9,7 @@ import pytest
 import scipy.spatial
 import scipy.special
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -22,6 +22,7 @@ from diagnostics.diagnosis.probes import all_probes
 from diagnostics.diagnosis.probes.attention_mass import attend
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.models import attention_tap
+from tests.support.examples import examples
 from tests.support.observe import observe
 from tests.support.tiny import FAMILIES, random_ids, tiny_model
 
@@ -156,7 +157,7 @@ def test_visible_keys_without_a_mask_are_causal_within_the_window(window):
         assert seen[row].nonzero().flatten().tolist() == list(range(first, position + 1))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     n_prompt=st.integers(1, 40),
     n_decode=st.integers(1, 9),
@@ -198,7 +199,7 @@ def test_attention_by_tiles_equals_attention_at_once(
     assert (columns["mass_anchor"] + columns["mass_prompt"] + columns["mass_decode"]).allclose(torch.ones(()))
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(positions=st.integers(1, 5), candidates=st.integers(1, 6), scale=st.floats(0.1, 30), seed=st.integers(0, 999))
 def test_comparison_equals_scipy(positions, candidates, scale, seed):
     lm = tiny_model("llama")

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics import UserError, diagnose, figures, load_prompts
 from diagnostics.generation.differences import differing, marked_text, same_start
 from diagnostics.prompts.encoding import token_texts
+from tests.support.examples import examples
 from tests.support.runs import write_prompts
 from tests.support.tiny import N_LAYERS, tiny_model, tiny_tokenizer
 
@@ -140,7 +141,7 @@ def test_the_embedded_models_text_comes_back(smollm):
         assert said == list(tokens_of(run, prompt_id)["token_id"][row["n_prompt"] :])
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(text=st.text(alphabet=st.sampled_from("ab \n\té中文🙂👩‍👩‍👧\u200bß."), max_size=40), skip=st.booleans())
 def test_texts_of_tokens_join_to_the_text(smollm, text, skip):
     ids = smollm.tokenizer("<|im_start|>" + text + "<|im_end|>")["input_ids"]
@@ -150,7 +151,7 @@ def test_texts_of_tokens_join_to_the_text(smollm, text, skip):
     assert all("\ufffd" not in piece for piece in pieces)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.integers(4, 12), max_size=12), st.lists(st.integers(4, 12), max_size=12))
 def test_differing_tokens(left, right):
     marks = differing(left, right)

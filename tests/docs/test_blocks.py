@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.documentation import PAGES, ROOT, continued, read_blocks
 
+pytestmark = pytest.mark.docs
 RUNNABLE = [page for page in PAGES if any(not block.reason for block in read_blocks(page))]
 
 

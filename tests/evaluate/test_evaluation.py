@@ -281,6 +281,7 @@ def test_what_is_to_be_found_is_there(smollm, name, length):
         assert counts.iloc[len(common) - 1] > 3 * counts.iloc[len(common)]
 
 
+@pytest.mark.slow
 def test_the_embedded_model_finds_needles_at_full_depth(smollm):
     task = retrieval_task("needle", 512, smollm.tokenizer, n_items=6)
     table = summarize(evaluate(smollm, [task], [SpeedPolicy(3)]))
@@ -363,7 +364,7 @@ def test_a_single_bit_is_found(lm, choice, tmp_path, name):
         evaluate(lm, [choice], [], out=tmp_path / "out", resume=True)
 
 
-@pytest.mark.parametrize("size", [500, 3000])
+@pytest.mark.parametrize("size", [500, pytest.param(3000, marks=pytest.mark.slow)])
 def test_a_full_disk_names_the_folder_and_how_to_go_on(lm, choice, writing, tmp_path, size):
     wanted = evaluate(lm, [choice, writing], POLICIES).items
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics import FullPolicy, ProjectedPolicy, Prompt, PromptSet, SpeedPolicy, UserError, diagnose
 from diagnostics.evaluate import fidelity, scoring
 from diagnostics.evaluate.items import Context
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, encode_context, encode_pair, prefill_context, score
+from tests.support.examples import examples
 from tests.support.policy_cases import FASTKV, each, letters_of, load, masked_pass, served
 from tests.support.tiny import FAMILIES, VOCAB, random_ids
 
@@ -182,7 +183,7 @@ def test_what_cannot_be_scored_is_refused():
         score(lm, SpeedPolicy(2), Encoded((5,), (6,)), [[5]], query="first")
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     document=st.text(alphabet="ab \né中.", max_size=12),
     query=st.text(alphabet="ab \né中.", min_size=1, max_size=12).filter(lambda t: t.strip()),

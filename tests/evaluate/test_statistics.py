@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -17,6 +17,7 @@ from diagnostics.evaluate.statistics import (
     tango_lower_bound,
     wilcoxon,
 )
+from tests.support.examples import examples
 
 
 def test_mean_and_standard_error_by_the_formula():
@@ -132,7 +133,7 @@ def test_without_a_single_loss_the_bound_is_the_closed_form():
     assert tango_lower_bound(0, 7, 7) == -1
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(n=st.integers(1, 400), data=st.data())
 def test_the_bound_is_where_the_score_statistic_is_the_quantile(n, data):
     wins = data.draw(st.integers(0, n))
@@ -165,7 +166,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_keeps_the_order_and_is_at_most_bonferroni(p_values):
     corrected = holm(p_values)

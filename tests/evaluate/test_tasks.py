@@ -5,13 +5,14 @@ import json
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics import UserError
 from diagnostics.evaluate.answer_metrics import cut_at_stop, failures, is_loop, last_number, score_answer
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task, read_jsonl
 from diagnostics.evaluate.olmes import load_olmes, olmes_names
+from tests.support.examples import examples
 
 # --- Files ---
 
@@ -215,7 +216,7 @@ def test_ways_to_fail():
     assert failures("f1", "x", [1, *[8, 9] * 12], True)["repeating"]
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(head=st.lists(st.integers(0, 9), max_size=9), piece=st.lists(st.integers(0, 9), min_size=1, max_size=20))
 def test_loops_are_found_whatever_comes_before(head, piece):
     assert is_loop(head + piece * max(2, -(-21 // len(piece))))

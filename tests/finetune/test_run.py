@@ -28,6 +28,7 @@ from diagnostics.finetune import (
 )
 from diagnostics.finetune.watch import Watch
 from diagnostics.support.files import SUMS, read_json
+from tests.support.examples import mostly_slow
 from tests.support.runs import run_command, save_tiny, write_prompts
 from tests.support.tiny import N_LAYERS, random_ids
 
@@ -258,7 +259,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "teacher", "training-3", "after"))
 def test_stopped_and_continued_it_is_the_same(world, tmp_path, kind):
     with pytest.raises(Stop):
         run(world, tmp_path / "out", progress=stop_at(places(world.calls)[kind]))
@@ -272,6 +273,7 @@ def test_stopped_and_continued_it_is_the_same(world, tmp_path, kind):
     assert_same(tmp_path / "out", world.out)
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again(world, tmp_path):
     calls = places(world.calls)
     for place in (calls["answers-1"], calls["training-5"]):
@@ -302,7 +304,9 @@ def test_a_checkpoint_that_is_half_written_is_not_used(world, tmp_path, damage):
     assert_same(tmp_path / "out", world.out)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["adapter_model.safetensors", "optimizer.pt", "scheduler.pt"], "optimizer.pt")
+)
 def test_a_damaged_checkpoint_is_refused_by_the_file(world, tmp_path, name):
     """Going on from it would end with other numbers."""
     with pytest.raises(Stop):
@@ -330,7 +334,7 @@ def test_damaged_weights_are_refused_by_the_file(world, tmp_path):
     load_model(tmp_path / "out")
 
 
-@pytest.mark.parametrize("size", [1500, 4000, 9000, 20000])
+@pytest.mark.parametrize("size", mostly_slow([1500, 4000, 9000, 20000], 4000))
 def test_full_disk(world, tmp_path, size):
     """Whatever is being written: rows, a diagnosis, a table, a checkpoint, the adapter."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

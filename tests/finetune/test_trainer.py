@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import IntervalStrategy, TrainingArguments
@@ -23,6 +22,7 @@ from diagnostics.finetune import (
 )
 from diagnostics.finetune import trainer as trainer_module
 from diagnostics.finetune.lora import add_lora
+from tests.support.examples import examples
 from tests.support.policy_cases import letters_of
 from tests.support.policy_reference import speed
 from tests.support.tiny import N_LAYERS, random_ids, tiny_model
@@ -318,7 +318,7 @@ def small(tmp_path_factory):
 patterns = st.lists(st.lists(st.booleans(), min_size=2, max_size=14), min_size=1, max_size=3)
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@examples(40)
 @given(patterns=patterns, cutoff=st.integers(1, N_LAYERS))
 def test_no_target_is_cut_off(small, patterns, cutoff):
     """Any pattern of targets, rows without any among them, against logits of all positions."""

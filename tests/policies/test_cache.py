@@ -19,6 +19,7 @@ from diagnostics import (
     save_cache,
 )
 from diagnostics.policies import store
+from tests.support.examples import mostly_slow
 from tests.support.policy_cases import (
     FASTKV,
     ROWS,
@@ -341,7 +342,14 @@ def test_rows_of_a_batch(family, policy):
             assert_close(together[at : at + 1], decode(lm, new[at : at + 1], alone))
 
 
-@each([case for case in CASES if case[0] != "gpt_oss"])
+@each(
+    mostly_slow(
+        [case for case in CASES if case[0] != "gpt_oss"],
+        ("llama", SpeedPolicy(3, 3, 4)),
+        ("llama", FASTKV),
+        ("mistral", SpeedPolicy(2)),
+    )
+)
 def test_growth_changes_nothing(family, policy):
     lm, ids = load(family), tokens(120, 4)
     small, large = filled(family, policy, reserve=1), filled(family, policy, reserve=130)

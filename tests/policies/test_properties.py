@@ -4,12 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from diagnostics import ProjectedPolicy, SpeedPolicy, decode, prefill
 from diagnostics.policies.columns import EMPTY, Piece, as_tensor, count, gaps, join, span, take
 from diagnostics.policies.masks import attention_mask
+from tests.support.examples import examples
 from tests.support.policy_cases import assert_close, left_padded, letters_of, load, masked_pass
 from tests.support.tiny import N_LAYERS, random_ids
 
@@ -17,8 +18,8 @@ FAMILIES = ("llama", "gemma3")
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-examples = settings(derandomize=True, deadline=None, max_examples=40)
-many_examples = settings(derandomize=True, deadline=None, max_examples=200)
+some_examples = examples(40, derandomize=True)
+many_examples = examples(200, derandomize=True)
 
 
 # --- Batches ---
@@ -44,7 +45,7 @@ def batches(draw):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@examples
+@some_examples
 @given(batches(), st.integers(2, 9))
 def test_batches_in_any_parts_equal_the_reference_of_each_row(family, batch, n_second):
     policy, prompts, margin, chunk, second_chunk, steps = batch
@@ -70,7 +71,7 @@ def test_batches_in_any_parts_equal_the_reference_of_each_row(family, batch, n_s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@examples
+@some_examples
 @given(policies(), st.lists(st.integers(1, 12), min_size=2, max_size=4), st.integers(1, 12), st.booleans())
 def test_a_document_in_parts_is_one_prompt(family, policy, parts, n_question, later):
     """Also where a conversation goes before; the first part then begins with the last token of the answer."""

@@ -352,6 +352,7 @@ def test_interrupt_is_one_line_that_says_how_to_go_on(tiny, tmp_path):
     assert len(load_run(out).prompts) >= 1
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_what_is_finished_and_nothing_else(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "many.jsonl", n_prompts=60, n_tokens=440)
     out = tmp_path / "runs" / "run"
@@ -365,6 +366,7 @@ def test_sigterm_leaves_what_is_finished_and_nothing_else(tiny, tmp_path):
     assert len(load_run(out).prompts) >= 1
 
 
+@pytest.mark.slow
 def test_a_second_process_with_the_same_folder_is_told_so(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "many.jsonl", n_prompts=60, n_tokens=440)
     out = tmp_path / "run"
@@ -420,6 +422,7 @@ def test_full_disk_while_the_recommendation_is_written(run_folder):
     assert contents(run_folder) == before
 
 
+@pytest.mark.slow
 def test_full_disk_in_a_real_process(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", N_PROMPTS)
     out = tmp_path / "run"
