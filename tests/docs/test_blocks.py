@@ -39,6 +39,7 @@ def finished(tmp_path_factory):
             capture_output=True,
             text=True,
         )
+        print(done.stdout)
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return folder
 
