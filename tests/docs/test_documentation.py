@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.documentation import PAGES, REASONS, ROOT, read_blocks
 
-LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)[^)]*\)")
+LINK = re.compile(r"""(?:\]\(|src=")(?!https?://|#)([^)"#\s]+)""")
 
 
 def name(page):

@@ -21,7 +21,6 @@ REASONS = (
     "needs a GPU",
     "needs a model of yours",
     "needs a model hub",
-    "needs a large data package",
     "runs until Ctrl-C",
     "takes minutes",
     "takes hours",
