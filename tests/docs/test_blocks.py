@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
         else:
             shutil.copytree(run(before), folder, symlinks=True)
         done = subprocess.run(
-            [sys.executable, ROOT / "tests" / "support" / "documentation.py", page],
+            [sys.executable, "-P", ROOT / "tests" / "support" / "documentation.py", page],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
             capture_output=True,

@@ -1,8 +1,9 @@
 """Run every command and Python block of a Markdown page, in order, as a reader would paste them.
 
-    python tests/support/documentation.py PAGE.md        # in the current folder, which should be a scratch one
-    python tests/support/documentation.py --skipped      # the blocks that no test runs, with the reason
+    python -P tests/support/documentation.py PAGE.md     # in the current folder, which should be a scratch one
+    python -P tests/support/documentation.py --skipped   # the blocks that no test runs, with the reason
 
+-P keeps this folder, with its module `tokenizers`, off the path.
 A page's blocks share the folder and the Python names. A block below a comment `<!-- not run: REASON -->` is left out.
 """
 
