@@ -34,6 +34,7 @@ from diagnostics.support.files import read_json
 from tests.support.examples import examples
 from tests.support.paths import ROOT
 from tests.support.runs import contents, run_command, write_run
+from tests.support.users import as_nobody
 
 # The module: `from diagnostics.cli import dashboard` would be the function.
 command = importlib.import_module("diagnostics.cli.dashboard")
@@ -48,19 +49,6 @@ def set_time(folder, seconds):
 def only(folder):
     (entry,) = find_runs(folder)
     return entry
-
-
-@contextlib.contextmanager
-def as_nobody():
-    """Nothing is closed to root: do it as another user."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture

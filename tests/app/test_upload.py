@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import stat
 import struct
@@ -11,7 +10,6 @@ import tempfile
 import tracemalloc
 import warnings
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import check_faults
@@ -27,6 +25,7 @@ from diagnostics.runs import untrusted
 from tests.support.examples import examples
 from tests.support.runs import DECODE_TOKENS, contents, write_prompts
 from tests.support.tiny import tiny_model
+from tests.support.users import as_nobody
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,17 +122,13 @@ def refused(data, runs, match=None, filename="upload.zip"):
     return message
 
 
-@contextmanager
-def as_nobody():
-    """Nothing is closed to root: do it as another user."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
+def refused_in_little_memory(data, runs, megabytes):
+    tracemalloc.start()
     try:
-        yield
+        refused(data, runs)
+        assert tracemalloc.get_traced_memory()[1] < megabytes << 20
     finally:
-        os.seteuid(0)
+        tracemalloc.stop()
 
 
 def assert_same(one, other):
@@ -320,12 +315,7 @@ def test_a_bomb_of_many_parts(files, runs):
 def test_a_bomb_that_says_less(files, runs, size):
     """50 MB, declared as less: neither on the disk nor in memory."""
     packed = forge(pack(files | {"extra.parquet": bytes(50 << 20)}), "extra.parquet", size=size)
-    tracemalloc.start()
-    try:
-        refused(packed, runs)
-        assert tracemalloc.get_traced_memory()[1] < 20 << 20
-    finally:
-        tracemalloc.stop()
+    refused_in_little_memory(packed, runs, megabytes=20)
 
 
 def test_the_limit_holds_while_unpacking(files, runs, monkeypatch):
@@ -626,12 +616,7 @@ def test_a_bomb_in_memory(files, runs, method):
     100 MB of zeros in less than 20 kB here; 1 MB could hold many GB.
     """
     packed = forge(pack(files | {"extra.parquet": bytes(100 << 20)}, compression=method), "extra.parquet", size=100)
-    tracemalloc.start()
-    try:
-        refused(packed, runs)
-        assert tracemalloc.get_traced_memory()[1] < 20 << 20
-    finally:
-        tracemalloc.stop()
+    refused_in_little_memory(packed, runs, megabytes=20)
 
 
 @pytest.mark.parametrize("name", ["layers.parquet", f"{'x' * 300}.json"], ids=["twice", "long"])
@@ -657,12 +642,7 @@ def test_little_files_that_hold_much(files, runs, bomb):
     """Rows that repeat, long texts, lists and beginnings: none of it is ever in this process."""
     packed = pack(bomb(files))
     assert len(packed) < 20 << 20
-    tracemalloc.start()
-    try:
-        refused(packed, runs)
-        assert tracemalloc.get_traced_memory()[1] < 100 << 20
-    finally:
-        tracemalloc.stop()
+    refused_in_little_memory(packed, runs, megabytes=100)
 
 
 def test_texts_that_repeat_are_a_run_like_any_other(files, folders, runs):

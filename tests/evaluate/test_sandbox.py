@@ -325,16 +325,21 @@ open("{outside}/f", "w")
     assert os.listdir(outside) == ["there"]
 
 
+def assert_only_reached_from_here(server, program):
+    """Nothing has connected to the server so far; the program would, outside the sandbox."""
+    with pytest.raises(TimeoutError):
+        server.accept()
+    exec(program, {})
+    server.accept()[0].close()
+
+
 def test_the_network_is_not_reached():
     needs("no network")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         program = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1).send(b'x')"
         assert not run_python(program).passed
-        with pytest.raises(TimeoutError):
-            server.accept()
-        exec(program, {})  # from here it is reached
-        server.accept()[0].close()
+        assert_only_reached_from_here(server, program)
 
 
 def test_root_becomes_nobody():
@@ -360,10 +365,7 @@ def test_sockets_of_services_are_not_reached(place):
         assert "PermissionError" in run_python(program).reason
         pair = f"import socket\na, _ = socket.socketpair(type=socket.SOCK_DGRAM)\na.sendto(b'x', {address!r})"
         assert "PermissionError" in run_python(pair).reason
-        with pytest.raises(TimeoutError):
-            server.accept()
-        exec(program, {})  # from here it is reached
-        server.accept()[0].close()
+        assert_only_reached_from_here(server, program)
 
 
 def test_no_other_program_takes_its_place():

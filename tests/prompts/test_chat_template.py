@@ -2,7 +2,6 @@
 
 import pytest
 
-from diagnostics import load_prompts
 from diagnostics.finetune.chat_tokens import encode_conversation
 from diagnostics.finetune.conversations import Conversation
 from diagnostics.prompts.encoding import encode_messages, encode_prompt
@@ -145,48 +144,3 @@ def test_contents_may_be_lists_of_texts_and_nothing_else():
     ]:
         with pytest.raises(UserError, match=f'^field "messages": .*{message}'):
             Prompt("p", messages=({"role": "user", "content": [part]},))
-
-
-# --- Files ---
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "first", "text": "second"}', 'field "text": is given twice'),
-        ('{"messages": [{"role": "user", "role": "system", "content": "x"}]}', 'field "role": is given twice'),
-        ('{"text": "a", "evidence": [NaN]}', "NaN is no JSON number"),
-        ('{"text": "a"} {"text": "b"}', "not valid JSON"),
-        ('{"text": "a\\ud800"}', "surrogate"),
-    ],
-)
-def test_lines_of_which_json_would_take_a_part_are_refused(tmp_path, line, message):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(line)
-    with pytest.raises(UserError, match=f"^{path}:1: .*{message}"):
-        load_prompts(path)
-
-
-def test_compressed_prompts_are_read(tmp_path):
-    import gzip
-
-    path = tmp_path / "prompts.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
-    assert [prompt.text for prompt in load_prompts(path)] == ["a", "b"]
-    assert len(load_prompts(path, max_prompts=1)) == 1
-
-
-def test_devices_pipes_and_endless_lines_are_refused(tmp_path, monkeypatch):
-    import os
-
-    os.mkfifo(tmp_path / "pipe")
-    for path in ("/dev/zero", "/dev/null", tmp_path / "pipe"):
-        with pytest.raises(UserError, match="it is a device or a pipe"):
-            load_prompts(path)
-    for name in ("x\0y", "x\0y.jsonl"):
-        with pytest.raises(UserError, match=r"no such prompt file|no prompt set"):
-            load_prompts(name)
-    monkeypatch.setattr("diagnostics.support.jsonl.MAX_LINE", 100)
-    (tmp_path / "long.jsonl").write_text('{"text": "' + "a" * 100)
-    with pytest.raises(UserError, match=r"long\.jsonl:1: the line has 100 characters or more"):
-        load_prompts(tmp_path / "long.jsonl")

@@ -1,4 +1,6 @@
+import gzip
 import json
+import os
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -128,6 +130,44 @@ def test_sources_that_are_no_prompt_file(tmp_path):
 def test_numbers_out_of_range_are_refused(arguments):
     with pytest.raises(UserError, match=f"{next(iter(arguments))} is {next(iter(arguments.values()))}: "):
         load_prompts("builtin", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "first", "text": "second"}', 'field "text": is given twice'),
+        ('{"messages": [{"role": "user", "role": "system", "content": "x"}]}', 'field "role": is given twice'),
+        ('{"text": "a", "evidence": [NaN]}', "NaN is no JSON number"),
+        ('{"text": "a"} {"text": "b"}', "not valid JSON"),
+        ('{"text": "a\\ud800"}', "surrogate"),
+    ],
+)
+def test_lines_of_which_json_would_take_a_part_are_refused(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match=f"^{path}:1: .*{message}"):
+        load_prompts(path)
+
+
+def test_compressed_prompts_are_read(tmp_path):
+    path = tmp_path / "prompts.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
+    assert [prompt.text for prompt in load_prompts(path)] == ["a", "b"]
+    assert len(load_prompts(path, max_prompts=1)) == 1
+
+
+def test_devices_pipes_and_endless_lines_are_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", "/dev/null", tmp_path / "pipe"):
+        with pytest.raises(UserError, match="it is a device or a pipe"):
+            load_prompts(path)
+    for name in ("x\0y", "x\0y.jsonl"):
+        with pytest.raises(UserError, match=r"no such prompt file|no prompt set"):
+            load_prompts(name)
+    monkeypatch.setattr("diagnostics.support.jsonl.MAX_LINE", 100)
+    (tmp_path / "long.jsonl").write_text('{"text": "' + "a" * 100)
+    with pytest.raises(UserError, match=r"long\.jsonl:1: the line has 100 characters or more"):
+        load_prompts(tmp_path / "long.jsonl")
 
 
 # --- Sets ---
