@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from diagnostics import UserError, load_model
-from diagnostics.diagnosis.diagnosis import encode_for_diagnosis
 from diagnostics.diagnosis.teacher import observe_teacher
 from diagnostics.finetune import Settings, load_held_out
 from diagnostics.finetune.sources import HELD_OUT
 from diagnostics.finetune.sweeps import sweep_cutoffs
 from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.prompts.encoding import encode_for_diagnosis
 from diagnostics.runs.run import RECOMMENDATION
 from diagnostics.support.console import fail, quiet
 from diagnostics.support.files import write_text
@@ -60,7 +60,7 @@ def _measure(options: argparse.Namespace, tables: dict[str, Path]) -> None:
     stock = load_model(options.model)
     prompts = load_held_out(n_prompts=options.held_out, context_length=options.context_length, only=HELD_OUT)
     decode_tokens = Settings.decode_tokens
-    encoded = encode_for_diagnosis(stock, prompts, decode_tokens)
+    encoded = encode_for_diagnosis(prompts, stock.tokenizer, stock.anatomy.max_positions, decode_tokens)
     teacher = observe_teacher(stock, prompts, decode_tokens=decode_tokens)
     with Progress(console=Console(stderr=True)) as bar:
         for name, table in bar.track(tables.items()):

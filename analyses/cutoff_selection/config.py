@@ -12,11 +12,11 @@ from diagnostics import UserError, load_prompts
 from diagnostics.cutoffs.goals import GOALS
 from diagnostics.cutoffs.recommendation import MAX_KL, Criterion
 from diagnostics.diagnosis.capture import BACKENDS, HOOKS
-from diagnostics.diagnosis.diagnosis import DECODE_TOKENS
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import DTYPES
-from diagnostics.prompts.prompt import MIN_CONTEXT_LENGTH
+from diagnostics.prompts.encoding import DECODE_TOKENS
+from diagnostics.prompts.load import MIN_CONTEXT_LENGTH
 
 RUNS = "runs"
 RATIOS = ("ttft", "tpot", "kv")

@@ -19,7 +19,7 @@ from cutoff_selection.tables import Row, in_order, write_tables
 from diagnostics import LoadedModel, Run, UserError, diagnose, load_model, load_run, recommend
 from diagnostics.cutoffs.savings import LENGTHS
 from diagnostics.models.embedded import EMBEDDED_MODEL, embedded_model_folder
-from diagnostics.models.identity import tokenizer_digest
+from diagnostics.prompts.digests import tokenizer_digest
 from diagnostics.runs.run import MANIFEST, RECOMMENDATION, read_manifest
 from diagnostics.support.console import progress
 from diagnostics.support.files import write_sealed

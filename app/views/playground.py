@@ -10,13 +10,14 @@ from dashboard.playing import Played, marked, play, playground_model, text_html
 from dashboard.state import current_entry, md, open_run, saved_recommendation
 from diagnostics.cli.options import MODEL_HELP
 from diagnostics.generation.differences import marked_text, same_start
+from diagnostics.generation.inputs import encode_input
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import DTYPES, LoadedModel
 from diagnostics.policies import parse_policy
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
-from diagnostics.prompts.encoding import encode_input, encode_prompt
-from diagnostics.prompts.prompt import load_prompts
+from diagnostics.prompts.encoding import encode_prompt
+from diagnostics.prompts.load import load_prompts
 from diagnostics.support.errors import UserError
 
 MOST_POLICIES = 3

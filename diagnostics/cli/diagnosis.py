@@ -174,7 +174,7 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
     if a["resume"] and a["out"] is None:
         raise UserError("--resume needs --out: the folder of the run to continue")
     out = a["out"] or new_folder(a["model"])
-    from diagnostics.prompts.prompt import load_prompts
+    from diagnostics.prompts.load import load_prompts
     from diagnostics.runs.run import require_place
 
     claim(out)

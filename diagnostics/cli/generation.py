@@ -60,8 +60,8 @@ def generate(
     import torch
 
     from diagnostics.generation.generation import generate as run_generation
+    from diagnostics.generation.inputs import encode_input
     from diagnostics.policies.full import FullPolicy
-    from diagnostics.prompts.encoding import encode_input
 
     chosen.check(lm.anatomy)
     ids = encode_input(lm, text, system=system, chat=chat, max_new_tokens=max_new_tokens)

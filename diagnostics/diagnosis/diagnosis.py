@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,10 +18,12 @@ from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Measured, PromptContext
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.diagnosis.self_test import require_measurable
-from diagnostics.models.identity import inputs_digest
+from diagnostics.diagnosis.teacher import Teacher
 from diagnostics.models.loading import LoadedModel
-from diagnostics.prompts.encoding import EncodedPrompt, encode_prompts, token_texts
+from diagnostics.prompts.digests import inputs_digest
+from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
+from diagnostics.prompts.token_text import token_texts
 from diagnostics.runs.parts import merge
 from diagnostics.runs.run import Run, RunWriter
 from diagnostics.runs.schema import SCHEMA_VERSION, Tables
@@ -32,10 +34,6 @@ from diagnostics.support.errors import UserError
 from diagnostics.support.locks import one_writer
 from diagnostics.support.versions import hardware, versions
 
-if TYPE_CHECKING:
-    from diagnostics.diagnosis.teacher import Teacher  # which needs this module
-
-DECODE_TOKENS = 48
 DETAIL_PROMPTS = 7
 
 Progress = Callable[[int, int, str], None]
@@ -55,7 +53,7 @@ def diagnose(
     self_test: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
-    teacher: "Teacher | None" = None,
+    teacher: Teacher | None = None,
     progress: Progress | None = None,
     arguments: dict[str, Any] | None = None,
 ) -> Run:
@@ -113,7 +111,7 @@ def diagnose(
     capture = make_capture(backend, lm, remote)
     with testing(self_test and not skipped()):
         proof = require_measurable(lm, capture)
-    encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
+    encoded = encode_for_diagnosis(prompts, lm.tokenizer, lm.anatomy.max_positions, decode_tokens)
     if teacher is not None:
         teacher.require_prompts(encoded, decode_tokens)
         encoded = [replace(prompt, reference_ids=teacher.references[prompt.prompt_id]) for prompt in encoded]
@@ -285,22 +283,13 @@ def _detail_tables(
     return {"tokens": tokens, "lens": shown}
 
 
-def encode_for_diagnosis(lm: LoadedModel, prompts: PromptSet, decode_tokens: int) -> list[EncodedPrompt]:
-    """Encode prompts so that they leave room for the decode tokens within the model's positions."""
-    limit = lm.anatomy.room(decode_tokens)
-    if limit is not None and limit < 1:
-        positions = lm.anatomy.max_positions
-        raise UserError(f"{decode_tokens} decode tokens leave no room in the {positions} positions of {lm.name!r}")
-    return encode_prompts(prompts, lm.tokenizer, limit=limit, max_reference_tokens=decode_tokens)
-
-
 def _manifest(
     lm: LoadedModel,
     prompts: PromptSet,
     encoded: Sequence[EncodedPrompt],
     capture: Capture,
     numbers: dict[str, int],
-    teacher: "Teacher | None",
+    teacher: Teacher | None,
     proof: Proof,
 ) -> dict[str, Any]:
     """Say what this run is. ``identity`` is what a resumed run must share for its numbers to be the same."""

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from diagnostics.diagnosis.capture.hooks import HooksCapture
-from diagnostics.diagnosis.diagnosis import DECODE_TOKENS, encode_for_diagnosis
 from diagnostics.models.loading import LoadedModel
-from diagnostics.prompts.encoding import EncodedPrompt
+from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.support.errors import UserError
 
@@ -49,7 +48,7 @@ def observe_teacher(
     """
     capture = HooksCapture(lm)
     asked, references, logits = {}, {}, {}
-    encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
+    encoded = encode_for_diagnosis(prompts, lm.tokenizer, lm.anatomy.max_positions, decode_tokens)
     for index, prompt in enumerate(encoded):
         if progress:
             progress(index, len(encoded), prompt.prompt_id)

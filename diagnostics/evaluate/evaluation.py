@@ -19,10 +19,10 @@ from diagnostics.evaluate.item_answers import answer, token_ids
 from diagnostics.evaluate.items import Task
 from diagnostics.evaluate.sandbox import isolation
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
-from diagnostics.models.identity import tokens_digest
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
+from diagnostics.prompts.digests import tokens_digest
 from diagnostics.support.errors import UserError
 from diagnostics.support.locks import one_writer
 from diagnostics.support.versions import hardware, versions

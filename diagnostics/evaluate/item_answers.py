@@ -15,11 +15,11 @@ from diagnostics.generation.generation import decode, end_tokens, outgrown
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
 from diagnostics.policies.base import Policy
+from diagnostics.prompts.encoding import encode_messages
+from diagnostics.prompts.token_text import Continuation
 from diagnostics.support.errors import UserError
 
 Row = dict[str, Any]
-# Tokens of the context that say how the first token after them is written.
-LEAD_TOKENS = 4
 
 
 def answer(
@@ -111,26 +111,7 @@ def _score(task: Task, item: GenerationItem, text: str) -> float:
     return score_answer(task.metric, text, item.answers)
 
 
-class Continuation:
-    """Text of tokens that follow a context: some tokenizers leave out the space before a word that begins a text."""
-
-    def __init__(self, tokenizer: Any, context: Sequence[int]) -> None:
-        self.tokenizer, self.before = tokenizer, list(context[-LEAD_TOKENS:])
-        self.lead = self._decode(self.before)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Return what the tokens add to the context's text."""
-        whole = self._decode([*self.before, *ids])
-        # The last token before may be part of a character that these tokens end.
-        return whole[len(self.lead) :] if whole.startswith(self.lead) else self._decode(ids)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
 def _encode(lm: LoadedModel, context: Context, chat: bool) -> Encoded:
     if not chat:
         return encode_context(lm.tokenizer, context, special=True)
-    from diagnostics.prompts.encoding import encode_messages
-
     return Encoded((), encode_messages([{"role": "user", "content": context.text}], lm.tokenizer))

@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from diagnostics.evaluate.scoring import Encoded, score
 from diagnostics.models.embedded import EMBEDDED_MODEL
-from diagnostics.models.identity import tokenizer_digest
 from diagnostics.models.loading import LoadedModel, load_model
 from diagnostics.policies import parse_policy
 from diagnostics.policies.base import Policy, require_whole
 from diagnostics.policies.full import FullPolicy
 from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.prompts.digests import tokenizer_digest
 from diagnostics.support.errors import UserError
 from diagnostics.support.sameness import difference
 from diagnostics.support.versions import versions

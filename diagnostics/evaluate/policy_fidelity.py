@@ -9,13 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diagnostics.diagnosis.diagnosis import encode_for_diagnosis
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, prefill_context
 from diagnostics.generation.generation import decode, generate
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
-from diagnostics.prompts.encoding import EncodedPrompt
+from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.support.divergence import kl_divergence, log_probabilities, reported
 from diagnostics.support.errors import UserError
@@ -29,7 +28,7 @@ def fidelity(
     prompts: PromptSet,
     policies: Sequence[Policy],
     *,
-    decode_tokens: int = 48,
+    decode_tokens: int = DECODE_TOKENS,
     chunk_size: int | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -62,7 +61,7 @@ def fidelity(
         raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
     for policy in policies:
         policy.check(lm.anatomy)
-    encoded = encode_for_diagnosis(lm, prompts, decode_tokens)
+    encoded = encode_for_diagnosis(prompts, lm.tokenizer, lm.anatomy.max_positions, decode_tokens)
     rows = []
     for index, prompt in enumerate(encoded):
         if progress:

@@ -19,11 +19,11 @@ from diagnostics.prompts.builtin import (
     VARIABLES,
     VERBS,
     assignments,
-    documentation,
 )
 from diagnostics.prompts.encoding import encode_prompt
 from diagnostics.prompts.inserts import Insert
 from diagnostics.prompts.prompt import PLACEHOLDER, Prompt
+from diagnostics.prompts.standard_library import documentation
 from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from diagnostics.finetune.conversations import Conversation
 from diagnostics.finetune.examples import IGNORED
+from diagnostics.prompts import chat_template
 from diagnostics.prompts.chat_template import Span, find_contents, refuse_control_tokens
 from diagnostics.prompts.prompt import Message
 from diagnostics.support.errors import UserError
@@ -118,13 +119,7 @@ def _render(
 ) -> str:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: conversations need one")
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
-    except Exception as error:  # templates are programs of the tokenizer's author and raise what they like
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"conversation {conversation.id!r}: the chat template refuses its messages ({reason})"
-        ) from error
+    return chat_template.apply(f"conversation {conversation.id!r}", tokenizer, messages, opening=opening)
 
 
 def _refusal(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, what: str) -> UserError:

@@ -13,6 +13,7 @@ from diagnostics.finetune.chat_tokens import encode_conversation
 from diagnostics.finetune.conversations import Conversation
 from diagnostics.finetune.examples import IGNORED, Counts, Example
 from diagnostics.generation.generation import end_tokens, generate
+from diagnostics.models.positions import prompt_room
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.encoding import PromptTooLong, encode_prompt
 from diagnostics.prompts.prompt import PromptSet
@@ -74,7 +75,8 @@ def with_answers(
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}: give 1 or more")
     lengths = [length for length in (max_length, lm.anatomy.max_positions) if length is not None]
-    limit = min(lengths) - max_new_tokens if lengths else None
+    # One more than in generation: training runs the last token of an answer too.
+    limit = prompt_room(min(lengths, default=None), max_new_tokens + 1)
     if limit is not None and limit < 1:
         raise UserError(f"{max_new_tokens} new tokens leave no room for a prompt in {min(lengths)}")
     openings = (

@@ -17,8 +17,9 @@ from diagnostics.finetune.examples import Counts, Example
 from diagnostics.finetune.own_answers import with_answers
 from diagnostics.finetune.training_prompts import training_prompts
 from diagnostics.prompts.builtin import builtin_prompts
-from diagnostics.prompts.prompt import FILE_FIELDS as PROMPT_FIELDS
-from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
+from diagnostics.prompts.load import FILE_FIELDS as PROMPT_FIELDS
+from diagnostics.prompts.load import load_prompts
+from diagnostics.prompts.prompt import Prompt, PromptSet
 from diagnostics.support.errors import UserError
 from diagnostics.support.jsonl import read_records
 

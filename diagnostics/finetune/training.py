@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from diagnostics.cutoffs.recommendation import Criterion, recommend
-from diagnostics.diagnosis.diagnosis import diagnose, encode_for_diagnosis
+from diagnostics.diagnosis.diagnosis import diagnose
 from diagnostics.diagnosis.teacher import Teacher, observe_teacher
 from diagnostics.finetune.card import model_card
 from diagnostics.finetune.example_encoding import collate
@@ -34,9 +34,9 @@ from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sources import Source
 from diagnostics.finetune.trainer import SpeedTrainer
 from diagnostics.finetune.watch import Progress, Watch
-from diagnostics.models.identity import inputs_digest, tokenizer_digest
 from diagnostics.models.loading import LoadedModel
-from diagnostics.prompts.encoding import EncodedPrompt
+from diagnostics.prompts.digests import inputs_digest, tokenizer_digest
+from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.runs.run import RECOMMENDATION, reporting
 from diagnostics.support.errors import UserError
@@ -100,7 +100,7 @@ def finetune(
     if settings.method == "lora":
         require_peft()
     # What is wrong with prompts and numbers is said before any work.
-    encoded = encode_for_diagnosis(lm, held_out, settings.decode_tokens)
+    encoded = encode_for_diagnosis(held_out, lm.tokenizer, lm.anatomy.max_positions, settings.decode_tokens)
     source.make(lm, source.n_parts)  # no row is in this part
     folder = FineTuningFolder(Path(out), _manifest(lm, source, held_out, encoded, settings, arguments), resume=resume)
     if folder.complete:

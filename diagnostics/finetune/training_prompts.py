@@ -10,8 +10,9 @@ from dataclasses import replace
 from itertools import zip_longest
 from random import Random
 
-from diagnostics.prompts.builtin import CHARACTERS_PER_TOKEN, ask, builtin_prompts, documentation, source_code
+from diagnostics.prompts.builtin import CHARACTERS_PER_TOKEN, ask, builtin_prompts
 from diagnostics.prompts.prompt import Prompt
+from diagnostics.prompts.standard_library import documentation, source_code
 
 READING = (
     "Copy the first sentence of the text word for word.",

@@ -7,6 +7,7 @@ from diagnostics.support.lazy import find_on_demand
 if TYPE_CHECKING:
     from diagnostics.generation.benchmarks import Benchmark, benchmark, load_benchmark
     from diagnostics.generation.generation import Generation, decode, generate, prefill
+    from diagnostics.generation.inputs import encode_input
 
 _HOMES = {
     "benchmarks": (
@@ -20,6 +21,7 @@ _HOMES = {
         "generate",
         "prefill",
     ),
+    "inputs": ("encode_input",),
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Generation",
     "benchmark",
     "decode",
+    "encode_input",
     "generate",
     "load_benchmark",
     "prefill",

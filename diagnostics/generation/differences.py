@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from diagnostics.prompts.encoding import token_texts
+from diagnostics.prompts.token_text import token_texts
 
 Marked = list[tuple[str, bool]]
 

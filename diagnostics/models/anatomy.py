@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from diagnostics.models.libraries import is_compiled
+from diagnostics.models.positions import prompt_room
 from diagnostics.support.errors import UserError
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
@@ -55,8 +56,8 @@ class Anatomy:
     expert_share: float = 1.0
 
     def room(self, n_new: int) -> int | None:
-        """Prompt tokens that fit with ``n_new`` more, the last of which is predicted and never run; None: no limit."""
-        return None if self.max_positions is None else self.max_positions - max(n_new - 1, 0)
+        """Prompt tokens that fit with ``n_new`` tokens after them; see `prompt_room`."""
+        return prompt_room(self.max_positions, n_new)
 
     def window(self, layer: int) -> int | None:
         """Width of a layer's sliding window in positions, None where it sees everything."""

@@ -6,6 +6,8 @@ Recognised by where their classes come from, so that no library is imported for 
 import copy
 from typing import Any
 
+# What adapters call the module that they were put around.
+WRAPPED = ("base_layer", "original_module")
 TRANSFORMERS, TRANSFORMER_LENS, NNSIGHT = "transformers", "transformer-lens", "nnsight"
 
 
@@ -43,3 +45,11 @@ def twin(model: Any) -> Any:
     """Copy a model's modules and share its weights: libraries that change modules in place get their own."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def plain_name(name: str) -> str:
+    """Name a tensor as the plain model does: bridges and adapters put components of their own in between."""
+    name = name.replace("_original_component.", "")
+    for inner in WRAPPED:
+        name = name.replace(f".{inner}.", ".")
+    return name

@@ -1,4 +1,4 @@
-"""Prompts: reading them, making the built-in ones, and turning them into tokens."""
+"""Prompts: reading them, generating the built-in ones, and encoding them as tokens."""
 
 from typing import TYPE_CHECKING
 
@@ -6,19 +6,17 @@ from diagnostics.support.lazy import find_on_demand
 
 if TYPE_CHECKING:
     from diagnostics.prompts.builtin import builtin_prompts
-    from diagnostics.prompts.encoding import EncodedPrompt, encode_input
-    from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
+    from diagnostics.prompts.encoding import EncodedPrompt
+    from diagnostics.prompts.load import load_prompts
+    from diagnostics.prompts.prompt import Prompt, PromptSet
 
 _HOMES = {
     "builtin": ("builtin_prompts",),
-    "encoding": (
-        "EncodedPrompt",
-        "encode_input",
-    ),
+    "encoding": ("EncodedPrompt",),
+    "load": ("load_prompts",),
     "prompt": (
         "Prompt",
         "PromptSet",
-        "load_prompts",
     ),
 }
 
@@ -27,7 +25,6 @@ __all__ = [
     "Prompt",
     "PromptSet",
     "builtin_prompts",
-    "encode_input",
     "load_prompts",
 ]
 

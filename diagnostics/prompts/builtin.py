@@ -1,26 +1,21 @@
-"""The built-in prompts: seven kinds of task over long real text, made on the spot for any context length.
+"""The built-in prompts: seven kinds of task over long real text, generated for any context length.
 
-The text is what every Python has with it: the language reference of ``pydoc``, and the source of the standard
-library. Documents are made longer than any tokenizer needs, to be cut to measure when they are encoded. What
-a task depends on is *inserted* and survives the cut; without any document every prompt is below 256 tokens.
+The text is what every Python brings along (`diagnostics.prompts.standard_library`). Documents are longer than any
+tokenizer needs, and are cut when they are encoded. What a task depends on is *inserted* and survives the cut; without
+any document every prompt is below 256 tokens.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from importlib import import_module
 from itertools import pairwise
-from pydoc_data.topics import topics
 from random import Random
 from typing import Literal
 
 from diagnostics.prompts.inserts import Insert
 from diagnostics.prompts.prompt import PLACEHOLDER, Prompt
+from diagnostics.prompts.standard_library import documentation, reference_topics, source_code
 from diagnostics.support.errors import UserError
 
 PROMPTS_PER_CATEGORY = 4
@@ -56,9 +51,9 @@ def builtin_prompts(context_length: int, *, seed: int = 0, max_prompts: int | No
 
 def question(rng: Random, number: int, size: int) -> Prompt:
     """A question that one paragraph of the language reference answers, which stands at a known depth."""
-    known = [topic for topic in QUESTIONS if topic in _reference()]  # not the same in all versions of Python
+    known = [topic for topic in QUESTIONS if topic in reference_topics()]  # not the same in all versions of Python
     topic = rng.choice(known[number::PROMPTS_PER_CATEGORY])
-    title, paragraph = _reference()[topic].split("\n\n")[:2]
+    title, paragraph = reference_topics()[topic].split("\n\n")[:2]
     return ask(
         "Read this part of the Python reference.",
         f'Question: according to the section "{title}" above, {QUESTIONS[topic]} Answer in your own words.',
@@ -243,20 +238,6 @@ PEOPLE = (
     "Lucia",
 )
 
-# Modules of the standard library with many functions of moderate length.
-MODULES = (
-    "copy",
-    "difflib",
-    "dis",
-    "functools",
-    "glob",
-    "heapq",
-    "inspect",
-    "shutil",
-    "statistics",
-    "traceback",
-)
-
 
 # --- Parts ---
 
@@ -318,50 +299,3 @@ def _word_problem(rng: Random) -> tuple[str, str]:
         f"{who} shares {few * many} {things} equally among {few} friends. How many does each friend get?",
         f"{few * many} / {few} = {many}. Each friend gets {many} {things}.",
     )
-
-
-def documentation(rng: Random, size: int, without: str | None = None) -> str:
-    """``size`` characters of the language reference in random order, but no topic that holds ``without``."""
-    return _fill(rng, [text for text in _reference().values() if without is None or without not in text], size)
-
-
-def source_code(rng: Random, size: int) -> str:
-    """``size`` characters of functions of the standard library, in random order."""
-    # A Python without source files still has its reference.
-    return _fill(rng, _library() or list(_reference().values()), size)
-
-
-def _fill(rng: Random, texts: list[str], size: int) -> str:
-    """``size`` characters of the texts in random order, over and over if need be."""
-    once = "\n\n".join(rng.sample(texts, len(texts))) + "\n\n"
-    return (once * (size // len(once) + 1))[:size]
-
-
-@cache
-def _reference() -> dict[str, str]:
-    """The topics of the language reference as running text: no tables, no lines broken by hand."""
-    return {name: _running_text(topics[name]) for name in sorted(topics)}
-
-
-def _running_text(text: str) -> str:
-    text = re.sub(r"^(?:[*=\-~^]{3,}|\s*[|+].*)$", "", text, flags=re.MULTILINE)  # underlines of titles, tables
-    text = re.sub(r"(?<=\w-)\n(?=\w)", "", text)  # a word broken at its hyphen
-    # Lines of a paragraph or of a list item belong together; an indented line stays: it may be code.
-    text = re.sub(r"(?<=\S)\n(?=[^\s*+-]|[*+-]\S)", " ", text)
-    text = re.sub(r"(?<=[.!?])  (?=\S)", " ", text)
-    return re.sub(r"\n\s*\n", "\n\n", text).strip()
-
-
-@cache
-def _library() -> list[str]:
-    """The functions of some modules of the standard library, as source."""
-    functions: list[str] = []
-    for name in MODULES:
-        try:
-            source = inspect.getsource(import_module(name))
-        except OSError:  # installed without source files
-            continue
-        lines = source.splitlines()
-        nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-        functions += ["\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes]
-    return [function for function in functions if len(function) < 2500]

@@ -8,7 +8,7 @@ more with a short word in place of every content, which shows where contents go,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,15 +104,25 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted(special - {getattr(tokenizer, "unk_token", None)}, key=len, reverse=True)
 
 
-def _apply(subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], as_parts: bool) -> str:
-    given: list[Any] = list(messages)
-    if as_parts:
-        given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+def apply(
+    subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, opening: bool = True
+) -> str:
+    """Write messages as the tokenizer's chat template does, with its generation prompt unless ``opening`` is off.
+
+    Raises UserError where the template refuses them; nothing is said of whether it wrote all of them, see `render`.
+    """
     try:
-        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
     except Exception as error:  # templates are programs of the tokenizer's author and raise what they like
         reason = " ".join(str(error).split())
         raise UserError(f"{subject}: the chat template refuses its messages ({reason})") from error
+
+
+def _apply(subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], as_parts: bool) -> str:
+    given: list[Mapping[str, Any]] = list(messages)
+    if as_parts:
+        given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return apply(subject, tokenizer, given)
 
 
 def _matched(skeleton: str, messages: Sequence[Message], text: str) -> list[Span] | None:

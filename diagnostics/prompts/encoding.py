@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from diagnostics.prompts.chat_template import Rendered, Span, refuse_control_tokens, render
-from diagnostics.prompts.prompt import Message, Prompt, PromptSet, escaped
+from diagnostics.models.positions import prompt_room
+from diagnostics.prompts.chat_template import Span, refuse_control_tokens, render
+from diagnostics.prompts.document_cut import cut_points, longest_fit
+from diagnostics.prompts.evidence import evidence_spans
+from diagnostics.prompts.prompt import Message, Prompt, PromptSet
+from diagnostics.prompts.tokenized import Tokenized, joined, tokenize
 from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from diagnostics.models.loading import LoadedModel
+# Reference tokens per prompt of a diagnosis, unless asked for otherwise.
+DECODE_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,19 @@ class PromptTooLong(UserError):
             else "shorten it, decode fewer tokens, or take a model with more positions"
         )
         super().__init__(f"prompt {prompt.id!r} has {needed} tokens{even}, but {allowed} fit: {advice}")
+
+
+def encode_for_diagnosis(
+    prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, positions: int | None, decode_tokens: int = DECODE_TOKENS
+) -> list[EncodedPrompt]:
+    """Encode prompts so that they leave room for the decode tokens within a model's positions (None: no limit).
+
+    Raises UserError if there is no room for any prompt, and for what `encode_prompts` refuses.
+    """
+    limit = prompt_room(positions, decode_tokens)
+    if limit is not None and limit < 1:
+        raise UserError(f"{decode_tokens} decode tokens leave no room in the {positions} positions of the model")
+    return encode_prompts(prompts, tokenizer, limit=limit, max_reference_tokens=decode_tokens)
 
 
 def encode_prompts(
@@ -146,20 +159,20 @@ def encode_prompt(
         for data in (prompt.document, *(insert.text for insert in prompt.inserts)):
             refuse_control_tokens(subject, tokenizer, "the document", data)
 
-    def encode(document: str) -> _Tokens:
+    def encode(document: str) -> Tokenized:
         content = prompt.fill(document)
         if not isinstance(content, str):
-            rendered = render(subject, tokenizer, content) if chat else _join(content)
+            rendered = render(subject, tokenizer, content) if chat else joined(content)
             if chat:
-                return _tokenize(tokenizer, rendered.text, special=False, contents=rendered.contents)
-            return _tokenize(tokenizer, rendered.text, special=True, contents=rendered.contents)
+                return tokenize(tokenizer, rendered.text, special=False, contents=rendered.contents)
+            return tokenize(tokenizer, rendered.text, special=True, contents=rendered.contents)
         # A text that begins with BoS brings its special tokens itself; a second BoS would be one too many.
         written = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
-        return _tokenize(tokenizer, content, special=not written)
+        return tokenize(tokenizer, content, special=not written)
 
     allowed = min((n for n in (limit, context_length) if n is not None), default=None)
-    cuts = _cut_points(prompt)
-    size, tokens = _longest(cuts, lambda size: encode(prompt.document[:size]), allowed)
+    cuts = cut_points(prompt)
+    size, tokens = longest_fit(cuts, lambda size: encode(prompt.document[:size]), allowed)
     if allowed is not None and len(tokens.ids) > allowed:
         raise PromptTooLong(prompt, len(tokens.ids), allowed, context_length)
     if tokenizer.bos_token_id is not None and tokens.ids[:2] == (tokenizer.bos_token_id,) * 2:
@@ -176,116 +189,16 @@ def encode_prompt(
         category=prompt.category,
         token_ids=tokens.ids,
         reference_ids=_reference_ids(prompt, tokenizer, max_reference_tokens, notes),
-        evidence=_evidence(prompt, tokens, notes),
+        evidence=evidence_spans(prompt, tokens, notes),
         text=tokens.text,
         has_bos=tokenizer.bos_token_id is not None and tokens.ids[0] == tokenizer.bos_token_id,
         notes=tuple(notes),
     )
 
 
-# --- Text and tokens ---
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A text, its tokens, the characters of each (None if unknown), and how many tokens were left out.
-
-    ``contents`` are the characters that the prompt's author wrote: the rest is the chat template's.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    offsets: Sequence[Span] | None
-    stripped: int
-    contents: tuple[Span, ...]
-
-
 def encode_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Encode messages as they are through the tokenizer's chat template; raise UserError where it refuses them."""
-    return _tokenize(tokenizer, render("the prompt", tokenizer, messages).text, special=False).ids
-
-
-def encode_input(
-    lm: LoadedModel, text: str, *, system: str | None = None, chat: bool | None = None, max_new_tokens: int = 0
-) -> Tensor:
-    """Return the token ids of a text to generate from, int64 [1, tokens], on the model's device.
-
-    ``chat`` says whether to make it a user message of the chat template; by default where there is one. Raises
-    UserError for a chat template that is missing, and where the tokens and the new ones exceed the model's positions.
-    """
-    templated = bool(getattr(lm.tokenizer, "chat_template", None))
-    if chat and not templated:
-        raise UserError(f"model {lm.name!r} has no chat template: use --text")
-    if chat is False or not templated:
-        if system is not None:
-            raise UserError("--system needs a chat template")
-        tokens = encode_prompt(Prompt(id="prompt", text=escaped(text)), lm.tokenizer).token_ids
-    else:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        tokens = encode_messages([*messages, {"role": "user", "content": text}], lm.tokenizer)
-    room = lm.anatomy.room(max_new_tokens)
-    if room is not None and len(tokens) > room:
-        raise UserError(
-            f"the prompt has {len(tokens)} tokens; with {max_new_tokens} new ones they exceed the "
-            f"{lm.anatomy.max_positions} positions of {lm.name!r}"
-        )
-    return torch.tensor([tokens], device=lm.device)
-
-
-def token_texts(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False
-) -> list[str]:
-    """Return the text that each token adds: joined they are the decoded text.
-
-    A character made of several tokens comes with the last of them, and the others add "".
-    """
-    texts: list[str] = []
-    begun = shown = 0  # decoded is ids[begun:], of which the text of ids[begun:shown] has been given out
-    for end in range(1, len(ids) + 1):
-        given, now = (
-            tokenizer.decode(
-                ids[begun:stop], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-            for stop in (shown, end)
-        )
-        if now.endswith("\ufffd") and end < len(ids):
-            texts.append("")
-            continue
-        texts.append(now[len(given) :])
-        # The tokens given out last stay in view: spaces depend on what is before.
-        begun, shown = shown, end
-    return texts
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: str, special: bool, contents: tuple[Span, ...] | None = None
-) -> _Tokens:
-    output = tokenizer(
-        text,
-        add_special_tokens=special,
-        truncation=False,
-        padding=False,
-        return_special_tokens_mask=True,
-        return_offsets_mapping=tokenizer.is_fast,
-        verbose=False,  # whether a long text fits the model is checked here, not there
-    )
-    ids: list[int] = output["input_ids"]
-    added = output["special_tokens_mask"]
-    stop = len(ids)
-    # The mask marks what the tokenizer added by itself; if that is all there is, nothing of the text is left.
-    while special and stop and added[stop - 1]:
-        stop -= 1
-    contents = ((0, len(text)),) if contents is None else contents
-    return _Tokens(text, tuple(ids[:stop]), output.get("offset_mapping"), len(ids) - stop, contents)
-
-
-def _join(messages: Sequence[Message]) -> Rendered:
-    text, contents = "", []
-    for message in messages:
-        text += f"{message['role']}: "
-        contents.append((len(text), len(text) + len(message["content"])))
-        text += f"{message['content']}\n\n"
-    return Rendered(f"{text}assistant:", tuple(contents))
+    return tokenize(tokenizer, render("the prompt", tokenizer, messages).text, special=False).ids
 
 
 def _reference_ids(
@@ -293,99 +206,9 @@ def _reference_ids(
 ) -> tuple[int, ...] | None:
     if prompt.reference is None:
         return None
-    ids = _tokenize(tokenizer, prompt.reference, special=False).ids
+    ids = tokenize(tokenizer, prompt.reference, special=False).ids
     if not ids:
         raise UserError(f"prompt {prompt.id!r}: the reference has no tokens; leave it out or write one")
     if max_tokens is not None and len(ids) > max_tokens:
         notes.append(f"reference cut from {len(ids)} to {max_tokens} tokens")
     return ids[:max_tokens]
-
-
-# --- The cut ---
-
-# A run of 40 characters without white space (Chinese, an address, a table) is cut anywhere from there on.
-_CUTS = {
-    "word": re.compile(r"\s+|(?<=\S{40})"),
-    "line": re.compile(r"\n+"),
-    "paragraph": re.compile(r"\n\s*\n"),
-}
-_LONGEST_TOKEN = 128  # characters; few tokenizers have one that is longer
-
-
-def _cut_points(prompt: Prompt) -> list[int]:
-    """The sizes, in characters, that the document may be cut to: from 0 to all of it."""
-    ends = (match.start() for match in _CUTS[prompt.cut].finditer(prompt.document))
-    return sorted({0, *ends, len(prompt.document)})
-
-
-def _longest(sizes: Sequence[int], encode: Callable[[int], _Tokens], allowed: int | None) -> tuple[int, _Tokens]:
-    """The longest of ``sizes`` that encodes to ``allowed`` tokens, or nearly so; the first, if none does.
-
-    Tokens are nearly proportional to characters, so interpolation finds the place in a few encodings; every
-    third step is a bisection, which bounds their number where it is not so.
-    """
-    if allowed is None:
-        return sizes[-1], encode(sizes[-1])
-    low, high = 0, len(sizes)  # sizes[low] fits; sizes[high] does not, or does not exist
-    best = encode(sizes[0])
-    rate, step = 0.25, 0  # tokens per character
-    slack = max(2, allowed // 200)
-    while high - low > 1 and len(best.ids) <= allowed - slack:
-        step += 1
-        wanted = sizes[low] + (allowed - len(best.ids) - slack / 2) / rate
-        middle = (low + high) // 2 if step % 3 == 0 else bisect_right(sizes, wanted) - 1
-        middle = min(max(middle, low + 1), high - 1)
-        tokens = encode(sizes[middle])
-        rate = max((len(tokens.ids) - len(best.ids)) / (sizes[middle] - sizes[low]), 1e-3)
-        if len(tokens.ids) <= allowed:
-            low, best = middle, tokens
-        else:
-            high = middle
-    rest = sizes[-1] - sizes[low]
-    if high == len(sizes) and 0 < rest <= _LONGEST_TOKEN * (allowed - len(best.ids)):
-        # The tolerance must not cut a document that fits whole.
-        tokens = encode(sizes[-1])
-        if len(tokens.ids) <= allowed:
-            return sizes[-1], tokens
-    return sizes[low], best
-
-
-# --- Evidence ---
-
-
-def _evidence(prompt: Prompt, tokens: _Tokens, notes: list[str]) -> tuple[Span, ...]:
-    """Token spans of the evidence, merged where they touch."""
-    if not prompt.evidence:
-        return ()
-    if tokens.offsets is None:
-        notes.append("evidence not used: the tokenizer cannot tell the characters of a token")
-        return ()
-    found = [_occurrences(tokens, span) if isinstance(span, str) else [span] for span in prompt.evidence]
-    if lost := sum(not places for places in found):
-        notes.append(f"{lost} of {len(found)} evidence strings are not in the prompt as encoded")
-    marked = bytearray(len(tokens.text))
-    for start, stop in {place for places in found for place in places}:
-        marked[start:stop] = b"\1" * (stop - start)
-    return tuple(_runs([marked.find(1, *offset) >= 0 for offset in tokens.offsets[: len(tokens.ids)]]))
-
-
-def _occurrences(tokens: _Tokens, part: str) -> list[Span]:
-    """Where a string stands in what the author wrote, overlapping ones included."""
-    places = []
-    for start, stop in tokens.contents:
-        at = tokens.text.find(part, start, stop)
-        while at >= 0:
-            places.append((at, at + len(part)))
-            at = tokens.text.find(part, at + 1, stop)
-    return places
-
-
-def _runs(flags: Sequence[bool]) -> list[Span]:
-    """The half-open ranges where ``flags`` are true."""
-    runs: list[Span] = []
-    for index, flag in enumerate(flags):
-        if flag and runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        elif flag:
-            runs.append((index, index + 1))
-    return runs

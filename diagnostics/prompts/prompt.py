@@ -1,4 +1,4 @@
-"""What is asked of a model: prompts, sets of prompts, and the JSONL files they come from.
+"""What is asked of a model: a prompt, and a set of prompts.
 
 A prompt may hold a long *document* at the mark ``{document}``. The document is what gives way when a prompt
 is too long: it is cut at its end, while everything around it and everything inserted into it stays whole.
@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, overload
 
 from diagnostics.prompts.inserts import Insert, place_inserts
-from diagnostics.support.errors import UserError
 from diagnostics.support.fields import check_name, check_text, kind, wrong
-from diagnostics.support.jsonl import read_records
 
 Message = dict[str, str]
 
@@ -28,9 +24,6 @@ PLACEHOLDER = "{document}"
 # The mark, or the mark in a second pair of braces, which stands for the mark's own text.
 _MARKS = re.compile(r"\{\{document\}\}|\{document\}")
 ROLES = ("system", "user", "assistant")
-FILE_FIELDS = ("id", "messages", "text", "document", "reference", "evidence", "category")
-MIN_CONTEXT_LENGTH = 16
-DEFAULT_CONTEXT_LENGTH = 1024
 
 
 def escaped(text: str) -> str:
@@ -135,10 +128,10 @@ class Prompt:
     def _checked_span(self, span: Any, contents: list[str]) -> str | tuple[int, int]:
         if isinstance(span, str):
             if not span or not any(span in content for content in contents):
-                raise wrong("evidence", f"{_shown(span)} does not occur in the prompt")
+                raise wrong("evidence", f"{shown(span)} does not occur in the prompt")
             return span
         if not (isinstance(span, Sequence) and len(span) == 2 and all(type(end) is int for end in span)):
-            raise wrong("evidence", f"{_shown(span)} is neither a string nor a [start, end] pair")
+            raise wrong("evidence", f"{shown(span)} is neither a string nor a [start, end] pair")
         if self.text is None or self.document:
             raise wrong("evidence", '[start, end] is only for "text" without a document: quote it instead')
         if _MARKS.search(self.text):
@@ -187,75 +180,6 @@ class PromptSet(Sequence[Prompt]):
         return digest.hexdigest()
 
 
-def load_prompts(
-    source: str | os.PathLike[str] = "builtin",
-    *,
-    max_prompts: int | None = None,
-    context_length: int | None = None,
-    seed: int = 0,
-) -> PromptSet:
-    """The built-in prompts, or those of a JSONL file.
-
-    Parameters
-    ----------
-    source
-        ``"builtin"``, or the path of a file with one JSON object per line (fields: ``FILE_FIELDS``).
-    max_prompts
-        At most so many, from the start. The built-in set goes round its categories, so any start is balanced.
-    context_length
-        Tokens that every prompt is to stay within, at least 16. The built-in set fills it, 1024 unless given.
-    seed
-        For the built-in set: the same seed and length give the same prompts.
-
-    Raises
-    ------
-    UserError
-        If there is no such set or file, or if a line of it is wrong (the message names file, line and field).
-    """
-    if max_prompts is not None and max_prompts < 1:
-        raise UserError(f"max_prompts is {max_prompts}: ask for at least 1 prompt")
-    if context_length is not None and context_length < MIN_CONTEXT_LENGTH:
-        raise UserError(f"context_length is {context_length}: ask for at least {MIN_CONTEXT_LENGTH} tokens")
-    if source == "builtin":
-        from diagnostics.prompts.builtin import builtin_prompts  # the generators build on this module
-
-        length = DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
-        return PromptSet(builtin_prompts(length, seed=seed, max_prompts=max_prompts), "builtin", length, seed)
-    path = Path(source)
-    return PromptSet(tuple(_read_jsonl(path, max_prompts)), path.name, context_length)
-
-
-# --- The file ---
-
-
-def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
-    if not os.path.lexists(path):
-        if path.suffix or len(path.parts) > 1:
-            raise UserError(f"no such prompt file: {path}")
-        raise UserError(f"no prompt set {str(path)!r}: use 'builtin' or the path of a .jsonl file")
-    prompts: dict[str, Prompt] = {}
-
-    def take(record: dict[str, Any], number: int) -> None:
-        prompt = _parse(record, default_id=f"line-{number}")
-        if prompt.id in prompts:
-            raise wrong("id", f"{_shown(prompt.id)} is already the id of an earlier prompt")
-        prompts[prompt.id] = prompt
-
-    read_records(path, "prompts", take, most=max_prompts)
-    if not prompts:
-        raise UserError(f"{path} has no prompts: write one JSON object per line")
-    return list(prompts.values())
-
-
-def _parse(record: dict[str, Any], default_id: str) -> Prompt:
-    for field in record:
-        if field not in FILE_FIELDS:
-            raise UserError(f"unknown field {_shown(field)}; the fields are {', '.join(FILE_FIELDS)}")
-    # null means "not given", as writers of JSON from tables have it.
-    given = {field: value for field, value in record.items() if value is not None}
-    return Prompt(**{"id": default_id, **given})
-
-
 # --- Checks ---
 
 
@@ -267,7 +191,7 @@ def _checked_messages(messages: Any) -> tuple[Message, ...]:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise wrong("messages", 'every message has exactly "role" and "content"')
         if message["role"] not in ROLES:
-            raise wrong("messages", f"role {_shown(message['role'])} is none of {', '.join(ROLES)}")
+            raise wrong("messages", f"role {shown(message['role'])} is none of {', '.join(ROLES)}")
         checked.append({"role": message["role"], "content": text_of(message["content"])})
     if messages[-1]["role"] != "user":
         raise wrong("messages", 'the last must be from the user; an expected answer belongs in "reference"')
@@ -282,7 +206,7 @@ def text_of(content: Any) -> str:
     if isinstance(content, Sequence) and not isinstance(content, str) and all(isinstance(p, Mapping) for p in content):
         for part in content:
             if part.get("type") != "text":
-                raise wrong("messages", f"a content has a part of type {_shown(part.get('type'))}: only text is served")
+                raise wrong("messages", f"a content has a part of type {shown(part.get('type'))}: only text is served")
             if set(part) != {"type", "text"}:
                 raise wrong("messages", 'a part of type "text" has exactly "type" and "text"')
             if not isinstance(part["text"], str):
@@ -292,6 +216,7 @@ def text_of(content: Any) -> str:
     return str(content)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Write a value as JSON for a message, in 80 characters at most."""
     text = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."

@@ -17,6 +17,7 @@ from torch import nn
 import diagnostics
 from diagnostics.models.converted import cache_folder
 from diagnostics.models.identity import configuration_digest
+from diagnostics.support.digests import json_digest
 from diagnostics.support.files import read_json, write_sealed
 from diagnostics.support.versions import versions
 
@@ -60,7 +61,7 @@ def proofs_folder() -> Path:
 
 def digest_of(key: Mapping[str, Any]) -> str:
     """Return a short digest of a key."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return json_digest(key)[:32]
 
 
 def read_proof(digest: str) -> Proof | None:

@@ -10,10 +10,10 @@ from types import ModuleType
 
 # The paths that README and notebooks of 0.1.0 name; CHANGELOG.md lists the others.
 MOVED = {
-    "diagnostics.benchmark": "diagnostics.generation.benchmarks",
-    "diagnostics.embedded": "diagnostics.models.embedded",
-    "diagnostics.encoding": "diagnostics.prompts.encoding",
-    "diagnostics.savings": "diagnostics.cutoffs.savings",
+    "diagnostics.benchmark": ("diagnostics.generation.benchmarks",),
+    "diagnostics.embedded": ("diagnostics.models.embedded",),
+    "diagnostics.encoding": ("diagnostics.prompts.encoding", "diagnostics.generation.inputs"),
+    "diagnostics.savings": ("diagnostics.cutoffs.savings",),
 }
 
 
@@ -31,10 +31,11 @@ class MovedModules(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the old module the new one's names."""
-        new = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
-        module.__dict__.update({k: v for k, v in vars(import_module(new)).items() if not k.startswith("__")})
+        """Give the old module the names of those that replace it."""
+        homes = MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is now {' and '.join(homes)}", DeprecationWarning, stacklevel=2)
+        for home in homes:
+            module.__dict__.update({k: v for k, v in vars(import_module(home)).items() if not k.startswith("__")})
 
 
 def find_moved() -> None:

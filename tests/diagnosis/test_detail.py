@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from diagnostics import UserError, diagnose, figures, load_prompts
 from diagnostics.generation.differences import differing, marked_text, same_start
-from diagnostics.prompts.encoding import token_texts
+from diagnostics.prompts.token_text import token_texts
 from tests.support.examples import examples
 from tests.support.runs import write_prompts
 from tests.support.tiny import N_LAYERS, tiny_model, tiny_tokenizer

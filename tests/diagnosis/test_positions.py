@@ -6,7 +6,7 @@ import pytest
 from diagnostics import SpeedPolicy, UserError, diagnose
 from diagnostics.evaluate.policy_fidelity import fidelity
 from diagnostics.generation.benchmarks import benchmark
-from diagnostics.prompts.encoding import encode_input
+from diagnostics.generation.inputs import encode_input
 from diagnostics.prompts.prompt import Prompt, PromptSet
 from tests.support.tiny import random_ids, tiny_model
 

@@ -25,7 +25,8 @@ from diagnostics.finetune import (
 )
 from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.encoding import encode_messages, encode_prompts
-from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
+from diagnostics.prompts.load import load_prompts
+from diagnostics.prompts.prompt import Prompt, PromptSet
 from tests.support.tiny import tiny_config
 from tests.support.tokenizers import byte_tokenizer, smollm_tokenizer
 

@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from diagnostics import UserError, load_model, load_run
-from diagnostics.diagnosis.diagnosis import encode_for_diagnosis
 from diagnostics.finetune import (
     Settings,
     Source,
@@ -27,6 +26,7 @@ from diagnostics.finetune import (
     training,
 )
 from diagnostics.finetune.watch import Watch
+from diagnostics.prompts.encoding import encode_for_diagnosis
 from diagnostics.support.files import SUMS, read_json
 from tests.support.examples import mostly_slow
 from tests.support.runs import run_command, save_tiny, write_prompts
@@ -194,7 +194,8 @@ def test_prompts_it_is_measured_on_are_not_trained_on(world, tmp_path, monkeypat
     lm = load_model(world.tiny)
     with pytest.raises(Stop):
         run(world, tmp_path / "out", lm=lm, source=Source(load_data(mixed), "mixed.jsonl", answer_tokens=5))
-    prompts = {prompt.token_ids for prompt in encode_for_diagnosis(lm, load_held_out(world.held_out), 4)}
+    encoded = encode_for_diagnosis(load_held_out(world.held_out), lm.tokenizer, lm.anatomy.max_positions, 4)
+    prompts = {prompt.token_ids for prompt in encoded}
     assert len(trained) == len(data)
     for row in trained:
         assert not any(tuple(row["input_ids"][: len(ids)]) == ids for ids in prompts)

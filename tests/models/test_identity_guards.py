@@ -12,7 +12,8 @@ import torch
 from diagnostics import LoadedModel, SpeedPolicy, UserError, diagnose, load_cache, load_model, prefill, save_cache
 from diagnostics.evaluate import evaluate
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
-from diagnostics.models.identity import ModelIdentity, tokenizer_digest
+from diagnostics.models.identity import ModelIdentity
+from diagnostics.prompts.digests import tokenizer_digest
 from diagnostics.prompts.prompt import Prompt, PromptSet
 from tests.support.tiny import random_ids, tiny_model
 from tests.support.tokenizers import CHAT_TEMPLATE, byte_tokenizer

@@ -9,7 +9,8 @@ import pytest
 
 from diagnostics.prompts.builtin import CATEGORIES, PROMPTS_PER_CATEGORY
 from diagnostics.prompts.encoding import encode_prompts
-from diagnostics.prompts.prompt import Prompt, load_prompts
+from diagnostics.prompts.load import load_prompts
+from diagnostics.prompts.prompt import Prompt
 from tests.support.paths import ROOT
 from tests.support.tokenizers import smollm_tokenizer
 
@@ -52,7 +53,7 @@ def test_the_seed_decides_everything_and_nothing_else_does():
 
 
 def test_another_process_makes_the_same_set():
-    program = "from diagnostics.prompts.prompt import load_prompts; print(load_prompts(context_length=99).fingerprint)"
+    program = "from diagnostics.prompts.load import load_prompts; print(load_prompts(context_length=99).fingerprint)"
     output = subprocess.run(
         [sys.executable, "-c", program],
         env={"PYTHONHASHSEED": "7"},

@@ -5,7 +5,8 @@ from transformers import ByT5Tokenizer
 
 from diagnostics.prompts.encoding import PromptTooLong, encode_prompt, encode_prompts
 from diagnostics.prompts.inserts import Insert
-from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
+from diagnostics.prompts.load import load_prompts
+from diagnostics.prompts.prompt import Prompt, PromptSet
 from diagnostics.support.errors import UserError
 from tests.support.prompts import evidence_texts
 from tests.support.tokenizers import CHAT_TEMPLATE, byte_tokenizer, smollm_tokenizer, word_tokenizer

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics.prompts.inserts import Insert, place_inserts
-from diagnostics.prompts.prompt import Prompt, PromptSet, load_prompts
+from diagnostics.prompts.load import load_prompts
+from diagnostics.prompts.prompt import Prompt, PromptSet
 from diagnostics.support.errors import UserError
 
 USER = [{"role": "user", "content": "Hello"}]

@@ -1,0 +1,81 @@
+"""Sets of prompts by name: the built-in one, and JSONL files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from diagnostics.prompts.builtin import builtin_prompts
+from diagnostics.prompts.prompt import Prompt, PromptSet, shown
+from diagnostics.support.errors import UserError
+from diagnostics.support.fields import wrong
+from diagnostics.support.jsonl import read_records
+
+FILE_FIELDS = ("id", "messages", "text", "document", "reference", "evidence", "category")
+MIN_CONTEXT_LENGTH = 16
+DEFAULT_CONTEXT_LENGTH = 1024
+
+
+def load_prompts(
+    source: str | os.PathLike[str] = "builtin",
+    *,
+    max_prompts: int | None = None,
+    context_length: int | None = None,
+    seed: int = 0,
+) -> PromptSet:
+    """The built-in prompts, or those of a JSONL file.
+
+    Parameters
+    ----------
+    source
+        ``"builtin"``, or the path of a file with one JSON object per line (fields: ``FILE_FIELDS``).
+    max_prompts
+        At most so many, from the start. The built-in set goes round its categories, so any start is balanced.
+    context_length
+        Tokens that every prompt is to stay within, at least 16. The built-in set fills it, 1024 unless given.
+    seed
+        For the built-in set: the same seed and length give the same prompts.
+
+    Raises
+    ------
+    UserError
+        If there is no such set or file, or if a line of it is wrong (the message names file, line and field).
+    """
+    if max_prompts is not None and max_prompts < 1:
+        raise UserError(f"max_prompts is {max_prompts}: ask for at least 1 prompt")
+    if context_length is not None and context_length < MIN_CONTEXT_LENGTH:
+        raise UserError(f"context_length is {context_length}: ask for at least {MIN_CONTEXT_LENGTH} tokens")
+    if source == "builtin":
+        length = DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
+        return PromptSet(builtin_prompts(length, seed=seed, max_prompts=max_prompts), "builtin", length, seed)
+    path = Path(source)
+    return PromptSet(tuple(_read_jsonl(path, max_prompts)), path.name, context_length)
+
+
+def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
+    if not os.path.lexists(path):
+        if path.suffix or len(path.parts) > 1:
+            raise UserError(f"no such prompt file: {path}")
+        raise UserError(f"no prompt set {str(path)!r}: use 'builtin' or the path of a .jsonl file")
+    prompts: dict[str, Prompt] = {}
+
+    def take(record: dict[str, Any], number: int) -> None:
+        prompt = _parse(record, default_id=f"line-{number}")
+        if prompt.id in prompts:
+            raise wrong("id", f"{shown(prompt.id)} is already the id of an earlier prompt")
+        prompts[prompt.id] = prompt
+
+    read_records(path, "prompts", take, most=max_prompts)
+    if not prompts:
+        raise UserError(f"{path} has no prompts: write one JSON object per line")
+    return list(prompts.values())
+
+
+def _parse(record: dict[str, Any], default_id: str) -> Prompt:
+    for field in record:
+        if field not in FILE_FIELDS:
+            raise UserError(f"unknown field {shown(field)}; the fields are {', '.join(FILE_FIELDS)}")
+    # null means "not given", as writers of JSON from tables have it.
+    given = {field: value for field, value in record.items() if value is not None}
+    return Prompt(**{"id": default_id, **given})
