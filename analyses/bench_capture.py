@@ -49,9 +49,8 @@ def run(lm: LoadedModel, variant: str, ids: list[int], captures: dict[str, Captu
     backend, observed = variant.split()
     n_prompt = len(ids) - N_DECODE + 1
     context = PromptContext(Layout(1, n_prompt), lm.anatomy.n_layers, Readout(lm.anatomy), lm.name)
-    observers = [probe(context) for probe in all_probes().values()]
-    if observed == "probes+sweep":
-        observers.append(CutoffSweep(context))
+    probes = [probe for probe in all_probes().values() if probe is not CutoffSweep or observed == "probes+sweep"]
+    observers = [probe(context) for probe in probes]
     # The last reference token is predicted, never an input: any id serves.
     reference = [*ids[n_prompt:], ids[0]]
     captures[backend].run(ids[:n_prompt], reference, observers, n_decode=N_DECODE, n_anchors=1)

@@ -1,29 +1,27 @@
-"""Prompts -> capture -> probes and sweep -> run."""
+"""Prompts -> capture -> probes -> run."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from diagnostics.diagnosis.capture import make_capture
 from diagnostics.diagnosis.observers import Capture, Layout
 from diagnostics.diagnosis.probes import all_probes
-from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
-from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Measured, PromptContext
+from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Probe, PromptContext
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.diagnosis.self_test import require_measurable
+from diagnostics.diagnosis.tables import detail_tables, prompt_tables
 from diagnostics.diagnosis.teacher import Teacher
 from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.digests import inputs_digest
 from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
-from diagnostics.prompts.token_text import token_texts
 from diagnostics.runs.parts import merge
 from diagnostics.runs.run import Run, RunWriter
 from diagnostics.runs.schema import SCHEMA_VERSION, Tables
@@ -108,6 +106,7 @@ def diagnose(
     if detail_prompts < 0:
         raise UserError(f"detail prompts is {detail_prompts}: give 0 or more")
     lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
+    probes = all_probes()
     capture = make_capture(backend, lm, remote)
     with testing(self_test and not skipped()):
         proof = require_measurable(lm, capture)
@@ -121,7 +120,8 @@ def diagnose(
         "lens_positions": lens_positions,
         "detail_prompts": detail_prompts,
     }
-    manifest = _manifest(lm, prompts, encoded, capture, numbers, teacher, proof) | {"arguments": arguments or {}}
+    manifest = _manifest(lm, prompts, encoded, capture, probes, numbers, teacher, proof)
+    manifest |= {"arguments": arguments or {}}
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -135,6 +135,7 @@ def diagnose(
             lm,
             prompt,
             capture,
+            probes,
             readout,
             decode_tokens,
             anchors,
@@ -156,15 +157,11 @@ def diagnose(
     return Run(manifest | timings | {"status": "complete"}, merge(finished))
 
 
-def observers() -> dict[str, Any]:
-    """Return every observer class of a diagnosis by its name: the probes, then the cutoff sweep."""
-    return {**all_probes(), CutoffSweep.name: CutoffSweep}
-
-
 def _diagnose_prompt(
     lm: LoadedModel,
     prompt: EncodedPrompt,
     capture: Capture,
+    probes: Mapping[str, type[Probe]],
     readout: Readout,
     decode_tokens: int,
     anchors: int,
@@ -192,9 +189,9 @@ def _diagnose_prompt(
         detail=detail,
         teacher=teacher,
     )
-    watching = [observer(context) for observer in observers().values()]
+    observers = [probe(context) for probe in probes.values()]
     outcome = capture.run(
-        prompt.token_ids, prompt.reference_ids, watching, n_decode=decode_tokens, n_anchors=layout.n_anchors
+        prompt.token_ids, prompt.reference_ids, observers, n_decode=decode_tokens, n_anchors=layout.n_anchors
     )
     row = {
         "prompt_id": prompt.prompt_id,
@@ -207,80 +204,12 @@ def _diagnose_prompt(
         "reference_text": lm.tokenizer.decode(outcome.reference_ids),
         "notes": "; ".join(notes),
     }
-    measured = [observer.measured() for observer in watching]
-    tables = _tables(row, measured)
+    measured = dict(zip(probes, outcome.measured, strict=True))
+    tables = prompt_tables(row, measured, lm.anatomy)
     if detail:
         reference = outcome.reference_ids.tolist()
-        tables |= _detail_tables(lm.tokenizer, prompt, reference, context, measured)
+        tables |= detail_tables(lm.tokenizer, prompt, reference, context, measured.values())
     return tables
-
-
-def _tables(row: dict[str, Any], measured: Sequence[Measured]) -> Tables:
-    layers: dict[str, np.ndarray] = {}
-    heads: dict[str, np.ndarray] = {}
-    cutoffs: dict[str, np.ndarray] = {}
-    numbers: dict[str, float] = {}
-    for columns in measured:
-        layers |= columns.layers
-        heads |= columns.heads
-        cutoffs |= columns.cutoffs
-        numbers |= columns.prompt
-    n_layers, n_heads = next(iter(heads.values())).shape
-    key = {"prompt_id": row["prompt_id"]}
-    return {
-        "prompts": pd.DataFrame([row | numbers]),
-        "layers": pd.DataFrame(key | {"layer": np.arange(n_layers)} | layers),
-        "heads": pd.DataFrame(
-            key
-            | {
-                "layer": np.repeat(np.arange(n_layers), n_heads),
-                "head": np.tile(np.arange(n_heads), n_layers),
-            }
-            | {name: column.reshape(-1) for name, column in heads.items()}
-        ),
-        "cutoffs": pd.DataFrame(key | {"cutoff": np.arange(1, n_layers + 1)} | cutoffs),
-    }
-
-
-def _detail_tables(
-    tokenizer: Any,
-    prompt: EncodedPrompt,
-    reference_ids: list[int],
-    context: PromptContext,
-    measured: Sequence[Measured],
-) -> Tables:
-    """One row per token of prompt and reference, and one per first decode position and layer."""
-    token_ids, inside = [*prompt.token_ids, *reference_ids], context.layout.prompt
-    segment = np.full(len(token_ids), "decode", dtype=object)
-    segment[: inside.start], segment[inside] = "anchor", "prompt"
-    evidence = np.zeros(len(token_ids), dtype=bool)
-    for start, stop in context.evidence:
-        evidence[start:stop] = True
-    tokens = pd.DataFrame(
-        {
-            "prompt_id": prompt.prompt_id,
-            "position": np.arange(len(token_ids)),
-            "token_id": token_ids,
-            "text": token_texts(tokenizer, token_ids),
-            "segment": segment,
-            "evidence": evidence,
-        }
-    )
-    for columns in measured:
-        for name, values in columns.tokens.items():
-            tokens[name] = [None] * inside.start + list(values) + [None] * (len(token_ids) - inside.start - len(values))
-    lens = {name: column for columns in measured for name, column in columns.lens.items()}
-    n_positions, n_layers = next(iter(lens.values())).shape
-    shown = pd.DataFrame(
-        {
-            "prompt_id": prompt.prompt_id,
-            "position": context.layout.n_prompt - 1 + np.repeat(np.arange(n_positions), n_layers),
-            "layer": np.tile(np.arange(n_layers), n_positions),
-        }
-        | {name: column.reshape(-1) for name, column in lens.items()}
-    )
-    shown["lens_text"] = [tokenizer.decode([token]) for token in shown["lens_token"]]
-    return {"tokens": tokens, "lens": shown}
 
 
 def _manifest(
@@ -288,6 +217,7 @@ def _manifest(
     prompts: PromptSet,
     encoded: Sequence[EncodedPrompt],
     capture: Capture,
+    probes: Mapping[str, type[Probe]],
     numbers: dict[str, int],
     teacher: Teacher | None,
     proof: Proof,
@@ -331,7 +261,7 @@ def _manifest(
         "n_prompts": len(prompts),
         "hardware": hardware(lm.device),
         "versions": versions(),
-        "columns": {k: v for observer in observers().values() for k, v in observer.describes.items()},
+        "columns": {column: text for probe in probes.values() for column, text in probe.describes.items()},
         "notes": notes + identity.notes,
         "configuration": identity.configuration,
         "identity": identity.entries()

@@ -9,12 +9,15 @@ prompt); rows P-1..T-1 are the ``n_decode`` decode-phase rows. Row P-1, the last
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from diagnostics.diagnosis.capture.residual_path import Addition
+
+Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,35 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one prompt: the model's logits of the decode rows, float32 [n_decode, vocab], and reference ids."""
+    """The end of one prompt: the model's logits of the decode rows, float32 [n_decode, vocab], and reference ids.
+
+    ``measured`` is what each observer measured, in their order; empty while the observers look at the outcome. Logits
+    of a remote run stay where the model is, and are empty here.
+    """
 
     logits: Tensor
     reference_ids: Tensor
+    measured: tuple["Measured", ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Columns of one prompt: per layer [L], per layer and head [L, heads], per cutoff 1..L [L], and single numbers.
+
+    Of prompts to be looked at closely also ``tokens``, per token of the prompt segment and layer [tokens, L], and
+    ``lens``, per decode position from the first on and layer [positions, L].
+    """
+
+    layers: Columns = field(default_factory=dict)
+    heads: Columns = field(default_factory=dict)
+    cutoffs: Columns = field(default_factory=dict)
+    prompt: dict[str, float] = field(default_factory=dict)
+    tokens: Columns = field(default_factory=dict)
+    lens: Columns = field(default_factory=dict)
 
 
 class Observer(Protocol):
-    """What a probe or the sweep implements. For each layer ``on_context`` comes before ``on_decode``; layers ascend."""
+    """What a probe implements. For each layer ``on_context`` comes before ``on_decode``; layers ascend."""
 
     def on_context(self, rows: ContextRows) -> None:
         """Look at the context rows of one layer; not called when the prompt is a single token."""
@@ -129,6 +153,9 @@ class Observer(Protocol):
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Look at the logits, after the last layer."""
+
+    def measured(self) -> Measured:
+        """Return the columns of this prompt, after `on_outcome`."""
 
 
 class Capture(Protocol):
@@ -145,7 +172,7 @@ class Capture(Protocol):
         n_decode: int,
         n_anchors: int,
     ) -> Outcome:
-        """Take one prompt through the model.
+        """Take one prompt through the model, and return its outcome with what the observers measured.
 
         Without ``reference_ids`` the reference is the model's greedy continuation, at most ``n_decode`` tokens, ended
         by the end-of-sequence token (which counts). The prompt runs through the model once either way.

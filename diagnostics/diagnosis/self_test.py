@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.diagnosis.capture.residual_path import watched_layers
-from diagnostics.diagnosis.observers import DecodeRows, Layout
+from diagnostics.diagnosis.observers import DecodeRows, Layout, Measured
 from diagnostics.diagnosis.probes.attention_mass import AttentionMass
 from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import Probe, PromptContext
@@ -129,6 +129,9 @@ class _Additions(Probe):
     def on_decode(self, rows: DecodeRows) -> None:
         heads, adds = rows.attention.output.flatten(1), rows.attention.adds
         self.added.append(adds(heads.float()) + adds.constant(heads))
+
+    def measured(self) -> Measured:
+        return Measured()
 
 
 def sweep_differs(subject: Subject, given: CapturedRow, greedy: CapturedRow) -> str | None:

@@ -39,8 +39,8 @@ def sweep_cutoffs(
         layout = Layout(min(anchors, prompt.n_prompt - 1), prompt.n_prompt)
         compared_with = None if own else teacher.logits[prompt.prompt_id]
         sweep = CutoffSweep(PromptContext(layout, n_layers, readout, lm.name, teacher=compared_with))
-        capture.run(prompt.token_ids, reference, [sweep], n_decode=len(reference), n_anchors=layout.n_anchors)
+        outcome = capture.run(prompt.token_ids, reference, [sweep], n_decode=len(reference), n_anchors=layout.n_anchors)
         key = {"prompt_id": prompt.prompt_id, "category": prompt.category, "cutoff": range(1, n_layers + 1)}
-        frames.append(pd.DataFrame(key | sweep.measured().cutoffs))
+        frames.append(pd.DataFrame(key | outcome.measured[0].cutoffs))
     lm.model.train(was_training)
     return pd.concat(frames, ignore_index=True)

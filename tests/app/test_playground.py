@@ -6,7 +6,7 @@ import pytest
 
 from diagnostics import FullPolicy, SpeedPolicy, recommend
 from diagnostics.generation.generation import generate
-from diagnostics.prompts.encoding import encode_input
+from diagnostics.generation.inputs import encode_input
 from tests.support.pages import calm, go, html, table
 from tests.support.runs import save_tiny
 

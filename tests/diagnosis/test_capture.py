@@ -109,7 +109,7 @@ def test_two_models_in_one_process_do_not_meet():
 
 
 def test_probes_are_found_by_their_files():
-    assert list(all_probes()) == ["attention_mass", "drift", "logit_lens", "saliency"]
+    assert list(all_probes()) == ["attention_mass", "cutoff_sweep", "drift", "logit_lens", "saliency"]
 
 
 def biased_attention(module, query, key, value, attention_mask, scaling=None, **options):

@@ -55,7 +55,7 @@ def test_ablated_heads_are_seen():
 
 
 def test_pieces_of_large_tensors_and_their_order_count(monkeypatch):
-    monkeypatch.setattr("diagnostics.models.identity.PIECE", 64)
+    monkeypatch.setattr("diagnostics.models.tensor_digests.PIECE", 64)
     values = torch.arange(100.0)
     seen = {weights(Bare(values)), weights(Bare(values.flip(0)))}
     swapped = values.reshape(10, 10).clone()

@@ -3,7 +3,6 @@
 from diagnostics.diagnosis.capture.hooks import HooksCapture
 from diagnostics.diagnosis.observers import Layout
 from diagnostics.diagnosis.probes import all_probes
-from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import PromptContext
 from diagnostics.diagnosis.readout import Readout
 
@@ -20,11 +19,10 @@ def observe(
         evidence=evidence,
         lens_positions=lens_positions,
     )
-    observers = [*(probe(context) for probe in all_probes().values()), CutoffSweep(context)]
+    observers = [probe(context) for probe in all_probes().values()]
     outcome = capture(lm).run(prompt_ids, reference_ids, observers, n_decode=n_decode, n_anchors=n_anchors)
     layers, heads, cutoffs = {}, {}, {}
-    for observer in observers:
-        measured = observer.measured()
+    for measured in outcome.measured:
         layers |= measured.layers
         heads |= measured.heads
         cutoffs |= measured.cutoffs

@@ -7,7 +7,7 @@ against it. The prompt runs through the model once either way.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -91,6 +91,13 @@ class Watch:
             )
 
 
+def finished(observers: Sequence[Observer], outcome: Outcome) -> Outcome:
+    """Show the outcome of a prompt to its observers, and return it with what they measured."""
+    for observer in observers:
+        observer.on_outcome(outcome)
+    return replace(outcome, measured=tuple(observer.measured() for observer in observers))
+
+
 class PassCapture(ABC):
     """A backend that shows the layers of one forward pass at a time to a `Watch`."""
 
@@ -149,10 +156,7 @@ class PassCapture(ABC):
         logits = self.forward(watch, rows, first_row, cache, len(reference))
         assert logits is not None
         watch.require_all_layers()
-        outcome = Outcome(logits.float(), reference)
-        for observer in observers:
-            observer.on_outcome(outcome)
-        return outcome
+        return finished(observers, Outcome(logits.float(), reference))
 
     def _greedy_across(self, prompt: Tensor, n_decode: int) -> Tensor:
         """Continue greedily; where rotary frequencies change, all tokens run anew, as in ``generate()``."""

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.diagnosis.observers import ContextRows, DecodeRows, Outcome
-from diagnostics.diagnosis.probes.probe import Measured, PromptContext
+from diagnostics.diagnosis.observers import DecodeRows, Outcome
+from diagnostics.diagnosis.probes.probe import Measured, Probe, PromptContext
 from diagnostics.support.divergence import log_likelihoods
 
 
-class CutoffSweep:
-    """Observer that measures KL, agreement and likelihood under SPEED at every cutoff 1..L.
+class CutoffSweep(Probe):
+    """KL, agreement and likelihood under SPEED at every cutoff 1..L, [L] each.
 
     They are measured against full depth, that of the model itself or, where the context has one, of a teacher.
     """
@@ -33,13 +33,10 @@ class CutoffSweep:
     }
 
     def __init__(self, context: PromptContext) -> None:
-        self.context = context
+        super().__init__(context)
         self.branches: Tensor | None = None  # [L - 1, n_decode, width]; row k-1 holds cutoff k once layer k-1 has run
         self.final: Tensor | None = None
         self.columns: dict[str, np.ndarray] = {}
-
-    def on_context(self, rows: ContextRows) -> None:
-        """Nothing: the sweep needs no prompt rows but the anchors' keys, which the capture has."""
 
     def on_decode(self, rows: DecodeRows) -> None:
         """Take every branch through one layer, then branch off the cutoff that ends below the next."""

@@ -1,24 +1,24 @@
 """What a probe is: an observer of one prompt that ends in columns of the run's tables.
 
-To add a probe, add one file to this package with a subclass of `Probe`: `diagnostics.diagnosis.probes` finds it. A
-probe is made anew for every prompt, so it can keep state without leaking any.
+To add a probe, add one file to this package with a subclass of `Probe`, or name the class in an entry point of another
+distribution: `diagnostics.diagnosis.probes` finds both. Every prompt gets a probe of its own, so a probe can keep state
+without leaking any.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
-from diagnostics.diagnosis.observers import ContextRows, DecodeRows, Layout, Outcome
+from diagnostics.diagnosis.observers import Columns, ContextRows, DecodeRows, Layout, Measured, Outcome
 from diagnostics.diagnosis.readout import Readout
+
+__all__ = ["LENS_POSITIONS", "Columns", "Measured", "Probe", "PromptContext"]
 
 # The lens of 64 positions costs a fifth of a 2000-token forward pass of a small model, whose vocabulary is much of its
 # weights. A few positions of each of many prompts say as much about the layers for a tenth of that.
 LENS_POSITIONS = 4
-
-Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,11 @@ class PromptContext:
     teacher: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Columns of one prompt: per layer [L], per layer and head [L, heads], per cutoff 1..L [L], and single numbers.
-
-    Of prompts to be looked at closely also ``tokens``, per token of the prompt segment and layer [tokens, L], and
-    ``lens``, per decode position from the first on and layer [positions, L].
-    """
-
-    layers: Columns = field(default_factory=dict)
-    heads: Columns = field(default_factory=dict)
-    cutoffs: Columns = field(default_factory=dict)
-    prompt: dict[str, float] = field(default_factory=dict)
-    tokens: Columns = field(default_factory=dict)
-    lens: Columns = field(default_factory=dict)
-
-
 class Probe:
-    """Base class of all that watches a prompt; `diagnostics.diagnosis.observers.Observer` has the order of calls.
+    """Base class of probes; `diagnostics.diagnosis.observers.Observer` has the order of calls.
 
-    ``describes`` names every column the probe writes, with its meaning, unit and range.
+    ``name`` is unique among probes; a class without one is not found. ``describes`` has an entry for every column of
+    the tables ``layers``, ``heads``, ``cutoffs`` and ``prompts`` that the probe writes: its meaning, unit and range.
     """
 
     name: ClassVar[str] = ""

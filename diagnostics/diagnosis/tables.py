@@ -1,0 +1,95 @@
+"""What the probes measured of one prompt -> its rows of the run's tables."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diagnostics.diagnosis.observers import Columns, Measured
+from diagnostics.diagnosis.probes.probe import PromptContext
+from diagnostics.models.anatomy import Anatomy
+from diagnostics.prompts.encoding import EncodedPrompt
+from diagnostics.prompts.token_text import token_texts
+from diagnostics.runs.schema import Tables
+from diagnostics.support.errors import UserError
+
+
+def prompt_tables(row: Mapping[str, Any], measured: Mapping[str, Measured], anatomy: Anatomy) -> Tables:
+    """Return a prompt's rows of ``prompts``, ``layers``, ``heads`` and ``cutoffs``.
+
+    ``row`` is what the table of prompts says besides measurements, ``prompt_id`` included; ``measured`` is by probe.
+    Raises UserError for a probe whose columns have another shape, or the name of a column that exists.
+    """
+    n_layers, n_heads = anatomy.n_layers, anatomy.n_heads
+    key = {"prompt_id": row["prompt_id"]}
+    layers = key | {"layer": np.arange(n_layers)}
+    heads = key | {"layer": np.repeat(np.arange(n_layers), n_heads), "head": np.tile(np.arange(n_heads), n_layers)}
+    cutoffs = key | {"cutoff": np.arange(1, n_layers + 1)}
+    prompts = dict(row)
+    for probe, columns in measured.items():
+        _add(layers, probe, columns.layers, (n_layers,))
+        _add(heads, probe, columns.heads, (n_layers, n_heads))
+        _add(cutoffs, probe, columns.cutoffs, (n_layers,))
+        _add(prompts, probe, columns.prompt, ())
+    return {
+        "prompts": pd.DataFrame([prompts]),
+        "layers": pd.DataFrame(layers),
+        "heads": pd.DataFrame(heads),
+        "cutoffs": pd.DataFrame(cutoffs),
+    }
+
+
+def _add(table: dict[str, Any], probe: str, columns: Columns | Mapping[str, float], shape: tuple[int, ...]) -> None:
+    for name, values in columns.items():
+        if name in table:
+            raise UserError(f"probe {probe!r} writes the column {name!r}, which another probe has written")
+        if np.shape(values) != shape:
+            raise UserError(f"probe {probe!r}: column {name!r} has shape {np.shape(values)}, not {shape}")
+        table[name] = np.ravel(values) if shape else values
+
+
+def detail_tables(
+    tokenizer: Any,
+    prompt: EncodedPrompt,
+    reference_ids: list[int],
+    context: PromptContext,
+    measured: Iterable[Measured],
+) -> Tables:
+    """Return the tables of a prompt that is looked at closely.
+
+    ``tokens`` has one row per token of prompt and reference, ``lens`` one per decode position, from the first on, and
+    layer.
+    """
+    measured = list(measured)
+    token_ids, inside = [*prompt.token_ids, *reference_ids], context.layout.prompt
+    segment = np.full(len(token_ids), "decode", dtype=object)
+    segment[: inside.start], segment[inside] = "anchor", "prompt"
+    evidence = np.zeros(len(token_ids), dtype=bool)
+    for start, stop in context.evidence:
+        evidence[start:stop] = True
+    tokens = pd.DataFrame(
+        {
+            "prompt_id": prompt.prompt_id,
+            "position": np.arange(len(token_ids)),
+            "token_id": token_ids,
+            "text": token_texts(tokenizer, token_ids),
+            "segment": segment,
+            "evidence": evidence,
+        }
+    )
+    for columns in measured:
+        for name, values in columns.tokens.items():
+            tokens[name] = [None] * inside.start + list(values) + [None] * (len(token_ids) - inside.start - len(values))
+    lens = {name: column for columns in measured for name, column in columns.lens.items()}
+    n_positions, n_layers = next(iter(lens.values())).shape
+    shown = pd.DataFrame(
+        {
+            "prompt_id": prompt.prompt_id,
+            "position": context.layout.n_prompt - 1 + np.repeat(np.arange(n_positions), n_layers),
+            "layer": np.tile(np.arange(n_layers), n_positions),
+        }
+        | {name: column.reshape(-1) for name, column in lens.items()}
+    )
+    shown["lens_text"] = [tokenizer.decode([token]) for token in shown["lens_token"]]
+    return {"tokens": tokens, "lens": shown}
