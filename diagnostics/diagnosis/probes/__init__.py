@@ -8,31 +8,45 @@ Other distributions add theirs by an entry point, whose name is the probe's::
 
 import importlib
 import pkgutil
+from importlib.metadata import EntryPoint
 
 from diagnostics.diagnosis.probes.probe import Probe
+from diagnostics.support.errors import UserError
 from diagnostics.support.plugins import load_plugin, plugins, unusable
 
 GROUP = "speed_diagnostics.probes"
 
 
 def all_probes() -> dict[str, type[Probe]]:
-    """Return every probe class by its name: those of this package in alphabetical order, then those of others.
+    """Return every probe class by its name, in alphabetical order: of this package, of this process, and plugins.
 
-    Raises UserError for a plugin that cannot be used: a run without its columns would look complete.
+    Raises UserError for a plugin that cannot be used, since a run without its columns would look complete, and for a
+    class that has the name of a probe of this package.
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    own = [probe for probe in Probe.__subclasses__() if probe.name and probe.__module__.startswith(f"{__name__}.")]
-    probes = {probe.name: probe for probe in sorted(own, key=lambda probe: probe.name)}
-    for point in plugins(GROUP):
-        probe = load_plugin(point)
-        if not (isinstance(probe, type) and issubclass(probe, Probe)):
-            raise unusable(point, f"{point.value} is no subclass of {Probe.__module__}.Probe")
-        if probe.name != point.name:
-            raise unusable(point, f"the probe's own name is {probe.name!r}")
+    added = {point: _load(point) for point in plugins(GROUP)}
+    found = [probe for probe in Probe.__subclasses__() if probe.name and probe not in added.values()]
+    own = {probe.name: probe for probe in found if probe.__module__.startswith(f"{__name__}.")}
+    probes = dict(own)
+    for probe in found:
+        if own.get(probe.name, probe) is not probe:
+            raise UserError(f"{probe.__module__}.{probe.__qualname__} has the name of another probe, {probe.name!r}")
+        probes[probe.name] = probe  # of a class that is defined again, as in a notebook, the last counts
+    for point, probe in added.items():
         if probe.name in probes:
             raise unusable(point, "another probe has this name")
-        if known := {column for other in probes.values() for column in other.describes} & probe.describes.keys():
-            raise unusable(point, f"another probe writes the column {min(known)!r}")
+        for other in probes.values():
+            if shared := other.describes.keys() & probe.describes.keys():
+                raise unusable(point, f"the probe {other.name!r} writes the column {min(shared)!r} too")
         probes[probe.name] = probe
-    return probes
+    return dict(sorted(probes.items()))
+
+
+def _load(point: EntryPoint) -> type[Probe]:
+    probe = load_plugin(point)
+    if not (isinstance(probe, type) and issubclass(probe, Probe)):
+        raise unusable(point, f"{point.value} is no subclass of diagnostics.diagnosis.probes.probe.Probe")
+    if probe.name != point.name:
+        raise unusable(point, f"its class has another name, {probe.name!r}")
+    return probe
