@@ -43,7 +43,13 @@ def test_a_moved_module_is_where_the_changelog_says(old, mark, new):
 
 
 def test_old_paths_that_still_work_lead_where_the_changelog_says():
-    assert MOVED.items() <= {(old, new) for old, _, new in MOVES}
+    assert {(old, new) for old, homes in MOVED.items() for new in homes} <= {(old, new) for old, _, new in MOVES}
+    with pytest.warns(DeprecationWarning, match=r"diagnostics.prompts.encoding and diagnostics.generation.inputs"):
+        import diagnostics.encoding as old
+    from diagnostics.generation.inputs import encode_input
+    from diagnostics.prompts.encoding import encode_prompts
+
+    assert (old.encode_input, old.encode_prompts) == (encode_input, encode_prompts)
 
 
 def test_extras_of_the_readme_exist():
