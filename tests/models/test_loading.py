@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from diagnostics import LoadedModel, UserError, load_model
@@ -216,6 +217,15 @@ def test_damaged_folders_are_refused(folder, damage, said):
     assert one_line(caught)
     assert str(folder) in str(caught.value)
     assert len(str(caught.value)) < 300 + len(str(folder))
+
+
+def test_pickled_weights_beside_other_safetensors_are_not_read(folder):
+    """A file of safetensors that is not the model's must not open the way to the pickle beside it."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "notes.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
