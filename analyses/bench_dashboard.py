@@ -22,8 +22,10 @@ import pandas as pd
 
 from browsing import browsing, go, serving, settled
 from diagnostics import recommend
-from diagnostics.runs.run import RECOMMENDATION, RunWriter
-from diagnostics.runs.schema import COLUMNS, SCHEMA_VERSION
+from diagnostics.runs.manifest import SCHEMA_VERSION
+from diagnostics.runs.places import RECOMMENDATION
+from diagnostics.runs.schema import COLUMNS
+from diagnostics.runs.writer import RunWriter
 from diagnostics.support.versions import hardware, versions
 
 N_PROMPTS, N_LAYERS, N_HEADS, N_TOKENS, N_LENS, DETAIL_PROMPTS = 64, 32, 32, 1024, 24, 7

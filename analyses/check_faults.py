@@ -58,7 +58,8 @@ from diagnostics.evaluate.evaluation import evaluate  # noqa: E402
 from diagnostics.evaluate.evaluation_folder import load_evaluation  # noqa: E402
 from diagnostics.evaluate.tasks import load_task  # noqa: E402
 from diagnostics.finetune import Settings, Source, finetune, load_data, load_finetuning, load_held_out  # noqa: E402
-from diagnostics.generation.benchmarks import benchmark, load_benchmark  # noqa: E402
+from diagnostics.generation.benchmark_folder import load_benchmark  # noqa: E402
+from diagnostics.generation.benchmarks import benchmark  # noqa: E402
 from diagnostics.policies.recommendation import read_recommendation  # noqa: E402
 from tests.support.runs import save_tiny, write_prompts  # noqa: E402
 

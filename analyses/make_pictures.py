@@ -21,7 +21,7 @@ from rich.console import Console
 from browsing import browsing, serving
 from diagnostics import Run, diagnose, figures, load_model, load_prompts, load_run, recommend
 from diagnostics.evaluate.score_table import MARGIN
-from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.runs.places import RECOMMENDATION
 from diagnostics.terminal.diagnosis import show_recommendation
 
 RESULTS = Path(__file__).parent / "results"

@@ -33,8 +33,9 @@ from cutoff_selection.config import read_config
 from cutoff_selection.runs import select
 from cutoff_selection.tables import TABLE, show
 from diagnostics import UserError
-from diagnostics.runs.run import MANIFEST, require_writable
+from diagnostics.runs.places import MANIFEST
 from diagnostics.support.console import INTERRUPTED, fail, quiet
+from diagnostics.support.folders import require_writable
 
 
 class Parser(argparse.ArgumentParser):

@@ -41,7 +41,7 @@ from diagnostics.finetune.cutoff_comparison import by_category
 from diagnostics.finetune.sources import HELD_OUT
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import LoadedModel
-from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.runs.places import RECOMMENDATION
 from diagnostics.support.console import fail, quiet
 from diagnostics.support.files import write_json, write_text
 

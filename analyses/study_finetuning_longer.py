@@ -22,7 +22,7 @@ from diagnostics.finetune.sources import HELD_OUT
 from diagnostics.finetune.sweeps import sweep_cutoffs
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.prompts.encoding import encode_for_diagnosis
-from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.runs.places import RECOMMENDATION
 from diagnostics.support.console import fail, quiet
 from diagnostics.support.files import write_text
 from study_finetuning import RESULTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from diagnostics import figures
 from diagnostics.cutoffs.recommendation import Recommendation
-from diagnostics.generation.benchmarks import Benchmark
+from diagnostics.generation.benchmark_folder import Benchmark
 from diagnostics.runs.run import Run
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import write_text
@@ -81,7 +81,7 @@ def evaluation_report(evaluation: Evaluation) -> str:
         "Items": ", ".join(f"{name} {count}" for name, count in n.items()),
         "Margin": f"{100 * margin:g} points",
     }
-    identity = m["identity"] if isinstance(m.get("identity"), dict) else {}
+    identity = m.get("identity", {})
     facts |= {name.capitalize(): str(identity[name]) for name in ("dtype", "query", "seed") if name in identity}
     title = f"Quality of {m['model']} under {table['policy'].nunique()} policies"
     return _page(title, text.getvalue(), [one for one in drawn if one is not None], facts.items())
@@ -115,7 +115,7 @@ def finetuning_report(made: FineTuning, after: Run, recommendation: Recommendati
     return _page(title, summary, [one for one in drawn if one is not None], [*facts.items(), *_facts(after)])
 
 
-def finetuning_data(manifest: dict[str, Any]) -> str:
+def finetuning_data(manifest: Mapping[str, Any]) -> str:
     """Say what became of the data of a fine-tuning; nothing if that is not known yet, or was changed by hand."""
     from diagnostics.finetune.examples import Counts
 
@@ -125,19 +125,17 @@ def finetuning_data(manifest: dict[str, Any]) -> str:
         return ""
 
 
-def asked_margin(manifest: dict[str, Any]) -> float:
+def asked_margin(manifest: Mapping[str, Any]) -> float:
     """Return the margin of non-inferiority that an evaluation was asked for, as a share of the score."""
     from diagnostics.evaluate.score_table import MARGIN
 
-    arguments = manifest.get("arguments")
-    asked = arguments.get("margin") if isinstance(arguments, dict) else None
+    asked = manifest.get("margin", manifest.get("arguments", {}).get("margin"))  # earlier only among the arguments
     return float(asked) if isinstance(asked, int | float) and 0 <= asked <= 1 else MARGIN
 
 
-def asked_seed(manifest: dict[str, Any]) -> int:
+def asked_seed(manifest: Mapping[str, Any]) -> int:
     """Return the seed of an evaluation."""
-    identity = manifest.get("identity")
-    asked = identity.get("seed") if isinstance(identity, dict) else None
+    asked = manifest.get("identity", {}).get("seed")
     return asked if isinstance(asked, int) and asked >= 0 else 0
 
 
@@ -186,7 +184,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Prompt set": f"{len(run.prompts)} of {m.get('prompt_set', '')}",
         "Versions": ", ".join(f"{name} {version}" for name, version in m.get("versions", {}).items()),
     }
-    shown = {name: value for name, value in identity.items() if name != "libraries"}  # among the versions
+    shown: dict[str, Any] = {
+        name: value for name, value in identity.items() if name != "libraries"
+    }  # among the versions
     if "adapters" in shown:
         shown["adapters"] = "; ".join(shown["adapters"]) or "none"
     facts |= {name.replace("_", " ").capitalize(): str(value) for name, value in shown.items()}

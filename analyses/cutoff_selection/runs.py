@@ -20,7 +20,8 @@ from diagnostics import LoadedModel, Run, UserError, diagnose, load_model, load_
 from diagnostics.cutoffs.savings import LENGTHS
 from diagnostics.models.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.prompts.digests import tokenizer_digest
-from diagnostics.runs.run import MANIFEST, RECOMMENDATION, read_manifest
+from diagnostics.runs.manifest import RUN_FOLDER
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from diagnostics.support.console import progress
 from diagnostics.support.files import write_sealed
 
@@ -85,7 +86,7 @@ def _finished_runs(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         try:
-            manifest = read_manifest(path.parent)
+            manifest = RUN_FOLDER.read(path.parent)
         except UserError:
             continue
         asked = manifest.get("arguments")

@@ -11,8 +11,9 @@ from typing import Any
 
 from diagnostics.evaluate.evaluation_folder import EVALUATION
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING
+from diagnostics.runs.manifest import RUN_FOLDER
 from diagnostics.runs.parts import PARTS, count_finished, prompts_of
-from diagnostics.runs.run import BENCHMARK, MANIFEST, RECOMMENDATION, read_manifest
+from diagnostics.runs.places import BENCHMARK, MANIFEST, RECOMMENDATION
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import read_json
 
@@ -99,7 +100,7 @@ def _entry(path: Path, name: str) -> Entry:
     problem = None
     has = {file: os.path.exists(path / file) for file in (BENCHMARK, EVALUATION, FINETUNING)}
     try:
-        manifest = read_manifest(path)
+        manifest = RUN_FOLDER.read(path)
     except UserError as error:
         problem = None if any(has.values()) and not os.path.exists(path / MANIFEST) else str(error)
     except OSError as error:

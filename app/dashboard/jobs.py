@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 
+from diagnostics.runs.manifest import RUN_FOLDER
 from diagnostics.runs.parts import PARTS, count_finished
-from diagnostics.runs.run import MANIFEST, RECOMMENDATION, read_manifest
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import write_json
 
@@ -64,7 +65,7 @@ class Job:
     def progress(self) -> tuple[int, int] | None:
         """Prompts finished, and in all; None before the first has finished."""
         try:
-            manifest = read_manifest(self.out)
+            manifest = RUN_FOLDER.read(self.out)
             total = int(manifest["n_prompts"])
             if manifest["status"] == "complete":
                 return total, total
@@ -192,7 +193,7 @@ def _process(job: Job) -> psutil.Process | None:
 
 def _status(out: Path) -> str | None:
     try:
-        return str(read_manifest(out)["status"])
+        return str(RUN_FOLDER.read(out)["status"])
     except (UserError, OSError):
         return None
 

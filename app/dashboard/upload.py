@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from diagnostics.runs.run import MANIFEST
+from diagnostics.runs.places import MANIFEST
 from diagnostics.runs.untrusted import require_harmless
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import SCRATCH

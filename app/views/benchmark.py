@@ -5,7 +5,7 @@ import streamlit as st
 from dashboard.catalog import Entry
 from dashboard.state import entries, md, runs_folder, show
 from diagnostics import figures
-from diagnostics.generation.benchmarks import Benchmark, load_benchmark
+from diagnostics.generation.benchmark_folder import Benchmark, load_benchmark
 from diagnostics.support.errors import UserError
 
 COLUMNS = {

@@ -9,7 +9,8 @@ from dashboard.state import current_run, md, recommendation, saved_recommendatio
 from diagnostics import figures
 from diagnostics.cutoffs.recommendation import Recommendation, loss_by_category, retention_at
 from diagnostics.cutoffs.savings import Savings, predict_savings
-from diagnostics.runs.run import RECOMMENDATION, Run
+from diagnostics.runs.places import RECOMMENDATION
+from diagnostics.runs.run import Run
 from diagnostics.support.errors import UserError
 
 # Goals: name shown, unit and help, range, step.

@@ -1,6 +1,7 @@
 """Fine-tuning: what training under SPEED changed at every cutoff, how it went, and for which kinds of prompts."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ from dashboard.state import COMPARED, entries, md, recommendation, runs_folder, 
 from diagnostics import figures
 from diagnostics.cutoffs.recommendation import MAX_KL
 from diagnostics.finetune.cutoff_comparison import compare_cutoffs
-from diagnostics.finetune.finetuning_folder import STEPS, SWEEPS, FineTuning, load_finetuning, load_manifest
+from diagnostics.finetune.finetuning_folder import FINETUNING_FOLDER, STEPS, SWEEPS, FineTuning, load_finetuning
 from diagnostics.report import finetuning_data
 from diagnostics.support.errors import UserError
 
@@ -31,7 +32,7 @@ def runs_of(entry: Entry, listed: list[Entry]) -> Runs:
     return {paths[run.path]: run for run in listed if run.path in paths and run.readable}
 
 
-def goals_of(entry: Entry, manifest: dict[str, Any]) -> dict[str, float]:
+def goals_of(entry: Entry, manifest: Mapping[str, Any]) -> dict[str, float]:
     """Return the goals of its recommendation; what was asked for while there is none yet."""
     arguments = manifest.get("arguments")
     asked = arguments.get("max_kl") if isinstance(arguments, dict) else None
@@ -44,14 +45,14 @@ def cutoffs_of(runs: Runs, goals: dict[str, float]) -> dict[str, int]:
     return {name: recommendation(run, goals).cutoff for name, run in finished.items()}
 
 
-def unfinished(entry: Entry, manifest: dict[str, Any], done: int) -> None:
+def unfinished(entry: Entry, manifest: Mapping[str, Any], done: int) -> None:
     """Say how far it is, and how it goes on."""
     said = f"**{md(entry.name)}** is not finished: step {done} of {md(manifest['settings'].get('steps', '?'))}"
     st.info(f"{said}. If nothing runs any more, go on with what began it, and add:")
     st.code(f"--out {entry.path} --resume", language="bash")
 
 
-def about(manifest: dict[str, Any]) -> None:
+def about(manifest: Mapping[str, Any]) -> None:
     """Say what was trained, and how."""
     settings, held_out = manifest["settings"], manifest.get("held_out")
     shares = {0: "self-distillation", 1: "given answers"}
@@ -149,7 +150,7 @@ def all_cutoffs(made: FineTuning, table: pd.DataFrame, recommended: dict[str, in
     st.caption("Means over the held-out prompts; KL and NLL in nats per token. Same token: share of equal top tokens.")
 
 
-def details(manifest: dict[str, Any]) -> None:
+def details(manifest: Mapping[str, Any]) -> None:
     """Show what became of the data, what was asked for, and with which versions."""
     with st.expander("Data, settings and versions", icon=":material/info:"):
         if said := finetuning_data(manifest):
@@ -170,7 +171,7 @@ if not found:
     st.code("speed-diagnostics finetune --cutoff 20", language="bash")
     st.stop()
 entry = found[st.selectbox("Fine-tuning", list(found), key="finetuning")]
-manifest = load_manifest(entry.path)
+manifest = FINETUNING_FOLDER.read(entry.path)
 runs = runs_of(entry, listed)
 if not all(os.path.exists(entry.path / name) for name in (STEPS, SWEEPS)):
     unfinished(entry, manifest, 0)

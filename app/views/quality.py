@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -42,7 +43,7 @@ def within(table: pd.DataFrame, margin: float) -> pd.DataFrame:
     return table.assign(non_inferior=fits)
 
 
-def choose_margin(entry: Entry, manifest: dict[str, Any]) -> float:
+def choose_margin(entry: Entry, manifest: Mapping[str, Any]) -> float:
     """Let the reader move the margin; it begins with the one that was asked for."""
     first = 100 * asked_margin(manifest)
     # A key of its own: Streamlit forgets those of widgets when the page is left.

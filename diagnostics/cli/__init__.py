@@ -18,6 +18,7 @@ from diagnostics.cli.dashboard import dashboard
 from diagnostics.cli.diagnosis import diagnose, recommend
 from diagnostics.cli.evaluation import evaluate
 from diagnostics.cli.finetuning import finetune
+from diagnostics.cli.flags import with_flags
 from diagnostics.cli.generation import generate
 from diagnostics.cli.report import report
 from diagnostics.support.errors import UserError
@@ -74,7 +75,7 @@ def main() -> None:
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()  # here, where a full disk below it can still be reported
     except UserError as error:
-        fail(str(error))
+        fail(with_flags(str(error)))
     except ClickException as error:
         fail(error.format_message())
     except OSError as error:  # such as a full disk below stdout

@@ -39,11 +39,12 @@ def bench(
     arguments = dict(locals())
     sizes = read_lengths(lengths)
     out = out or new_folder(model, "-bench")
-    from diagnostics.generation.benchmarks import benchmark, require_benchmark_place
+    from diagnostics.generation.benchmark_folder import BENCHMARK_FOLDER
+    from diagnostics.generation.benchmarks import benchmark
     from diagnostics.policies import parse_policy
 
     claim(out)
-    require_benchmark_place(out)
+    BENCHMARK_FOLDER.require_free(out)
     chosen = None if policies is None else [parse_policy(text) for text in policies.split(",")]
     lm = load(arguments)
     if chosen is None:

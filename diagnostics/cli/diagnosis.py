@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress, warn
+from diagnostics.cli.flags import with_flags
 from diagnostics.cli.options import (
     Anchors,
     Backend,
@@ -78,7 +79,7 @@ def diagnose(
         return
     from diagnostics.terminal.diagnosis import show_run
 
-    show_run(run, Console(highlight=False))
+    show_run(run, Console(highlight=False), phrase=with_flags)
     print(f"Run folder: {run.path}")
 
 
@@ -122,7 +123,8 @@ def recommend(
     """Recommend the SPEED cutoff of a model, with its measured loss; or of an existing run, without the model."""
     arguments = dict(locals())
     from diagnostics.cutoffs.recommendation import Criterion
-    from diagnostics.runs.run import MANIFEST, RECOMMENDATION, load_run
+    from diagnostics.runs.places import MANIFEST, RECOMMENDATION
+    from diagnostics.runs.run import load_run
 
     rules = _region_rules(region_rule or [])
     del arguments["context"]
@@ -157,7 +159,7 @@ def recommend(
     else:
         from diagnostics.terminal.diagnosis import show_recommendation
 
-        show_recommendation(run, recommendation, Console(highlight=False))
+        show_recommendation(run, recommendation, Console(highlight=False), phrase=with_flags)
         print(f"Run folder: {run.path}")
     # Last: what was found is said also where it cannot be kept.
     try:
@@ -165,7 +167,7 @@ def recommend(
     except UserError as error:
         if not exists:
             raise
-        warn(f"{error}: the recommendation is not kept")
+        warn(with_flags(f"{error}: the recommendation is not kept"))
 
 
 def _diagnose(arguments: dict[str, Any]) -> Any:
@@ -175,10 +177,10 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
         raise UserError("--resume needs --out: the folder of the run to continue")
     out = a["out"] or new_folder(a["model"])
     from diagnostics.prompts.load import load_prompts
-    from diagnostics.runs.run import require_place
+    from diagnostics.runs.manifest import RUN_FOLDER
 
     claim(out)
-    require_place(out, resume=a["resume"])  # before a large model is loaded
+    RUN_FOLDER.require_free(out, resume=a["resume"])  # before a large model is loaded
     prompt_set = load_prompts(
         a["prompts"], max_prompts=a["max_prompts"], context_length=a["context_length"], seed=a["seed"]
     )

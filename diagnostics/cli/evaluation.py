@@ -7,12 +7,10 @@ import typer
 from rich.console import Console
 
 from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress
+from diagnostics.cli.flags import with_flags
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support.errors import UserError
-
-SUMMARY = "summary.parquet"
-TABLE = "summary.md"
 
 
 def evaluate(
@@ -41,8 +39,6 @@ def evaluate(
     arguments = dict(locals())
     if resume and out is None:
         raise UserError("--resume needs --out: the folder of the evaluation to continue")
-    if not 0 <= margin <= 1:
-        raise UserError(f"margin is {margin}: give a share from 0 to 1")
     out = out or new_folder(model, "-eval")
     from diagnostics.policies import parse_policy
 
@@ -50,10 +46,8 @@ def evaluate(
     claim(out)
     lm = load(arguments)
     from diagnostics.evaluate.evaluation import evaluate as run_evaluation
-    from diagnostics.evaluate.score_table import markdown, summarize
+    from diagnostics.evaluate.score_table import summarize
     from diagnostics.evaluate.tasks import load_task
-    from diagnostics.runs.run import reporting
-    from diagnostics.support.files import write_table, write_text
 
     loaded = [load_task(name.strip(), lm.tokenizer, limit=limit, seed=seed) for name in tasks.split(",")]
     try:
@@ -66,6 +60,7 @@ def evaluate(
                 query=query,
                 chunk_size=chunk_size,
                 run_code=run_code,
+                margin=margin,
                 seed=seed,
                 out=out,
                 resume=resume,
@@ -75,9 +70,6 @@ def evaluate(
     except KeyboardInterrupt:
         fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
     table = summarize(result, margin=margin, seed=seed)
-    with reporting(out, "evaluation"):
-        write_table(out / SUMMARY, table)
-        write_text(out / TABLE, markdown(table))
     if json:
         print(table.to_json(orient="records", indent=1))
     else:
@@ -86,4 +78,4 @@ def evaluate(
         show_evaluation(table, Console(highlight=False))
         print(f"Evaluation folder: {out}")
     if result.manifest["errors"]:
-        fail(f"not finished: {'; '.join(result.manifest['errors'])}", 1)
+        fail(with_flags(f"not finished: {'; '.join(result.manifest['errors'])}"), 1)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress
+from diagnostics.cli.flags import with_flags
 from diagnostics.cli.options import Anchors, Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support.errors import UserError
@@ -130,5 +131,5 @@ def finetune(
     else:
         from diagnostics.terminal.finetuning import show_finetuning
 
-        show_finetuning(made, table, Console(highlight=False))
+        show_finetuning(made, table, Console(highlight=False), phrase=with_flags)
         print(f"Adapter, recommendation and measurements: {out}")

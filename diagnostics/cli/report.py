@@ -20,8 +20,9 @@ def report(
     from diagnostics.cutoffs.recommendation import recommend
     from diagnostics.evaluate.evaluation_folder import EVALUATION, load_evaluation
     from diagnostics.finetune.finetuning_folder import AFTER, FINETUNING, load_finetuning
-    from diagnostics.generation.benchmarks import load_benchmark
-    from diagnostics.runs.run import BENCHMARK, MANIFEST, load_run
+    from diagnostics.generation.benchmark_folder import load_benchmark
+    from diagnostics.runs.places import BENCHMARK, MANIFEST
+    from diagnostics.runs.run import load_run
     from diagnostics.support.errors import UserError
 
     try:
@@ -51,7 +52,7 @@ def _saved_goals(folder: Path) -> dict[str, Any]:
     """Return the goals of the recommendation in a folder; none where there is none."""
     from diagnostics.cutoffs.recommendation import Criterion
     from diagnostics.policies.recommendation import read_recommendation
-    from diagnostics.runs.run import RECOMMENDATION
+    from diagnostics.runs.places import RECOMMENDATION
     from diagnostics.support.errors import UserError
 
     saved = read_recommendation(folder).get("criterion") if (folder / RECOMMENDATION).exists() else None

@@ -261,7 +261,7 @@ def _above_the_goal(kl: pd.DataFrame, cutoff: int, max_kl: float | None) -> list
     enough = smallest_admissible((kl.max(axis=0) <= max_kl + ROUNDING).to_numpy())
     return [
         f"prompts of category {worst} lose {kl[cutoff].max():.3g} nats per token there, above the goal; "
-        f"every category is within it from cutoff {enough} on (--every-category)"
+        f"every category is within it from cutoff {enough} on (`every_category=True`)"
     ]
 
 

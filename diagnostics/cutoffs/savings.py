@@ -4,7 +4,7 @@ Time to first token is taken to follow the prefill's floating-point operations, 
 weights and cache that one step reads. Both hold where a device is busy: long prompts, and decoding bound by memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Savings:
 
 
 def predict_savings(
-    shape: dict[str, Any],
+    shape: Mapping[str, Any],
     cutoff: int,
     *,
     anchors: int = 1,
@@ -88,7 +88,7 @@ class Held:
         return max(0, first - max(0, self.total - reach)) + min(held - first, reach)
 
 
-def kv_bytes(shape: dict[str, Any], held: Held) -> int:
+def kv_bytes(shape: Mapping[str, Any], held: Held) -> int:
     """Bytes of keys and values of one row; sliding layers hold what their window shows the next token."""
     per_position = 2 * shape["n_kv_heads"] * shape["head_dim"] * shape["bytes_per_value"]
     return per_position * sum(
@@ -96,13 +96,13 @@ def kv_bytes(shape: dict[str, Any], held: Held) -> int:
     )
 
 
-def decode_bytes(shape: dict[str, Any], held: Held, batch: int = 1) -> int:
+def decode_bytes(shape: Mapping[str, Any], held: Held, batch: int = 1) -> int:
     """Bytes that one decode step of ``batch`` rows reads: all weights once, and every row's keys and values."""
     weights = (sum(shape["layer_parameters"]) + shape["head_parameters"]) * shape["bytes_per_value"]
     return weights + batch * kv_bytes(shape, held)
 
 
-def prefill_flops(shape: dict[str, Any], run: Sequence[int], projected: Sequence[int] | None = None) -> float:
+def prefill_flops(shape: Mapping[str, Any], run: Sequence[int], projected: Sequence[int] | None = None) -> float:
     """Operations of the prefill of one row in which layer l runs ``run[l]`` positions; head on one position included.
 
     ``projected[l]`` positions go through the layer's key and value projections alone.
@@ -116,6 +116,6 @@ def prefill_flops(shape: dict[str, Any], run: Sequence[int], projected: Sequence
     return total + per_token * sum(projected or ())
 
 
-def windows(shape: dict[str, Any]) -> list[int | None]:
+def windows(shape: Mapping[str, Any]) -> list[int | None]:
     """Sliding window of each layer, None where it sees everything."""
     return [shape["sliding_window"] if kind == "sliding_attention" else None for kind in shape["layer_types"]]

@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,15 +21,17 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.digests import inputs_digest
 from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
+from diagnostics.runs.manifest import SCHEMA_VERSION, RunManifest
 from diagnostics.runs.parts import merge
-from diagnostics.runs.run import Run, RunWriter
-from diagnostics.runs.schema import SCHEMA_VERSION, Tables
+from diagnostics.runs.run import Run
+from diagnostics.runs.schema import Tables
+from diagnostics.runs.writer import RunWriter
 from diagnostics.segments import Segments
 from diagnostics.self_test import Proof, skipped
 from diagnostics.self_test import self_test as testing
 from diagnostics.support.errors import UserError
+from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-from diagnostics.support.versions import hardware, versions
 
 DETAIL_PROMPTS = 7
 
@@ -120,8 +121,7 @@ def diagnose(
         "lens_positions": lens_positions,
         "detail_prompts": detail_prompts,
     }
-    manifest = _manifest(lm, prompts, encoded, capture, probes, numbers, teacher, proof)
-    manifest |= {"arguments": arguments or {}}
+    manifest = _manifest(lm, prompts, encoded, capture, probes, numbers, teacher, proof, arguments)
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -154,7 +154,7 @@ def diagnose(
     timings = {"timings": {"seconds_last_session": round(time.perf_counter() - started, 3)}}
     if writer:
         return writer.finish(**timings)
-    return Run(manifest | timings | {"status": "complete"}, merge(finished))
+    return Run(cast(RunManifest, {**manifest, **timings, "status": "complete"}), merge(finished))
 
 
 def _diagnose_prompt(
@@ -221,8 +221,9 @@ def _manifest(
     numbers: dict[str, int],
     teacher: Teacher | None,
     proof: Proof,
-) -> dict[str, Any]:
-    """Say what this run is. ``identity`` is what a resumed run must share for its numbers to be the same."""
+    arguments: dict[str, Any] | None,
+) -> RunManifest:
+    """Return what a run says of itself; ``identity`` is what a continued run must share for the same numbers."""
     without_bos = [prompt.prompt_id for prompt in encoded if not prompt.has_bos]
     notes = []
     if numbers["anchors"] and without_bos:
@@ -244,35 +245,30 @@ def _manifest(
         )
     if teacher is not None:
         notes.append(f"every cutoff, full depth too, is compared with {teacher.name} at full depth")
-    identity = lm.identity()
-    return {
+    head = manifest_head(
+        lm,
+        arguments,
+        dtype=str(lm.dtype).removeprefix("torch."),
+        device=lm.device.type,
+        backend=capture.name,
+        context_length=prompts.context_length,
+        prompts=prompts.fingerprint,
+        teacher=None if teacher is None else teacher.weight_hash,
+        **numbers,
+        token_ids=inputs_digest(encoded),
+    )
+    about = {
         "schema_version": SCHEMA_VERSION,
         "status": "running",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": lm.name,
         "revision": lm.revision,
         "architecture": lm.model.config.model_type,
-        "n_layers": lm.anatomy.n_layers,
         "n_heads": lm.anatomy.n_heads,
         "max_positions": lm.anatomy.max_positions,
         "shape": lm.anatomy.shape,
         "seed": prompts.seed,
         "prompt_set": prompts.name,
         "n_prompts": len(prompts),
-        "hardware": hardware(lm.device),
-        "versions": versions(),
         "columns": {column: text for probe in probes.values() for column, text in probe.describes.items()},
-        "notes": notes + identity.notes,
-        "configuration": identity.configuration,
-        "identity": identity.entries()
-        | {
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "device": lm.device.type,
-            "backend": capture.name,
-            "context_length": prompts.context_length,
-            "prompts": prompts.fingerprint,
-            "teacher": None if teacher is None else teacher.weight_hash,
-        }
-        | numbers
-        | {"token_ids": inputs_digest(encoded)},
+        "notes": notes + head["notes"],
     }
+    return cast(RunManifest, head | about)

@@ -6,26 +6,26 @@ before the next, so that they can share what full depth computed of its context.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
-from diagnostics.evaluate.evaluation_folder import AnsweredItems, Evaluation, EvaluationFolder
+from diagnostics.evaluate.evaluation_folder import AnsweredItems, Evaluation, EvaluationManifest, EvaluationWriter
 from diagnostics.evaluate.humaneval import require_allowed
 from diagnostics.evaluate.item_answers import answer, token_ids
 from diagnostics.evaluate.items import Task
 from diagnostics.evaluate.sandbox import isolation
+from diagnostics.evaluate.score_table import MARGIN, markdown, summarize
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.digests import tokens_digest
 from diagnostics.support.errors import UserError
+from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-from diagnostics.support.versions import hardware, versions
 
 Progress = Callable[[int, int, str], None]
 
@@ -40,6 +40,7 @@ def evaluate(
     query: str = "prompt",
     chunk_size: int | None = None,
     run_code: bool = False,
+    margin: float = MARGIN,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -62,10 +63,12 @@ def evaluate(
         Prompt tokens per forward pass; bounds memory at long prompts.
     run_code
         Whether tasks may run code that the model wrote; see `diagnostics.evaluate.sandbox`.
+    margin
+        Of non-inferiority in the summary, as a share of the score, 0..1.
     seed
-        Of the drawing of items.
+        Of the draw of items, and of the summary's bootstrap.
     out, resume
-        Folder to write, and whether to go on with an evaluation there that asked for the same.
+        Folder to write, the summary included, and whether to continue an evaluation there that asked for the same.
     progress
         Called as ``progress(done, total, what)`` before each item and at the end.
     arguments
@@ -86,6 +89,8 @@ def evaluate(
         raise UserError(f"query is {query!r}: give one of {', '.join(QUERIES)}")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give 1 or more")
+    if not 0 <= margin <= 1:
+        raise UserError(f"margin is {margin}: give a share from 0 to 1")
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
         raise UserError("name one task or more, each once")
@@ -94,10 +99,10 @@ def evaluate(
     for policy in every:
         policy.check(lm.anatomy)
     drawn = [draw(task, limit, seed) for task in tasks]
-    manifest = _manifest(lm, drawn, every, query, seed) | {"arguments": arguments or {}}
+    manifest = _manifest(lm, drawn, every, query, seed, margin, arguments)
     if run_code:
         manifest["sandbox"] = isolation()
-    store = EvaluationFolder(Path(out), manifest, resume=resume) if out is not None else None
+    store = EvaluationWriter(Path(out), manifest, resume=resume) if out is not None else None
     total, done = sum(len(task.items) for task in drawn) * len(every), 0
     parts: list[pd.DataFrame] = []
     errors: list[str] = []
@@ -107,9 +112,9 @@ def evaluate(
             for item in task.items:
                 shared = SharedPrefill(lm, chunk_size)
                 for policy in every:
-                    said = f"{task.name}, {policy.spec}"
+                    step = f"{task.name}, {policy.spec}"
                     if progress:
-                        progress(done, total, said)
+                        progress(done, total, step)
                     done += 1
                     if policy in failed or rows.has(policy, item):
                         continue
@@ -117,7 +122,7 @@ def evaluate(
                         row = answer(lm, task, item, policy, query=query, shared=shared)
                     except Exception as error:  # one task's trouble is not the others'
                         failed.add(policy)
-                        errors.append(f"{said}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                        errors.append(f"{step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
                     else:
                         rows.add(policy, item, row)
         parts += [rows.of(policy) for policy in every if policy not in failed]
@@ -125,8 +130,12 @@ def evaluate(
         progress(total, total, "")
     if not parts:
         raise UserError(f"nothing could be evaluated: {'; '.join(errors)}")
-    made = Evaluation(manifest | {"errors": errors}, pd.concat(parts, ignore_index=True))
-    return store.finish(made) if store else made
+    manifest["errors"] = errors
+    evaluation = Evaluation(manifest, pd.concat(parts, ignore_index=True))
+    if store is None:
+        return evaluation
+    summary = summarize(evaluation, margin=margin, seed=seed)
+    return store.finish(evaluation, summary, markdown(summary))
 
 
 def draw(task: Task, limit: int | None, seed: int) -> Task:
@@ -139,29 +148,27 @@ def draw(task: Task, limit: int | None, seed: int) -> Task:
 
 
 def _manifest(
-    lm: LoadedModel, tasks: Sequence[Task], policies: Sequence[Policy], query: str, seed: int
-) -> dict[str, Any]:
-    identity = lm.identity()
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": lm.name,
-        "n_layers": lm.anatomy.n_layers,
-        "hardware": hardware(lm.device),
-        "versions": versions(),
-        "tasks": {task.name: _about(task) for task in tasks},
-        "policies": [policy.spec for policy in policies],
-        "notes": identity.notes,
-        "configuration": identity.configuration,
-        "identity": identity.entries()
-        | {
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "device": lm.device.type,
-            "tasks": {task.name: _asked(lm, task) for task in tasks},
-            "policies": [policy.spec for policy in policies],
-            "query": query,
-            "seed": seed,
-        },
-    }
+    lm: LoadedModel,
+    tasks: Sequence[Task],
+    policies: Sequence[Policy],
+    query: str,
+    seed: int,
+    margin: float,
+    arguments: dict[str, Any] | None,
+) -> EvaluationManifest:
+    specs = [policy.spec for policy in policies]
+    head = manifest_head(
+        lm,
+        arguments,
+        dtype=str(lm.dtype).removeprefix("torch."),
+        device=lm.device.type,
+        tasks={task.name: _asked(lm, task) for task in tasks},
+        policies=specs,
+        query=query,
+        seed=seed,
+    )
+    about = {task.name: _about(task) for task in tasks}
+    return cast(EvaluationManifest, head | {"tasks": about, "policies": specs, "margin": margin, "errors": []})
 
 
 def _asked(lm: LoadedModel, task: Task) -> dict[str, Any]:

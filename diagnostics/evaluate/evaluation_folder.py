@@ -2,6 +2,7 @@
 
 - ``evaluation.json``: what was asked, on what, with which versions; what failed
 - ``items.parquet``: one row per task, policy and item
+- ``summary.parquet``, ``summary.md``: the table of scores, at the margin asked for
 - ``parts/TASK.parquet``: the rows that there are of a task, until all tasks are finished
 """
 
@@ -20,16 +21,32 @@ import pandas as pd
 
 from diagnostics.evaluate.items import ChoiceItem, GenerationItem, Task
 from diagnostics.runs.parts import PARTS
-from diagnostics.runs.run import claim_folder, reporting
 from diagnostics.support.errors import UserError
-from diagnostics.support.files import read_json, read_table, write_sealed, write_table
+from diagnostics.support.files import read_table, write_sealed, write_table, write_text
+from diagnostics.support.folders import FolderKind, Head
 
 if TYPE_CHECKING:
     from diagnostics.policies.base import Policy
 
-ITEMS, EVALUATION = "items.parquet", "evaluation.json"
+ITEMS, EVALUATION, SUMMARY, SUMMARY_TEXT = "items.parquet", "evaluation.json", "summary.parquet", "summary.md"
 # What is answered within so many seconds is lost in a kill at most.
 WRITE_EVERY_S = 20.0
+
+
+class EvaluationManifest(Head, total=False):
+    """The content of ``evaluation.json``."""
+
+    n_layers: int
+    tasks: dict[str, Any]
+    policies: list[str]
+    margin: float
+    notes: list[str]
+    identity: dict[str, Any]
+    sandbox: dict[str, bool]
+    errors: list[str]  # a line for every task and policy that could not be finished
+
+
+EVALUATION_FOLDER: FolderKind[EvaluationManifest] = FolderKind("evaluation", EVALUATION, EvaluationManifest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,68 +58,75 @@ class Evaluation:
     ``accepted``, ``n_tokens`` and the ways to fail. NaN where a column does not apply.
     """
 
-    manifest: dict[str, Any]
+    manifest: EvaluationManifest
     items: pd.DataFrame = field(repr=False)
     path: Path | None = None
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
     """Read an evaluation; raise UserError where there is none, or policies did not answer the same items once each."""
-    folder = Path(path)
-    manifest = load_manifest(folder)
-    try:
-        items = read_table(folder / ITEMS)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no finished evaluation can be read in {str(path)!r}: {ITEMS}: {error}") from None
-    missing = {"task", "policy", "item_id", "score"} - set(items)
-    if missing or not isinstance(manifest.get("model"), str):
-        raise UserError(f"the evaluation in {str(path)!r} is damaged")
+    manifest = EVALUATION_FOLDER.read(path)
+    if not (Path(path) / ITEMS).exists():
+        raise UserError(f"evaluation {str(path)!r} is not finished: continue it with `resume=True`")
+    items = EVALUATION_FOLDER.read_table(path, ITEMS)
+    if problem := _problem(items):
+        raise EVALUATION_FOLDER.damaged(path, problem)
+    return Evaluation(manifest, items, Path(path))
+
+
+def _problem(items: pd.DataFrame) -> str | None:
+    """Say what is wrong with the table of items; None if every policy answered the same items once each."""
+    if missing := {"task", "policy", "item_id", "score"} - set(items):
+        return f"{ITEMS} has no column {min(missing)}"
     try:
         scores = items["score"].astype(float)
         counted = items.groupby(["task", "item_id"])["policy"].agg(["size", "nunique"])
         policies = items.groupby("task")["policy"].nunique()
     except (ValueError, TypeError) as error:
-        raise UserError(f"the evaluation in {str(path)!r} is damaged: {error}") from None
+        return str(error)
     once = (counted["size"] == counted["nunique"]) & (counted["size"] == policies.reindex(counted.index, level="task"))
     if items.empty or not scores.between(0, 1).all() or not once.all():
-        raise UserError(f"the evaluation in {str(path)!r} is damaged: items are missing, doubled or without a score")
-    return Evaluation(manifest, items, folder)
+        return "items are missing, doubled or without a score"
+    return None
 
 
-class EvaluationFolder:
-    """The folder of an evaluation: one file for each task, until all are finished."""
+class EvaluationWriter:
+    """Writes the folder of an evaluation: one file for each task, until all are finished."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, resume: bool) -> None:
-        self.path, self.manifest = path, manifest
-        claim_folder(path, EVALUATION, manifest | {"errors": []}, "evaluation", load_manifest, resume=resume)
+    def __init__(self, path: Path, manifest: EvaluationManifest, *, resume: bool) -> None:
+        self.path = path
+        if EVALUATION_FOLDER.claim(path, manifest, resume=resume) is None:
+            EVALUATION_FOLDER.start(path, manifest)
 
     def read(self, task: Task) -> pd.DataFrame:
-        """Return the rows that there are of a task."""
+        """Return the rows of a task that were written before."""
         part, items = self._part(task), self.path / ITEMS
-        place = part if part.exists() else items
+        file = part if part.exists() else items
         try:
-            rows = read_table(place)
-            if {"policy", "item_id"} <= set(rows) and place == part:
+            rows = read_table(file)
+            if {"policy", "item_id"} <= set(rows) and file == part:
                 return rows
             return rows[rows["task"] == task.name].dropna(axis="columns", how="all")
         except FileNotFoundError:
             return pd.DataFrame()
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"the evaluation's file {str(place)!r} is damaged: {error}") from None
+            raise UserError(f"the evaluation's file {str(file)!r} is damaged: {error}") from None
 
     def write(self, task: Task, rows: pd.DataFrame) -> None:
         """Keep the rows of a task."""
-        with reporting(self.path, "evaluation"):
+        with EVALUATION_FOLDER.writing(self.path):
             (self.path / PARTS).mkdir(exist_ok=True)
             write_table(self._part(task), rows)
 
-    def finish(self, made: Evaluation) -> Evaluation:
-        """Join the parts into one table; parts stay until then."""
-        with reporting(self.path, "evaluation"):
-            write_table(self.path / ITEMS, made.items)
-            write_sealed(self.path / EVALUATION, made.manifest)
+    def finish(self, evaluation: Evaluation, summary: pd.DataFrame, text: str) -> Evaluation:
+        """Join the parts into one table, and write the summary of it; the parts stay until then."""
+        with EVALUATION_FOLDER.writing(self.path):
+            write_table(self.path / ITEMS, evaluation.items)
+            write_table(self.path / SUMMARY, summary)
+            write_text(self.path / SUMMARY_TEXT, text)
+            write_sealed(self.path / EVALUATION, evaluation.manifest)
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
-        return replace(made, path=self.path)
+        return replace(evaluation, path=self.path)
 
     def _part(self, task: Task) -> Path:
         return self.path / PARTS / f"{quote(task.name, safe='@: ')}.parquet"
@@ -111,10 +135,10 @@ class EvaluationFolder:
 class AnsweredItems:
     """The rows of one task, as they come; as a context manager it writes those that it has when the block is left."""
 
-    def __init__(self, task: Task, store: EvaluationFolder | None) -> None:
+    def __init__(self, task: Task, store: EvaluationWriter | None) -> None:
         self.task, self.store = task, store
-        there = store.read(task).to_dict("records") if store else []
-        self.rows: dict[tuple[str, str], Any] = {(row["policy"], row["item_id"]): row for row in there}
+        kept = store.read(task).to_dict("records") if store else []
+        self.rows: dict[tuple[str, str], Any] = {(row["policy"], row["item_id"]): row for row in kept}
         self.written, self.at = len(self.rows), time.monotonic()
 
     def has(self, policy: Policy, item: ChoiceItem | GenerationItem) -> bool:
@@ -142,14 +166,3 @@ class AnsweredItems:
             self.store.write(self.task, pd.DataFrame(list(self.rows.values())))
             self.written = len(self.rows)
         self.at = time.monotonic()
-
-
-def load_manifest(path: Path) -> dict[str, Any]:
-    """Read ``evaluation.json``; raise UserError where it is damaged."""
-    try:
-        manifest = read_json(path / EVALUATION)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no evaluation can be read in {str(path)!r}: {EVALUATION}: {error}") from None
-    if not isinstance(manifest, dict):
-        raise UserError(f"the evaluation in {str(path)!r} is damaged")
-    return manifest

@@ -60,7 +60,7 @@ def require_allowed(tasks: Iterable[Task], run_code: bool) -> None:
         if task.metric == METRIC:
             if not run_code:
                 raise UserError(
-                    f"task {task.name!r} runs code that the model wrote: allow it with --run-code (run_code=True), "
+                    f"task {task.name!r} runs code that the model wrote: allow it with `run_code=True`, "
                     "best in a container"
                 )
             check_supported()

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from diagnostics.figures.style import GREY, PALETTE, add_line, finished, literal
 
 if TYPE_CHECKING:
-    from diagnostics.generation.benchmarks import Benchmark
+    from diagnostics.generation.benchmark_folder import Benchmark
 
 
 def benchmark_ratios(benchmark: Benchmark) -> go.Figure:

@@ -72,7 +72,7 @@ def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.
     """
     rows = run.lens[run.lens["prompt_id"] == prompt_id]
     if rows.empty:
-        raise UserError(f"run {run.name!r} keeps no tokens of prompt {prompt_id!r}: see --detail-prompts")
+        raise UserError(f"run {run.name!r} keeps no tokens of prompt {prompt_id!r}: see `detail_prompts`")
     positions = np.sort(rows["position"].unique())[first : first + count]
     rows = rows[rows["position"].isin(positions)]
     grid = {

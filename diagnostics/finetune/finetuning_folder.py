@@ -18,13 +18,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, cast
 
 import pandas as pd
 
 from diagnostics.finetune.examples import Counts, Example
 from diagnostics.runs.parts import PARTS
-from diagnostics.runs.run import claim_folder
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import (
     SUMS,
@@ -36,11 +35,30 @@ from diagnostics.support.files import (
     write_sums,
     write_table,
 )
+from diagnostics.support.folders import FolderKind, Head
 
 FINETUNING, EXAMPLES, STEPS, SWEEPS = "finetuning.json", "examples.parquet", "steps.parquet", "sweeps.parquet"
 CHECKPOINTS, BEFORE, AFTER = "checkpoints", "before", "after"
 TRAINER_STATE = "trainer_state.json"
 CARD = "README.md"
+
+
+class FineTuningManifest(Head, total=False):
+    """The content of ``finetuning.json``."""
+
+    status: Required[str]  # running, complete
+    revision: str | None
+    n_layers: Required[int]
+    settings: Required[dict[str, Any]]
+    source: str
+    held_out: dict[str, Any]
+    notes: list[str]
+    identity: Required[dict[str, Any]]
+    data: dict[str, Any]  # what became of the rows, as `Counts` has it
+    held_out_dropped: int  # rows left out since they begin with a held-out prompt
+
+
+FINETUNING_FOLDER: FolderKind[FineTuningManifest] = FolderKind("fine-tuning", FINETUNING, FineTuningManifest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +71,7 @@ class FineTuning:
     in a run's table of cutoffs.
     """
 
-    manifest: dict[str, Any]
+    manifest: FineTuningManifest
     steps: pd.DataFrame = field(repr=False)
     sweeps: pd.DataFrame = field(repr=False)
     path: Path | None = None
@@ -74,41 +92,24 @@ def load_finetuning(path: str | Path) -> FineTuning:
 
     Raises UserError where there is none, or it is damaged, or nothing is measured yet.
     """
-    folder = Path(path)
-    manifest = load_manifest(folder)
-    tables: dict[str, pd.DataFrame] = {}
-    for name in (STEPS, SWEEPS):
-        try:
-            tables[name] = read_table(folder / name)
-        except FileNotFoundError:
-            raise UserError(f"fine-tuning {str(path)!r} has not measured anything yet") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"fine-tuning {str(path)!r} is damaged: {name} cannot be read ({error})") from None
-    made = FineTuning(manifest, tables[STEPS], tables[SWEEPS], folder)
-    if problem := _problem(made):
-        raise UserError(f"fine-tuning {str(path)!r} is damaged: {problem}")
-    return made
+    manifest = FINETUNING_FOLDER.read(path)
+    if not all((Path(path) / name).exists() for name in (STEPS, SWEEPS)):
+        raise UserError(f"fine-tuning {str(path)!r} has not measured anything yet: continue it with `resume=True`")
+    steps, sweeps = (FINETUNING_FOLDER.read_table(path, name) for name in (STEPS, SWEEPS))
+    finetuning = FineTuning(manifest, steps, sweeps, Path(path))
+    if problem := _problem(finetuning):
+        raise FINETUNING_FOLDER.damaged(path, problem)
+    return finetuning
 
 
-def load_manifest(path: Path) -> dict[str, Any]:
-    """Read ``finetuning.json``; raise UserError where it is missing or damaged."""
-    try:
-        manifest = read_json(path / FINETUNING)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no fine-tuning can be read in {str(path)!r}: {FINETUNING}: {error}") from None
-    fields = {"model": str, "status": str, "n_layers": int, "settings": dict, "identity": dict}
-    for name, kind in fields.items():
-        if not isinstance(manifest, dict) or not isinstance(manifest.get(name), kind):
-            raise UserError(f"the fine-tuning in {str(path)!r} is damaged: field {name} is missing or wrong")
-    return manifest
-
-
-class FineTuningFolder:
+class FineTuningWriter:
     """Writes the folder of one fine-tuning."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, resume: bool) -> None:
-        there = claim_folder(path, FINETUNING, manifest, "fine-tuning", load_manifest, resume=resume)
-        self.path, self.manifest = path, there or manifest
+    def __init__(self, path: Path, manifest: FineTuningManifest, *, resume: bool) -> None:
+        kept = FINETUNING_FOLDER.claim(path, manifest, resume=resume)
+        if kept is None:
+            FINETUNING_FOLDER.start(path, manifest)
+        self.path, self.manifest = path, kept or manifest
 
     @property
     def complete(self) -> bool:
@@ -118,10 +119,10 @@ class FineTuningFolder:
     def examples(
         self, n_parts: int, make: Callable[[int], tuple[list[Example], Counts]]
     ) -> tuple[list[Example], Counts]:
-        """Return the rows to train on: those that are there, and those of the parts that ``make`` has to make."""
-        place = self.path / EXAMPLES
-        if place.exists():
-            return _read_rows(place), Counts(**self.manifest["data"])
+        """Return the rows to train on; ``make`` makes those of a part that is not written yet."""
+        file = self.path / EXAMPLES
+        if file.exists():
+            return _read_rows(file), Counts(**self.manifest["data"])
         rows: list[Example] = []
         counts = Counts()
         parts = self.path / PARTS
@@ -129,23 +130,25 @@ class FineTuningFolder:
         for number in range(n_parts):
             part, counted = parts / f"{number:06d}.parquet", parts / f"{number:06d}.json"
             if not counted.exists():  # written after its rows
-                made, these = make(number)
-                write_table(part, pd.DataFrame(made, columns=list(Example.__annotations__)))
-                write_sealed(counted, asdict(these))
+                new_rows, new_counts = make(number)
+                write_table(part, pd.DataFrame(new_rows, columns=list(Example.__annotations__)))
+                write_sealed(counted, asdict(new_counts))
             rows += _read_rows(part)
             try:
                 counts += Counts(**read_json(counted))
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{str(counted)!r} is damaged ({error}): remove it, its rows are made anew") from None
         self.note(data=asdict(counts))
-        write_table(place, pd.DataFrame(rows, columns=list(Example.__annotations__)))
+        write_table(file, pd.DataFrame(rows, columns=list(Example.__annotations__)))
         shutil.rmtree(parts)
         return rows, counts
 
     def checkpoint(self) -> Path | None:
-        """Return the last checkpoint that was written whole."""
-        found = {int(path.name.rpartition("-")[2]): path for path in (self.path / CHECKPOINTS).glob("checkpoint-*")}
-        for _, path in sorted(found.items(), reverse=True):
+        """Return the last checkpoint that was written to its end; None if there is none."""
+        checkpoints = {
+            int(path.name.rpartition("-")[2]): path for path in (self.path / CHECKPOINTS).glob("checkpoint-*")
+        }
+        for _, path in sorted(checkpoints.items(), reverse=True):
             try:
                 json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))  # the last file of one
             except (OSError, ValueError):
@@ -171,7 +174,7 @@ class FineTuningFolder:
 
     def note(self, **additions: Any) -> None:
         """Add to the manifest."""
-        self.manifest = self.manifest | additions
+        self.manifest = cast(FineTuningManifest, {**self.manifest, **additions})
         write_sealed(self.path / FINETUNING, self.manifest)
 
     def discard(self) -> None:
@@ -195,23 +198,24 @@ def _read_rows(path: Path) -> list[Example]:
         raise UserError(f"the rows to train on in {str(path)!r} are damaged: {error}") from None
 
 
-def _problem(made: FineTuning) -> str | None:
+def _problem(finetuning: FineTuning) -> str | None:
     """Say what is wrong with the tables; None if nothing is."""
-    n_layers, trained = made.manifest["n_layers"], made.manifest["settings"].get("cutoff")
+    manifest = finetuning.manifest
+    n_layers, trained = manifest["n_layers"], manifest["settings"].get("cutoff")
     if not isinstance(trained, int) or not 1 <= trained <= n_layers:
         return f"its cutoff is {trained!r}, not 1 to {n_layers}"
     numbers = {"steps": ("step", "loss", "cutoff"), "sweeps": ("step", "cutoff", "kl", "top1_agreement", "nll")}
     for table, columns in numbers.items():
-        frame = getattr(made, table)
+        frame = getattr(finetuning, table)
         for column in columns:
             if column not in frame or not pd.api.types.is_numeric_dtype(frame[column]) or frame[column].isna().any():
                 return f"{table} has no column {column}, or not numbers in it"
-    sweeps = made.sweeps
+    sweeps = finetuning.sweeps
     texts = ("prompt_id", "category")
     if not all(name in sweeps and sweeps[name].map(lambda text: isinstance(text, str)).all() for name in texts):
         return "sweeps has no names of prompts or categories"
     counted = sweeps.groupby(["step", "prompt_id"])["cutoff"].agg(["size", "nunique", "min", "max"])
-    whole = counted.eq([n_layers, n_layers, 1, n_layers]).all(axis=None)
-    if not whole or 0 not in counted.index.get_level_values("step"):
-        return "rows of sweeps are missing, or there twice"
+    every_cutoff_once = counted.eq([n_layers, n_layers, 1, n_layers]).all(axis=None)
+    if not every_cutoff_once or 0 not in counted.index.get_level_values("step"):
+        return "rows of sweeps are missing or doubled"
     return None

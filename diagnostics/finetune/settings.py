@@ -98,7 +98,7 @@ class Settings:
         if self.method == "full" and lm.dtype.itemsize < 4:
             raise UserError(
                 f"steps of training are smaller than what {str(lm.dtype).removeprefix('torch.')} rounds to: "
-                "give --dtype float32, or train an adapter (lora), whose own weights are float32"
+                'load it with `dtype="float32"`, or train an adapter (lora), whose own weights are float32'
             )
         require_share(self.supervised)
         start = self.cutoff if self.start_cutoff is None else self.start_cutoff

@@ -6,10 +6,9 @@ import copy
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
@@ -24,9 +23,11 @@ from diagnostics.finetune.finetuning_folder import (
     BEFORE,
     CARD,
     CHECKPOINTS,
+    FINETUNING_FOLDER,
     TRAINER_STATE,
     FineTuning,
-    FineTuningFolder,
+    FineTuningManifest,
+    FineTuningWriter,
     load_finetuning,
 )
 from diagnostics.finetune.lora import add_lora, require_peft
@@ -38,11 +39,11 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.digests import inputs_digest, tokenizer_digest
 from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
-from diagnostics.runs.run import RECOMMENDATION, reporting
+from diagnostics.runs.places import RECOMMENDATION
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import write_text
+from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-from diagnostics.support.versions import hardware, versions
 
 KEPT_CHECKPOINTS = 2
 
@@ -102,10 +103,10 @@ def finetune(
     # What is wrong with prompts and numbers is said before any work.
     encoded = encode_for_diagnosis(held_out, lm.tokenizer, lm.anatomy.max_positions, settings.decode_tokens)
     source.make(lm, source.n_parts)  # no row is in this part
-    folder = FineTuningFolder(Path(out), _manifest(lm, source, held_out, encoded, settings, arguments), resume=resume)
+    folder = FineTuningWriter(Path(out), _manifest(lm, source, held_out, encoded, settings, arguments), resume=resume)
     if folder.complete:
         return load_finetuning(folder.path)
-    with reporting(folder.path, "fine-tuning"):
+    with FINETUNING_FOLDER.writing(folder.path):
         return _carry_out(lm, source, held_out, encoded, settings, goals, folder, progress)
 
 
@@ -116,7 +117,7 @@ def _carry_out(
     encoded: Sequence[EncodedPrompt],
     settings: Settings,
     goals: dict[str, Any],
-    folder: FineTuningFolder,
+    folder: FineTuningWriter,
     progress: Progress | None,
 ) -> FineTuning:
     """Do what is left of a fine-tuning: rows, measurement before, training, measurement after."""
@@ -173,7 +174,7 @@ def _train(
     held_out: Sequence[EncodedPrompt],
     teacher: Teacher,
     settings: Settings,
-    folder: FineTuningFolder,
+    folder: FineTuningWriter,
     report: Progress,
 ) -> LoadedModel:
     """Train, save, and return the model with what it learnt in its weights."""
@@ -209,7 +210,7 @@ def _train(
     return LoadedModel.wrap(lm.model, lm.tokenizer, folder.path.name)
 
 
-def _training_arguments(lm: LoadedModel, settings: Settings, folder: FineTuningFolder) -> TrainingArguments:
+def _training_arguments(lm: LoadedModel, settings: Settings, folder: FineTuningWriter) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder.path / CHECKPOINTS),
         max_steps=settings.steps,
@@ -251,30 +252,21 @@ def _manifest(
     encoded: Sequence[EncodedPrompt],
     settings: Settings,
     arguments: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Say what this is. ``identity`` is what a resumed fine-tuning must share to be the same."""
+) -> FineTuningManifest:
+    """Return what the folder says of itself; ``identity`` is what a continued fine-tuning must share."""
     chosen = asdict(settings)
-    identity = lm.identity()
-    return {
+    identity: dict[str, Any] = {
+        "tokenizer": tokenizer_digest(lm.tokenizer),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "data": source.fingerprint,
+        "held-out prompts": held_out.fingerprint,
+        "token_ids": inputs_digest(encoded),
+    }
+    about = {
         "status": "running",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": lm.name,
         "revision": lm.revision,
-        "n_layers": lm.anatomy.n_layers,
         "settings": chosen,
         "source": source.name,
         "held_out": {"name": held_out.name, "n_prompts": len(held_out)},
-        "hardware": hardware(lm.device),
-        "versions": versions(),
-        "arguments": arguments or {},
-        "configuration": identity.configuration,
-        "identity": identity.entries()
-        | {
-            "tokenizer": tokenizer_digest(lm.tokenizer),
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "data": source.fingerprint,
-            "held-out prompts": held_out.fingerprint,
-            "token_ids": inputs_digest(encoded),
-        }
-        | chosen,
     }
+    return cast(FineTuningManifest, manifest_head(lm, arguments, **identity, **chosen) | about)

@@ -11,7 +11,7 @@ import pandas as pd
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from diagnostics.diagnosis.teacher import Teacher
-from diagnostics.finetune.finetuning_folder import STEPS, SWEEPS, FineTuningFolder
+from diagnostics.finetune.finetuning_folder import STEPS, SWEEPS, FineTuningWriter
 from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sweeps import sweep_cutoffs
 from diagnostics.finetune.visibility import full_depth
@@ -32,7 +32,7 @@ class Watch(TrainerCallback):
         held_out: Sequence[EncodedPrompt],
         teacher: Teacher,
         settings: Settings,
-        folder: FineTuningFolder,
+        folder: FineTuningWriter,
         report: Progress,
     ) -> None:
         self.lm, self.teacher, self.settings, self.folder, self.report = lm, teacher, settings, folder, report

@@ -5,16 +5,14 @@ from typing import TYPE_CHECKING
 from diagnostics.support.lazy import find_on_demand
 
 if TYPE_CHECKING:
-    from diagnostics.generation.benchmarks import Benchmark, benchmark, load_benchmark
+    from diagnostics.generation.benchmark_folder import Benchmark, load_benchmark
+    from diagnostics.generation.benchmarks import benchmark
     from diagnostics.generation.generation import Generation, decode, generate, prefill
     from diagnostics.generation.inputs import encode_input
 
 _HOMES = {
-    "benchmarks": (
-        "Benchmark",
-        "benchmark",
-        "load_benchmark",
-    ),
+    "benchmark_folder": ("Benchmark", "load_benchmark"),
+    "benchmarks": ("benchmark",),
     "generation": (
         "Generation",
         "decode",

@@ -6,77 +6,28 @@ floating-point operations of the prefill for TTFT, bytes of weights and cache re
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
 from diagnostics.cutoffs.savings import Held, decode_bytes, kv_bytes, prefill_flops
+from diagnostics.generation.benchmark_folder import BENCHMARK_FOLDER, Benchmark, BenchmarkManifest, write_benchmark
 from diagnostics.generation.generation import generate
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
 from diagnostics.policies.base import Policy
 from diagnostics.policies.full import FullPolicy
-from diagnostics.runs.run import BENCHMARK, MANIFEST, is_unused, require_writable
 from diagnostics.support.errors import UserError
-from diagnostics.support.files import read_json, read_table, remove_scratch, write_sealed, write_table
+from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
 from diagnostics.support.memory import peak_memory
-from diagnostics.support.versions import hardware, versions
 
-BENCHMARK_MANIFEST = "benchmark.json"
 WARM_UP_TOKENS = 2
-# Columns without which nothing can be said.
-NUMBERS = (
-    *("cutoff", "n_prompt", "batch_size", "repeat", "ttft_s", "tpot_s", "kv_bytes", "kv_bytes_formula", "peak_bytes"),
-    *("prefill_tflops", "decode_gb_s", "ttft_limit", "tpot_limit", "kv_limit"),
-)
-MEASURED = ("ttft_s", "tpot_s", "kv_bytes", "peak_bytes")
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Benchmark:
-    """Measurements of one model.
-
-    ``rows``: one per policy, length and repeat, with columns policy, spec, cutoff (layers that all prompt tokens run
-    through), n_prompt, batch_size, repeat, ttft_s, tpot_s (seconds), kv_bytes (measured from the tensors after the last
-    token), kv_bytes_formula, peak_bytes (above the loaded model; NaN where it cannot be told), prefill_tflops and
-    decode_gb_s (achieved), ttft_limit, tpot_limit, kv_limit (ratio to full depth, counted).
-    """
-
-    manifest: dict[str, Any]
-    rows: pd.DataFrame = field(repr=False)
-    path: Path | None = None
-
-    def summary(self) -> pd.DataFrame:
-        """One row per length and policy: mean, std, median of each measure, and ratios to full depth.
-
-        A ratio is the median over repeats of the ratio within the repeat.
-        """
-        keys = ["n_prompt", "spec"]
-        full = self.rows[self.rows["policy"] == FullPolicy.name].set_index(["n_prompt", "repeat"])
-        rows = self.rows.join(full[list(MEASURED)].add_suffix("_full"), on=["n_prompt", "repeat"])
-        for name in MEASURED:
-            rows[f"{name}_ratio"] = rows[name] / rows[f"{name}_full"]
-        grouped = rows.groupby(keys, sort=False)
-        table = grouped[
-            ["policy", "cutoff", "batch_size", "kv_bytes_formula", "ttft_limit", "tpot_limit", "kv_limit"]
-        ].first()
-        for name in MEASURED:
-            table[f"{name}_mean"], table[f"{name}_std"] = grouped[name].mean(), grouped[name].std()
-            table[name], table[f"{name}_ratio"] = grouped[name].median(), grouped[f"{name}_ratio"].median()
-        table["prefill_tflops"], table["decode_gb_s"] = (
-            grouped["prefill_tflops"].median(),
-            grouped["decode_gb_s"].median(),
-        )
-        table["repeats"] = grouped.size()
-        return table.reset_index()
 
 
 @one_writer
@@ -149,29 +100,10 @@ def benchmark(
         policy.check(lm.anatomy)
         if policy.anchors > min(lengths):
             raise UserError(f"{policy}: the prompt has {min(lengths)} tokens, fewer than the anchors")
-    place = None if out is None else require_benchmark_place(out)
-    identity = lm.identity()
-    manifest = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": lm.name,
-        "weight_hash": identity.weights,
-        "configuration": identity.configuration,
-        "identity": identity.entries(),
-        "n_layers": lm.anatomy.n_layers,
-        "shape": lm.anatomy.shape,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "device": lm.device.type,
-        "hardware": hardware(lm.device),
-        "threads": torch.get_num_threads(),
-        "attention": lm.model.config._attn_implementation,
-        "policies": [policy.spec for policy in policies],
-        "new_tokens": new_tokens,
-        "chunk_size": chunk_size,
-        "seed": seed,
-        "versions": versions(),
-        "arguments": arguments or {},
-        "notes": identity.notes,
-    }
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        BENCHMARK_FOLDER.require_free(folder)
+    manifest = _manifest(lm, policies, new_tokens, chunk_size, seed, arguments)
     rows: list[dict[str, Any]] = []
     total = len(lengths) * len(policies) * (repeats + 1)
     done = 0
@@ -195,59 +127,13 @@ def benchmark(
                     continue
                 if repeat >= 0:
                     rows.append(row | {"repeat": repeat})
-        if place is not None and rows:
-            _write(place, manifest, pd.DataFrame(rows))
+        if folder is not None and rows:
+            write_benchmark(folder, manifest, pd.DataFrame(rows))
     if progress:
         progress(total, total, "")
     if not rows:
         raise UserError(f"nothing could be measured: {'; '.join(manifest['notes'])}")
-    return Benchmark(manifest, pd.DataFrame(rows), place)
-
-
-def load_benchmark(path: str | Path) -> Benchmark:
-    """Read a benchmark from its folder; raise UserError where there is none."""
-    folder = Path(path)
-    name = BENCHMARK_MANIFEST
-    try:
-        manifest = read_json(folder / name)
-        name = BENCHMARK
-        rows = read_table(folder / name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no benchmark can be read in {str(path)!r}: {name}: {error}") from None
-    if problem := _problem(manifest, rows):
-        raise UserError(f"the benchmark in {str(path)!r} is damaged: {problem}")
-    return Benchmark(manifest, rows, folder)
-
-
-def _problem(manifest: Any, rows: pd.DataFrame) -> str | None:
-    """Say what keeps a benchmark from being shown; None if nothing does."""
-    names = ("model", "hardware")
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(name), str) for name in names):
-        return f"{BENCHMARK_MANIFEST} does not say which model on which hardware"
-    if not isinstance(manifest.get("notes"), list):
-        return f"{BENCHMARK_MANIFEST} has no notes"
-    for name in ("policy", "spec", *NUMBERS):
-        if name not in rows:
-            return f"it has no column {name}"
-        if name in NUMBERS and not pd.api.types.is_numeric_dtype(rows[name]):
-            return f"column {name} is not numbers"
-    return None if len(rows) else "it has no rows"
-
-
-def require_benchmark_place(out: str | Path) -> Path:
-    """Return the folder of a benchmark to be; raise UserError if something else, or another benchmark, is there."""
-    place = Path(out)
-    if (place / BENCHMARK).exists():
-        raise UserError(f"{str(out)!r} holds a benchmark already: choose another --out")
-    if place.exists() and not place.is_dir():
-        raise UserError(f"{str(out)!r} is not a folder: choose another --out")
-    if place.is_dir() and not is_unused(place) and not (place / MANIFEST).is_file():
-        raise UserError(f"folder {str(out)!r} is not empty and not a run: choose another --out")
-    try:
-        require_writable(place)
-    except OSError as error:
-        raise UserError(f"cannot write the benchmark to {str(out)!r}: {error.strerror or error}") from None
-    return place
+    return Benchmark(manifest, pd.DataFrame(rows), folder)
 
 
 def _measure(
@@ -295,17 +181,31 @@ def _measure(
     }
 
 
+def _manifest(
+    lm: LoadedModel,
+    policies: Sequence[Policy],
+    new_tokens: int,
+    chunk_size: int | None,
+    seed: int,
+    arguments: dict[str, Any] | None,
+) -> BenchmarkManifest:
+    head = manifest_head(lm, arguments)
+    about = {
+        "weight_hash": head["identity"]["weight_hash"],
+        "shape": lm.anatomy.shape,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": lm.device.type,
+        "threads": torch.get_num_threads(),
+        "attention": lm.model.config._attn_implementation,
+        "policies": [policy.spec for policy in policies],
+        "new_tokens": new_tokens,
+        "chunk_size": chunk_size,
+        "seed": seed,
+    }
+    return cast(BenchmarkManifest, head | about)
+
+
 def _token_ids(lm: LoadedModel, batch: int, length: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     vocab = lm.model.get_input_embeddings().weight.shape[0]
     return torch.randint(vocab, (batch, length), generator=generator).to(lm.device)
-
-
-def _write(place: Path, manifest: dict[str, Any], rows: pd.DataFrame) -> None:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        remove_scratch(place)
-        write_table(place / BENCHMARK, rows)
-        write_sealed(place / BENCHMARK_MANIFEST, manifest)
-    except OSError as error:
-        raise UserError(f"cannot write the benchmark to {str(place)!r}: {error.strerror or error}") from None

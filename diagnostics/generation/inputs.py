@@ -19,10 +19,10 @@ def encode_input(
     """
     templated = bool(getattr(lm.tokenizer, "chat_template", None))
     if chat and not templated:
-        raise UserError(f"model {lm.name!r} has no chat template: use --text")
+        raise UserError(f"model {lm.name!r} has no chat template: use `chat=False`")
     if chat is False or not templated:
         if system is not None:
-            raise UserError("--system needs a chat template")
+            raise UserError("`system` needs a chat template")
         tokens = encode_prompt(Prompt(id="prompt", text=escaped(text)), lm.tokenizer).token_ids
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []

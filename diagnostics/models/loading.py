@@ -151,7 +151,7 @@ def load_model(
         raise
     except torch.OutOfMemoryError:
         raise UserError(
-            f"model {name!r} does not fit on {place} in {torch_dtype}; try --dtype bfloat16 or --device map"
+            f'model {name!r} does not fit on {place} in {torch_dtype}; try `dtype="bfloat16"` or `device="map"`'
         ) from None
     except Exception as error:  # a damaged file makes each of the libraries involved raise what it likes
         raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error

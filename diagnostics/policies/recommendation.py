@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.runs.places import RECOMMENDATION
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import read_json
 

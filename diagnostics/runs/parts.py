@@ -9,11 +9,13 @@ them, that of the 64 counts.
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from diagnostics.runs.manifest import RUN_FOLDER
+from diagnostics.runs.places import table_file, table_path
 from diagnostics.runs.schema import DETAIL_TABLES, TABLES, Tables
 from diagnostics.support.files import remove_scratch, write_folder
 
@@ -33,13 +35,13 @@ def prompts_of(name: str) -> range:
 
 def find_parts(run: Path) -> list[Path]:
     """Return the folders that together hold every finished prompt once, in the order of the prompts."""
-    found = sorted(
+    candidates = sorted(
         (path for path in (run / PARTS).glob("[0-9]*") if prompts_of(path.name) and path.is_dir()),
         key=lambda path: (prompts_of(path.name).start, -len(prompts_of(path.name))),
     )
     parts: list[Path] = []
     reached = 0
-    for path in found:
+    for path in candidates:
         prompts = prompts_of(path.name)
         if prompts.start >= reached:
             parts.append(path)
@@ -55,14 +57,14 @@ def count_finished(names: Iterable[str]) -> int:
 class Parts:
     """Writes the parts of one run."""
 
-    def __init__(self, run: Path, read: Callable[[Path], Tables]) -> None:
-        self.run, self.read = run, read
+    def __init__(self, run: Path) -> None:
+        self.run = run
         self.finished = {index for path in find_parts(run) for index in prompts_of(path.name)}
 
     def write(self, index: int, tables: Tables) -> None:
         """Keep the tables of one prompt, and join 64 of them."""
         (self.run / PARTS).mkdir(exist_ok=True)
-        write_folder(self._place(index), tables)
+        write_folder(self._part(index), tables)
         self.finished.add(index)
         if (index + 1) % BATCH == 0:
             self._join(index // BATCH * BATCH)
@@ -77,14 +79,14 @@ class Parts:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _join(self, first: int) -> None:
-        singles = [self._place(index) for index in range(first, first + BATCH)]
+        singles = [self._part(index) for index in range(first, first + BATCH)]
         if all(path.is_dir() for path in singles):
-            joined = merge([self.read(path) for path in singles])
+            joined = merge([read_tables(path) for path in singles])
             write_folder(self.run / PARTS / f"{first:06d}-{first + BATCH - 1:06d}", joined)
             for path in singles:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _place(self, index: int) -> Path:
+    def _part(self, index: int) -> Path:
         return self.run / PARTS / f"{index:06d}"
 
 
@@ -92,3 +94,9 @@ def merge(parts: Sequence[Tables]) -> Tables:
     """Join the tables of prompts, in their order; a table that no prompt has is not there."""
     names = [name for name in (*TABLES, *DETAIL_TABLES) if any(name in part for part in parts)]
     return {name: pd.concat([part[name] for part in parts if name in part], ignore_index=True) for name in names}
+
+
+def read_tables(folder: Path) -> Tables:
+    """Read the tables of a run, or of one of its parts; raise UserError where one is missing or damaged."""
+    details = [name for name in DETAIL_TABLES if table_path(folder, name).exists()]
+    return {name: RUN_FOLDER.read_table(folder, table_file(name)) for name in (*TABLES, *details)}

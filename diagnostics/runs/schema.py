@@ -1,12 +1,11 @@
-"""What a run folder must have for anything to be made of it: fields of its manifest, columns and rows of its tables."""
+"""The tables of a run: their columns and rows, and what is wrong with them."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-SCHEMA_VERSION = 1
 TABLES = ("prompts", "layers", "heads", "cutoffs")
 # Of the first prompts only, or of none.
 DETAIL_TABLES = ("tokens", "lens")
@@ -32,34 +31,11 @@ KEYS = {
 }
 TEXTS = {"prompt_id", "category", "text", "segment", "lens_text"}
 LISTS = {"attention"}
-MANIFEST_FIELDS = {
-    "model": str,
-    "n_layers": int,
-    "n_heads": int,
-    "n_prompts": int,
-    "shape": dict,
-    "notes": list,
-    "identity": dict,
-}
-# Of these two the predictions are made: what a run's identity and shape must have.
-IDENTITY = {"weight_hash": str, "anchors": int}
-SHAPE_NUMBERS = ("n_heads", "n_kv_heads", "head_dim", "width", "head_parameters", "bytes_per_value")
-SHAPE_LISTS = ("layer_parameters", "layer_types")
 
 Tables = dict[str, pd.DataFrame]
 
 
-def manifest_problem(manifest: Any) -> str | None:
-    """Say what is wrong with the content of a manifest; None if nothing is."""
-    if not isinstance(manifest, dict) or "schema_version" not in manifest:
-        return "has a damaged manifest.json (it has no schema_version)"
-    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
-        return f"was written by another version (schema {version}, this is {SCHEMA_VERSION}); run it again"
-    wrong = next(_wrong_fields(manifest), None)
-    return wrong and f"has a damaged manifest.json (field {wrong} is missing or wrong)"
-
-
-def tables_problem(manifest: dict[str, Any], tables: Tables) -> str | None:
+def tables_problem(manifest: Mapping[str, Any], tables: Tables) -> str | None:
     """Say what is wrong with the tables of a run: columns or rows that are missing, there twice, or not numbers."""
     n_layers, n_heads, prompts = manifest["n_layers"], manifest["n_heads"], tables["prompts"]
     expected = manifest["n_prompts"] if manifest["status"] == "complete" else len(prompts)
@@ -85,27 +61,3 @@ def tables_problem(manifest: dict[str, Any], tables: Tables) -> str | None:
         if not numbers or (received is not None and np.shape(received) != (n_layers,)):
             return "column attention of table tokens has not one number per layer"
     return None
-
-
-def _wrong_fields(manifest: dict[str, Any]) -> Iterator[str]:
-    """Name the fields of a manifest that could not be used."""
-    for name, kind in MANIFEST_FIELDS.items():
-        if not isinstance(manifest.get(name), kind):
-            yield name
-            return
-    if manifest.get("status") not in ("running", "complete"):
-        yield "status"
-    if type(manifest.get("max_positions", "")) not in (int, type(None)):
-        yield "max_positions"
-    for name, kind in IDENTITY.items():
-        if type(manifest["identity"].get(name)) is not kind:
-            yield f"identity.{name}"
-    shape, n_layers = manifest["shape"], manifest["n_layers"]
-    for name in SHAPE_NUMBERS:
-        if type(shape.get(name)) is not int or shape[name] < 1:
-            yield f"shape.{name}"
-    for name in SHAPE_LISTS:
-        if not isinstance(shape.get(name), list) or len(shape[name]) != n_layers:
-            yield f"shape.{name}"
-    if type(shape.get("sliding_window", "")) not in (int, type(None)):
-        yield "shape.sliding_window"

@@ -17,7 +17,7 @@ from diagnostics.support.errors import UserError
 Check = Callable[[], str | None]
 
 SKIPPED = "the self-test was skipped"
-_HINT = "self_test=False or --skip-self-test skips the test, for those who know why it fails"
+_HINT = "`self_test=False` skips the test, for those who know why it fails"
 
 _proofs: dict[str, Proof] = {}
 

@@ -16,7 +16,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, dump_json(content, path.name) + "\n")
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, with its seal as the last field."""
     content = {name: value for name, value in content.items() if name != SEAL} | {SEAL: BLANK}
     _write(path, sealed((dump_json(content, path.name) + "\n").encode("utf-8")))

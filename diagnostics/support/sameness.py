@@ -1,5 +1,6 @@
 """Whether two results are of the same thing, and in what they differ. Imports no torch: runs are read without it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 # By the last name of what differs; what holds it is put in front.
@@ -11,7 +12,7 @@ EXPLAINED = {
 }
 
 
-def difference(kept: dict[str, Any], asked: dict[str, Any]) -> str | None:
+def difference(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
     """Say in a few words how a result that is there differs from the one that is asked for; None if it does not.
 
     Both are manifests: all that ``identity`` asks for must be equal, and ``configuration`` says which settings are not.

@@ -7,7 +7,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from diagnostics.generation.benchmarks import Benchmark
+from diagnostics.generation.benchmark_folder import Benchmark
 from diagnostics.terminal.units import readable_bytes
 
 

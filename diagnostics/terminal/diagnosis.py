@@ -1,6 +1,6 @@
 """A diagnosis and a recommendation in the terminal: curves, tables and one sentence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -30,14 +30,19 @@ RULER = 5  # layers from one number below the bars to the next
 MARGINS = 39  # columns that the frame, the labels and the scales take
 
 
-def show_run(run: Run, console: Console) -> None:
-    """Print the curves of a diagnosis, and what is to be known about it."""
+def show_run(run: Run, console: Console, *, phrase: Callable[[str], str] = str) -> None:
+    """Print the curves of a diagnosis and its notes, each as ``phrase`` has it."""
     console.print(Panel(Group(_title(run), *_curves(run, console.width))))
-    _show_notes(run.manifest["notes"], console)
+    _show_notes(map(phrase, run.manifest["notes"]), console)
 
 
-def show_recommendation(run: Run, recommendation: Recommendation, console: Console) -> None:
-    """Print the curves with regions and cutoff, the loss around the cutoff, the savings, and the recommendation."""
+def show_recommendation(
+    run: Run, recommendation: Recommendation, console: Console, *, phrase: Callable[[str], str] = str
+) -> None:
+    """Print the curves with regions and cutoff, the loss around the cutoff, the savings, and the recommendation.
+
+    Notes are printed as ``phrase`` has them: the command names its flags in them.
+    """
     selection, stable = recommendation.selection_region, recommendation.stabilization_region
     console.print(Panel(Group(_title(run), *_curves(run, console.width, recommendation))))
     console.print(f"Selection region      {_describe(selection)}")
@@ -45,11 +50,11 @@ def show_recommendation(run: Run, recommendation: Recommendation, console: Conso
     console.print()
     console.print(_loss_table(recommendation))
     console.print(_savings_table(recommendation))
-    _show_notes(recommendation.data["notes"], console)
+    _show_notes(map(phrase, recommendation.data["notes"]), console)
     console.print(_sentence(recommendation))
 
 
-def _show_notes(notes: Sequence[str], console: Console) -> None:
+def _show_notes(notes: Iterable[str], console: Console) -> None:
     for note in notes:
         console.print(Text(f"Note: {note}.", style="yellow"))
 

@@ -1,5 +1,7 @@
 """A fine-tuning in the terminal: the cutoffs before and after, and what is recommended now."""
 
+from collections.abc import Callable
+
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,14 +16,24 @@ from diagnostics.runs.run import load_run
 AROUND = 3  # rows of the table on either side of a cutoff
 
 
-def show_finetuning(made: FineTuning, table: pd.DataFrame, console: Console, *, notes: bool = True) -> None:
-    """Print the cutoffs around those that matter, the categories at the trained one, and both recommendations."""
-    assert made.path is not None
-    trained, n_layers = int(made.manifest["settings"]["cutoff"]), int(made.manifest["n_layers"])
-    after = read_recommendation(made.path)
+def show_finetuning(
+    finetuning: FineTuning,
+    table: pd.DataFrame,
+    console: Console,
+    *,
+    notes: bool = True,
+    phrase: Callable[[str], str] = str,
+) -> None:
+    """Print the cutoffs around those that matter, the categories at the trained one, and both recommendations.
+
+    Notes and advice are printed as ``phrase`` has them: the command names its flags in them.
+    """
+    assert finetuning.path is not None
+    trained, n_layers = int(finetuning.manifest["settings"]["cutoff"]), int(finetuning.manifest["n_layers"])
+    after = read_recommendation(finetuning.path)
     goal = float(after["criterion"]["max_kl"])
-    before = recommend(load_run(made.path / BEFORE), max_kl=goal).cutoff
-    of = "full depth" if made.manifest["settings"]["against"] == "itself" else "full depth before training"
+    before = recommend(load_run(finetuning.path / BEFORE), max_kl=goal).cutoff
+    of = "full depth" if finetuning.manifest["settings"]["against"] == "itself" else "full depth before training"
     shown = Table(box=SIMPLE_HEAD, title=f"KL from {of}, nats per token, and same top token; held-out prompts")
     for title in ("cutoff", "before", "after", "same before", "same after"):
         shown.add_column(title, justify="right")
@@ -37,15 +49,15 @@ def show_finetuning(made: FineTuning, table: pd.DataFrame, console: Console, *, 
             style="bold" if row["cutoff"] == trained else None,
         )
     console.print(shown)
-    for name, kl in by_category(made, trained).iterrows():
+    for name, kl in by_category(finetuning, trained).iterrows():
         console.print(f"  {name}: {kl['before']:.3f} -> {kl['after']:.3f} at cutoff {trained}", markup=False)
     for note in after["notes"] if notes else ():
-        console.print(f"Note: {note}.", style="yellow", markup=False)
+        console.print(f"Note: {phrase(note)}.", style="yellow", markup=False)
     if (drift := float(table["kl_after"].iloc[-1])) > goal:
+        hold = finetuning.manifest["settings"].get("hold", 0)
+        advice = f"a larger share of steps at full depth (`hold`, {hold:g} here) keeps it nearer."
         console.print(
-            f"At full depth the trained model is {drift:.3f} nats per token away, more than the goal: "
-            f"a larger share of steps at full depth (--hold, {made.manifest['settings'].get('hold', 0):g} here) "
-            "keeps it nearer."
+            f"At full depth the trained model is {drift:.3f} nats per token away, more than the goal: {phrase(advice)}"
         )
     console.print(
         f"Goal of {goal:g} nats per token: cutoff {before} of {n_layers} before training, {after['cutoff']} after it."

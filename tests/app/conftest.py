@@ -6,7 +6,7 @@ from streamlit.testing.v1 import AppTest
 
 from diagnostics import SpeedPolicy, diagnose, load_prompts, load_run, recommend
 from diagnostics.generation.benchmarks import benchmark
-from diagnostics.runs.run import MANIFEST, RECOMMENDATION
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from tests.support.pages import MAIN, go
 from tests.support.runs import write_prompts
 from tests.support.tiny import tiny_model

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from diagnostics.generation.benchmarks import BENCHMARK_MANIFEST, load_benchmark
+from diagnostics.generation.benchmark_folder import BENCHMARK_MANIFEST, load_benchmark
 from tests.support.pages import calm, edit_table, figure, go, literal, numbers, same, table
 
 

@@ -12,7 +12,7 @@ from browsing import available, browsing, go, serving, settled
 from diagnostics import diagnose, load_prompts, load_run, recommend
 from diagnostics.generation.benchmarks import benchmark
 from diagnostics.policies.speed import SpeedPolicy
-from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.runs.places import RECOMMENDATION
 from tests.support.finetunings import make_finetuning, save_finetuning
 from tests.support.tiny import tiny_model
 

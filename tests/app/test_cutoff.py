@@ -12,7 +12,7 @@ from diagnostics.cutoffs.recommendation import loss_by_category, retention_at
 from diagnostics.cutoffs.savings import predict_savings
 from diagnostics.figures.style import per_layer
 from diagnostics.generation.generation import generate
-from diagnostics.runs.run import MANIFEST, RECOMMENDATION
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from diagnostics.support.files import read_json
 from tests.support.pages import calm, curve, edit_manifest, figure, go, literal, metrics, same, table
 

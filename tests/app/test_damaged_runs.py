@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics.runs.run import MANIFEST, RECOMMENDATION
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from diagnostics.support.files import read_json
 from tests.support.pages import RESULT_PAGES, calm, edit_manifest, edit_table, go, table
 

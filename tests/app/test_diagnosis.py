@@ -10,7 +10,7 @@ import pytest
 
 from dashboard import jobs
 from diagnostics import load_run, recommend
-from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.runs.places import RECOMMENDATION
 from tests.support.pages import ODD, calm, go, literal, table
 from tests.support.runs import save_tiny, write_prompts
 

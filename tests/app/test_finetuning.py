@@ -11,7 +11,7 @@ from dashboard import catalog
 from diagnostics import load_run, recommend
 from diagnostics.finetune.cutoff_comparison import compare_cutoffs
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
-from diagnostics.runs.run import MANIFEST, RECOMMENDATION
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from tests.support.finetunings import DAMAGE, TRAINED, change, make_finetuning, save_finetuning
 from tests.support.pages import ODD, calm, figure, literal, metrics, numbers, same
 from tests.support.runs import write_run

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from diagnostics.generation.benchmarks import BENCHMARK_MANIFEST
+from diagnostics.generation.benchmark_folder import BENCHMARK_MANIFEST
 from diagnostics.support.files import read_json
 from tests.support.pages import ODD, RESULT_PAGES, calm, edit_manifest, edit_table, figure, go, literal
 

@@ -7,7 +7,7 @@ import pytest
 
 from diagnostics import load_run, recommend
 from diagnostics.cutoffs.savings import predict_savings
-from diagnostics.runs.run import MANIFEST
+from diagnostics.runs.places import MANIFEST
 from tests.support.pages import RESULT_PAGES, calm, figure, go, literal, metrics, table
 
 

@@ -246,7 +246,7 @@ def test_a_category_above_the_goal_is_noted_and_may_decide():
     assert (recommendation.cutoff, worst[1] > 0.105) == (6, True)
     (note,) = recommendation.data["notes"]
     assert note.startswith(f"prompts of category {worst[0]} lose {worst[1]:.3g} nats per token there, above the goal")
-    assert "every category is within it from cutoff 7 on (--every-category)" in note
+    assert "every category is within it from cutoff 7 on (`every_category=True`)" in note
     every = recommend(run, max_kl=0.105, every_category=True)
     assert every.cutoff == 7
     assert every.data["notes"] == []

@@ -21,6 +21,7 @@ from diagnostics.evaluate.score_table import AVERAGE, markdown, summarize
 from diagnostics.evaluate.scoring import encode_pair, score
 from diagnostics.evaluate.statistics import difference, estimate, holm
 from diagnostics.evaluate.tasks import load_task
+from diagnostics.report import asked_margin
 from diagnostics.terminal.evaluation import show_evaluation
 from tests.support.runs import contents, run_command, save_tiny
 from tests.support.tiny import random_ids, tiny_model
@@ -53,6 +54,7 @@ def writing():
 
 
 POLICIES = [SpeedPolicy(2), SpeedPolicy(4)]
+FILES = {"evaluation.json", "items.parquet", "summary.parquet", "summary.md"}
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +210,7 @@ def test_code_runs_only_if_that_is_asked_for(lm, tmp_path, monkeypatch):
     tests = "def check(f):\n    assert f(2) == 4\ncheck(double)\n"
     items = tuple(GenerationItem(str(i), Context("def double(x):\n"), (tests,)) for i in range(3))
     task = Task("code", items, "passes", max_new_tokens=4)
-    with pytest.raises(UserError, match="allow it with --run-code"):
+    with pytest.raises(UserError, match="allow it with `run_code=True`"):
         evaluate(lm, [task], [], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     written = iter(["    return 2 * x", "    return x", "    import os; os._exit(0)"] * 2)
@@ -234,9 +236,9 @@ def test_stopped_and_resumed_it_ends_the_same(lm, choice, writing, made, tmp_pat
     monkeypatch.setattr(item_answers, "_write", deadly)
     with pytest.raises(Killed):
         evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out")
-    with pytest.raises(UserError, match="no finished evaluation"):
+    with pytest.raises(UserError, match="is not finished: continue it with `resume=True`"):
         load_evaluation(tmp_path / "out")
-    with pytest.raises(UserError, match="add --resume"):
+    with pytest.raises(UserError, match="give `resume=True` to continue"):
         evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out")
     with pytest.raises(UserError, match="another evaluation"):
         evaluate(lm, [choice, writing], POLICIES[:1], out=tmp_path / "out", resume=True)
@@ -253,7 +255,7 @@ def test_stopped_and_resumed_it_ends_the_same(lm, choice, writing, made, tmp_pat
     assert len(written) == 2 + 4 * 3
     pd.testing.assert_frame_equal(resumed.items, made.items)
     pd.testing.assert_frame_equal(load_evaluation(tmp_path / "out").items, made.items)
-    assert set(contents(tmp_path / "out")) == {"evaluation.json", "items.parquet"}
+    assert set(contents(tmp_path / "out")) == FILES
     again = evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out", resume=True)
     pd.testing.assert_frame_equal(again.items, made.items)
 
@@ -321,7 +323,7 @@ def test_the_command(world, monkeypatch, capfd):
     assert (status, err) == (0, "")
     assert "speed:2" in out
     assert "Evaluation folder: out" in out
-    assert set(contents(world / "out")) == {"evaluation.json", "items.parquet", "summary.parquet", "summary.md"}
+    assert set(contents(world / "out")) == FILES
     assert "| full |" in (world / "out" / "summary.md").read_text()
     status, out, err = run_command(monkeypatch, capfd, *arguments, "--resume", "--json")
     assert (status, err) == (0, "")
@@ -339,7 +341,7 @@ def test_the_command(world, monkeypatch, capfd):
         (("--tasks", "mine.jsonl", "--policies", "full", "--limit", "0"), "limit is 0"),
         (("--tasks", "mine.jsonl", "--policies", "full", "--margin", "2"), "margin is 2"),
         (("--tasks", "mine.jsonl", "--policies", "full", "--resume"), "--resume needs --out"),
-        (("--tasks", "mine.jsonl", "--policies", "full", "--out", "model"), "exists and is no evaluation"),
+        (("--tasks", "mine.jsonl", "--policies", "full", "--out", "model"), "exists and is not an evaluation folder"),
         (("--policies", "full"), "--tasks"),
     ],
 )
@@ -364,20 +366,32 @@ def test_a_single_bit_is_found(lm, choice, tmp_path, name):
         evaluate(lm, [choice], [], out=tmp_path / "out", resume=True)
 
 
+@pytest.mark.parametrize("margin", [0.0, 1.0])
+def test_the_summary_is_in_the_folder_at_the_margin_asked_for(lm, choice, tmp_path, margin):
+    out = tmp_path / "out"
+    found = evaluate(lm, [choice], POLICIES, margin=margin, seed=3, out=out)
+    summary = summarize(found, margin=margin, seed=3)
+    kept = pd.read_parquet(out / "summary.parquet")
+    pd.testing.assert_frame_equal(kept.fillna(-9), summary.fillna(-9), check_dtype=False)
+    assert (out / "summary.md").read_text() == markdown(summary)
+    assert asked_margin(load_evaluation(out).manifest) == margin
+    assert set(summary["non_inferior"].dropna()) == {margin == 1}
+
+
 @pytest.mark.parametrize("size", [500, pytest.param(3000, marks=pytest.mark.slow)])
 def test_a_full_disk_names_the_folder_and_how_to_go_on(lm, choice, writing, tmp_path, size):
     wanted = evaluate(lm, [choice, writing], POLICIES).items
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(UserError, match=rf"cannot write .*{tmp_path}/out.*(--resume|File too large)") as caught:
+        with pytest.raises(UserError, match=rf"cannot write .*{tmp_path}/out.*`resume=True`") as caught:
             evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
     found = evaluate(lm, [choice, writing], POLICIES, out=tmp_path / "out", resume=True)
     pd.testing.assert_frame_equal(found.items, wanted)
-    assert set(contents(tmp_path / "out")) == {"evaluation.json", "items.parquet"}
+    assert set(contents(tmp_path / "out")) == FILES
 
 
 def test_damaged_evaluations_are_refused(world, lm, choice, tmp_path):

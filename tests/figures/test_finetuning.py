@@ -9,7 +9,7 @@ import pytest
 from diagnostics import figures, recommend
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FineTuning, load_finetuning
 from diagnostics.report import finetuning_data
-from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.runs.places import RECOMMENDATION
 from diagnostics.support.errors import UserError
 from tests.support.figures import assert_whole
 from tests.support.finetunings import DAMAGE, N_LAYERS, TRAINED, make_finetuning, save_finetuning

@@ -9,7 +9,7 @@ import pytest
 from diagnostics import figures, recommend
 from diagnostics.cutoffs.regions import Region
 from diagnostics.cutoffs.savings import predict_savings
-from diagnostics.generation.benchmarks import Benchmark
+from diagnostics.generation.benchmark_folder import Benchmark
 from tests.support.runs import llama_8b_shape, make_run
 
 N_LAYERS = 32

@@ -341,7 +341,7 @@ def test_full_disk(world, tmp_path, size):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot write to|cannot write .*continue with --resume") as caught:
+        with pytest.raises(UserError, match=r"cannot write .*continue with `resume=True`") as caught:
             run(world, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -425,13 +425,13 @@ def test_other_data_or_model_is_not_continued(world, tmp_path):
 
 
 def test_a_folder_in_the_way(world, tmp_path):
-    with pytest.raises(UserError, match="add --resume or choose another"):
+    with pytest.raises(UserError, match="give `resume=True` to continue it, or another"):
         run(world, world.out)
     (tmp_path / "note.txt").write_text("mine")
     for resume in (False, True):
-        with pytest.raises(UserError, match="exists and is no fine-tuning"):
+        with pytest.raises(UserError, match="exists and is not a fine-tuning folder"):
             run(world, tmp_path, resume=resume)
-        with pytest.raises(UserError, match="exists and is no fine-tuning"):
+        with pytest.raises(UserError, match="exists and is not a fine-tuning folder"):
             run(world, tmp_path / "note.txt", resume=resume)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
@@ -510,7 +510,7 @@ def test_the_command(world, tmp_path, command):
     assert (status, again, err) == (0, out, "")
     status, out, err = command("--out", tmp_path / "out")
     assert (status, out) == (2, "")
-    assert "holds a fine-tuning: add --resume" in err
+    assert "holds a fine-tuning already: give --resume" in err
 
 
 def test_all_weights_are_not_trained_in_half_precision(tmp_path, command):

@@ -22,7 +22,8 @@ from rich.console import Console
 
 from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy, UserError, load_model, load_run
 from diagnostics.generation import benchmarks as BENCHMARK
-from diagnostics.generation.benchmarks import Benchmark, benchmark, load_benchmark
+from diagnostics.generation.benchmark_folder import Benchmark, load_benchmark
+from diagnostics.generation.benchmarks import benchmark
 from diagnostics.support.files import read_json
 from diagnostics.support.memory import peak_memory, resident
 from diagnostics.terminal.benchmark import show_benchmark
@@ -493,7 +494,7 @@ def test_folders_that_hold_no_benchmark(lm, tmp_path, damage):
             (place / "benchmark.json").unlink()
         case "half JSON":
             (place / "benchmark.json").write_text('{"model": ')
-    with pytest.raises(UserError, match=r"no benchmark can be read in '.*out'") as caught:
+    with pytest.raises(UserError, match=r"benchmark folder '.*out'|out' is damaged|out' is not a benchmark") as caught:
         load_benchmark(place)
     assert "\n" not in str(caught.value)
 
@@ -691,11 +692,15 @@ BAD_INPUT = {
     "negative seed": case("--seed", -1, said=["--seed"]),
     "seed of 65 bits": case("--seed", 2**64, said=["seed"]),
     # the folder
-    "out is a file": case("--out", "{root}/prompts.jsonl", said=["prompts.jsonl' is not a folder: choose another"]),
-    "out is a full folder": case("--out", "{root}/tiny", said=["tiny' is not empty and not a run: choose another"]),
-    "benchmark exists": case("--out", "{root}/done", said=["done' holds a benchmark already: choose another --out"]),
-    "out below a file": case("--out", "/dev/null/x", said=["cannot write the benchmark to '/dev/null/x'"]),
-    "out in /proc": case("--out", "/proc/nowhere/x", said=["cannot write the benchmark to '/proc/nowhere/x'"]),
+    "out is a file": case(
+        "--out",
+        "{root}/prompts.jsonl",
+        said=["prompts.jsonl' exists and is not a benchmark folder: give"],
+    ),
+    "out is a full folder": case("--out", "{root}/tiny", said=["tiny' exists and is not a benchmark folder: give"]),
+    "benchmark exists": case("--out", "{root}/done", said=["done' holds a benchmark already: give another --out"]),
+    "out below a file": case("--out", "/dev/null/x", said=["cannot write benchmark folder '/dev/null/x'"]),
+    "out in /proc": case("--out", "/proc/nowhere/x", said=["cannot write benchmark folder '/proc/nowhere/x'"]),
     "out is too long": case("--out", "x" * 300, said=["File name too long"]),
     # the model
     "missing model": case(model="/nowhere/model", said=["no model folder '/nowhere/model'"]),
@@ -755,7 +760,7 @@ def test_a_full_disk_below_the_folder(world, command, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: cannot write the benchmark to 'out': ")
+    assert err.startswith("error: cannot write benchmark folder 'out': ")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -32,7 +32,7 @@ from diagnostics import (
     parse_policy,
     recommend,
 )
-from diagnostics.runs.run import RECOMMENDATION
+from diagnostics.runs.places import RECOMMENDATION
 from tests.support import policy_reference
 from tests.support.policy_cases import reference_logits
 from tests.support.runs import FALLING, make_run, region_layers, spread, write_prompts

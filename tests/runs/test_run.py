@@ -17,8 +17,8 @@ import pytest
 from diagnostics import UserError, diagnose, load_model, load_prompts, load_run, recommend
 from diagnostics.runs import parts
 from diagnostics.runs import run as results
-from diagnostics.runs.run import RunWriter
 from diagnostics.runs.schema import TABLES
+from diagnostics.runs.writer import RunWriter
 from diagnostics.support import files
 from diagnostics.support.files import SCRATCH, read_json
 from tests.support.runs import DECODE_TOKENS, contents, make_run, save_tiny, write_prompts
@@ -279,16 +279,16 @@ def test_killed_while_prompts_are_joined(tiny, tmp_path, finished, monkeypatch, 
 
 def test_a_run_is_read_while_its_prompts_are_joined(tiny, interrupted, monkeypatch):
     """What was listed may be gone when it is read."""
-    original = results._read_tables
+    original = results.read_tables
 
     def join_first(folder):
         if folder.name == "000001":
-            monkeypatch.setattr(results, "_read_tables", original)
+            monkeypatch.setattr(results, "read_tables", original)
             monkeypatch.setattr(parts, "BATCH", 2)
-            parts.Parts(interrupted, original)._join(0)
+            parts.Parts(interrupted)._join(0)
         return original(folder)
 
-    monkeypatch.setattr(results, "_read_tables", join_first)
+    monkeypatch.setattr(results, "read_tables", join_first)
     assert list(load_run(interrupted).prompts["prompt_id"]) == ["p0", "p1"]
     assert part_names(interrupted) == ["000000-000001"]
 
@@ -402,7 +402,7 @@ def full_disk(size):
 def test_full_disk_in_a_part(tiny, tmp_path, finished):
     out = tmp_path / "run"
     # A manifest fits, the layers of a prompt do not.
-    with full_disk(9000), pytest.raises(UserError, match=r"cannot write run folder .*continue with --resume"):
+    with full_disk(9000), pytest.raises(UserError, match=r"cannot write run folder .*continue with `resume=True`"):
         tiny(out)
     assert not list((out / "parts").iterdir())
     assert_same_tables(tiny(out, resume=True), load_run(finished))
@@ -453,13 +453,13 @@ def cut_attention(table):
 
 
 DAMAGES = {
-    "manifest cut": (lambda f: (f / "manifest.json").write_text('{"schema_version": 1, '), "damaged manifest.json"),
-    "manifest empty": (lambda f: (f / "manifest.json").write_text(""), "damaged manifest.json"),
-    "manifest binary": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\x00"), "damaged manifest.json"),
-    "manifest a list": (lambda f: (f / "manifest.json").write_text("[]"), "damaged manifest.json"),
+    "manifest cut": (lambda f: (f / "manifest.json").write_text('{"schema_version": 1, '), "damaged: manifest.json"),
+    "manifest empty": (lambda f: (f / "manifest.json").write_text(""), "damaged: manifest.json"),
+    "manifest binary": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\x00"), "damaged: manifest.json"),
+    "manifest a list": (lambda f: (f / "manifest.json").write_text("[]"), "damaged: manifest.json"),
     "manifest a folder": (
         lambda f: ((f / "manifest.json").unlink(), (f / "manifest.json").mkdir()),
-        "damaged manifest.json",
+        "damaged: manifest.json",
     ),
     "other version": (lambda f: edit_manifest(f, schema_version=99), r"another version \(schema 99, this is 1\)"),
     "status": (lambda f: edit_manifest(f, status="lost"), "field status"),
@@ -566,7 +566,7 @@ def test_only_the_same_diagnosis_is_continued(tiny, run_folder, tmp_path, change
     if "seed" in changes:
         lm = load_model(save_tiny(tmp_path / "other", seed=changes.pop("seed")))
     prompts = load_prompts(write_prompts(tmp_path / "p.jsonl", n_prompts))
-    with pytest.raises(UserError, match=f"another diagnosis .*{said}"):
+    with pytest.raises(UserError, match=f"another run .*{said}"):
         diagnose(lm, prompts, out=run_folder, resume=True, **options | changes)
     assert contents(run_folder) == before
 
@@ -577,8 +577,8 @@ def test_where_a_run_cannot_go(tmp_path, run_folder):
     full = tmp_path / "full"
     (full / "sub").mkdir(parents=True)
     for place, said in (
-        (run_folder, "add --resume"),
-        (file, "not a run folder"),
+        (run_folder, "give `resume=True` to continue"),
+        (file, "is not a run folder"),
         (full, "not a run folder"),
         (file / "run", "Not a directory"),
         (tmp_path / ("x" * 300), "File name too long"),

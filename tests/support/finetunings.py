@@ -7,7 +7,7 @@ import pandas as pd
 
 from diagnostics import recommend
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
-from diagnostics.runs.run import MANIFEST, RECOMMENDATION
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from diagnostics.support.files import read_json
 from tests.support.runs import make_run
 

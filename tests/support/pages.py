@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from diagnostics.runs.run import MANIFEST
+from diagnostics.runs.places import MANIFEST
 from diagnostics.support.files import read_json
 from tests.support.paths import ROOT
 

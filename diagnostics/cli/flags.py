@@ -1,0 +1,35 @@
+"""Messages of the library name arguments, such as `resume=True`; here they get the command's flags: --resume."""
+
+from functools import cache
+from typing import Any
+
+import typer
+
+from diagnostics.support.errors import rename_arguments
+
+# Arguments of the library that the command has under another name; the flag says the opposite.
+OPPOSITES = {"self_test": "skip_self_test"}
+
+
+def with_flags(message: str) -> str:
+    """Return a message of the library with flags in place of the arguments it names, where a command has them."""
+    return rename_arguments(message, _flag)
+
+
+def _flag(argument: str, value: str | None) -> str | None:
+    opposite = argument in OPPOSITES
+    option = _options().get(OPPOSITES.get(argument, argument))
+    if option is None or (opposite and value != "False"):
+        return None
+    if value == "False" and not opposite:
+        return option.secondary_opts[0] if option.secondary_opts else None
+    return option.opts[0] if option.is_flag or value is None else f"{option.opts[0]} {value}"
+
+
+@cache
+def _options() -> dict[str, Any]:
+    """Options of all commands by their name; what several commands share is the same in each."""
+    from diagnostics.cli import app  # which imports this module
+
+    commands = getattr(typer.main.get_command(app), "commands").values()  # noqa: B009  # a group of any click
+    return {one.name: one for command in commands for one in command.params if one.opts[0].startswith("--")}
