@@ -279,5 +279,5 @@ def test_the_overview_lists_the_runs_and_a_broken_one_with_its_reason(tmp_path, 
     at = open_app(tmp_path, "overview")
     lines = at.dataframe[0].value.set_index("run")
     assert set(lines.index) == {"tuned/before", "tuned/after"}
-    assert "damaged manifest.json" in lines.loc["tuned/after", "problem"]
+    assert "damaged: manifest.json" in lines.loc["tuned/after", "problem"]
     assert np.isfinite(lines.loc["tuned/before", "cutoff"])

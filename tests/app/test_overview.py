@@ -31,7 +31,7 @@ def test_overview_lists_every_folder_with_its_state_and_recommendation(library, 
         else:
             assert line["bound"] == pytest.approx(at_cutoff["kl_bound"])
     assert list(lines["status"]) == ["complete"] * 3 + ["2 of 6 prompts"] + ["not a run"] * 3
-    assert "damaged manifest.json" in lines.loc["broken", "problem"]
+    assert "damaged: manifest.json" in lines.loc["broken", "problem"]
     assert "it has no manifest.json" in lines.loc["foreign", "problem"]
     assert "another version" in lines.loc["older", "problem"]
     assert lines.loc["real", "context"] == 256

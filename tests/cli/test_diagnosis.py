@@ -167,17 +167,17 @@ BAD_INPUT = {
     "out is a file": case(into("prompts"), "prompts.jsonl' exists and is not a run folder"),
     "out is a full folder": case(into("tiny"), "tiny' exists and is not a run folder"),
     "out is too long": case(into("x" * 300), "cannot write run folder", "File name too long"),
-    "run exists": case(into("run"), "run' exists", "add --resume"),
+    "run exists": case(into("run"), "run' holds a run already", "give --resume"),
     "resume without out": case(
         lambda w: ("diagnose", w.tiny, "--prompts", w.prompts, "--resume"), "--resume needs --out"
     ),
     "resume another model": case(into("run", "--resume", model="other"), "another diagnosis", "weight_hash"),
     "resume other prompts": case(into("run", "--resume", "--max-prompts", 3), "another diagnosis (prompts is"),
     "resume other anchors": case(into("run", "--resume", "--anchors", 2), "anchors is 1, not 2"),
-    "resume damaged manifest": case(into("bad_manifest", "--resume"), "bad-manifest' has a damaged manifest.json"),
+    "resume damaged manifest": case(into("bad_manifest", "--resume"), "bad-manifest' is damaged: manifest.json"),
     "resume damaged table": case(into("bad_table", "--resume"), "layers.parquet cannot be read"),
     "resume old run": case(into("old", "--resume"), "another version (schema 0"),
-    "damaged manifest": case(lambda w: ("recommend", w.bad_manifest), "bad-manifest' has a damaged manifest.json"),
+    "damaged manifest": case(lambda w: ("recommend", w.bad_manifest), "bad-manifest' is damaged: manifest.json"),
     "damaged table": case(lambda w: ("recommend", w.bad_table), "bad-table' is damaged: layers.parquet cannot be read"),
     "old run": case(lambda w: ("recommend", w.old), "another version (schema 0, this is 1)"),
     # the goals
@@ -410,7 +410,7 @@ def test_a_folder_in_the_way_is_found_before_the_model_is_loaded(world, command,
     monkeypatch.setattr("diagnostics.models.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     status, _, err = command(*into("run")(world))
     assert status == 2
-    assert "add --resume" in err
+    assert "give --resume" in err
 
 
 def test_out_of_device_memory_is_one_line(world, command, monkeypatch):

@@ -107,7 +107,7 @@ def test_code_is_run_when_asked_only(monkeypatch):
     item = GenerationItem("a", Context("def f():"), ("f()",))
     quiet, code = Task("quiet", (item,), "contains"), Task("code", (item,), "passes")
     require_allowed([quiet], False)
-    with pytest.raises(UserError, match="task 'code' runs code that the model wrote: allow it with --run-code"):
+    with pytest.raises(UserError, match="task 'code' runs code that the model wrote: allow it with `run_code=True`"):
         require_allowed([quiet, code], False)
     monkeypatch.setattr(sandbox, "os", SimpleNamespace(name="posix"))
     require_allowed([quiet, code], True)

@@ -227,10 +227,18 @@ def test_the_report_has_the_table_and_every_figure(tmp_path, monkeypatch, capfd)
 
 def test_the_report_leaves_out_what_cannot_be_drawn(tmp_path, monkeypatch, capfd):
     folder = save_evaluation(tmp_path / "eval", make_evaluation(policies={"full": 1.0}, n=5))
-    (folder / EVALUATION).write_text('{"model": "m", "identity": 1, "arguments": []}')
+    (folder / EVALUATION).write_text('{"model": "m"}')
     status, *_ = run_command(monkeypatch, capfd, "report", folder, "--html", tmp_path / "a.html")
     assert status == 0
     assert (tmp_path / "a.html").read_text(encoding="utf-8").count("Plotly.newPlot(") == 1
+
+
+def test_a_field_of_the_wrong_kind_is_named(tmp_path, monkeypatch, capfd):
+    folder = save_evaluation(tmp_path / "eval", make_evaluation(policies={"full": 1.0}, n=5))
+    (folder / EVALUATION).write_text('{"model": "m", "identity": 1}')
+    status, _, err = run_command(monkeypatch, capfd, "report", folder, "--html", tmp_path / "a.html")
+    assert status == 2
+    assert "is damaged: evaluation.json: field identity is missing or wrong" in err
 
 
 def test_a_damaged_evaluation_has_no_report(tmp_path, monkeypatch, capfd):
@@ -238,6 +246,6 @@ def test_a_damaged_evaluation_has_no_report(tmp_path, monkeypatch, capfd):
     (folder / ITEMS).unlink()
     status, out, err = run_command(monkeypatch, capfd, "report", folder, "--html", tmp_path / "a.html")
     assert (status, out) == (2, "")
-    assert "no finished evaluation" in err
+    assert "is not finished" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "a.html").exists()
