@@ -80,6 +80,12 @@ def test_modules_of_a_room_go_in_no_circle(graph):
     assert found == CIRCLES
 
 
+def test_the_library_knows_neither_dashboard_nor_studies():
+    graph = grimp.build_graph("diagnostics", include_external_packages=True, cache_dir=None)
+    assert not {"analyses", "app", "dashboard", "speed_diagnostics_app", "streamlit", "tests"} & graph.modules
+    assert {"torch", "transformers"} < graph.modules
+
+
 def test_the_package_itself_knows_only_the_ground(graph):
     assert {room_of(module) for module in graph.find_modules_directly_imported_by(ROOF)} == {"support"}
 

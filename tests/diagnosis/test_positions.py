@@ -5,8 +5,11 @@ import pytest
 
 from diagnostics import SpeedPolicy, UserError, diagnose
 from diagnostics.evaluate.policy_fidelity import fidelity
+from diagnostics.evaluate.scoring import Encoded, score
+from diagnostics.finetune.own_answers import with_answers
 from diagnostics.generation.benchmarks import benchmark
 from diagnostics.generation.inputs import encode_input
+from diagnostics.models.positions import prompt_room
 from diagnostics.prompts.prompt import Prompt, PromptSet
 from tests.support.tiny import random_ids, tiny_model
 
@@ -25,14 +28,16 @@ def lm():
 
 
 def test_a_prompt_that_fills_the_positions_is_taken_by_all_and_one_more_by_none(lm):
-    assert lm.anatomy.room(NEW) == POSITIONS - NEW + 1 == 505
+    assert lm.anatomy.room(NEW) == prompt_room(POSITIONS, NEW) == POSITIONS - NEW + 1 == 505
     assert lm.anatomy.room(0) == lm.anatomy.room(1) == POSITIONS
+    assert prompt_room(None, NEW) is None
     for size, fits in ((505, True), (506, False)):
         prompts = PromptSet((Prompt("p", text=words(size)),), "set")
         for use in (
             lambda prompts=prompts: diagnose(lm, prompts, decode_tokens=NEW),
             lambda prompts=prompts: fidelity(lm, prompts, [SpeedPolicy(2)], decode_tokens=NEW),
             lambda size=size: encode_input(lm, words(size), max_new_tokens=NEW),
+            lambda size=size: score(lm, SpeedPolicy(2), Encoded((), tuple(random_ids(size))), [random_ids(NEW)]),
             lambda size=size: benchmark(lm, [SpeedPolicy(2)], lengths=[size], new_tokens=NEW, repeats=1),
         ):
             if fits:
@@ -40,6 +45,14 @@ def test_a_prompt_that_fills_the_positions_is_taken_by_all_and_one_more_by_none(
             else:
                 with pytest.raises(UserError, match=r"505 fit|exceed the 512 positions"):
                     use()
+
+
+def test_training_runs_the_last_token_of_an_answer_too(lm):
+    for size, kept in ((504, 1), (505, 0)):
+        prompts = PromptSet((Prompt("p", text=words(size)),), "set")
+        examples, counts = with_answers(lm, prompts, max_new_tokens=NEW)
+        assert (len(examples), counts.dropped_too_long) == (kept, 1 - kept)
+        assert all(len(example["input_ids"]) <= POSITIONS for example in examples)
 
 
 def test_fidelity_is_the_sweep_where_the_document_is_cut(lm):
