@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 
 from diagnostics.diagnosis.capture import BACKENDS, HOOKS, make_capture
-from diagnostics.diagnosis.observers import Capture, Layout
+from diagnostics.diagnosis.observers import Capture
 from diagnostics.diagnosis.probes import all_probes
 from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import PromptContext
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.models.loading import LoadedModel, load_model
+from diagnostics.policies.segments import Layout
 from diagnostics.support.memory import peak_memory
 from diagnostics.support.versions import hardware, versions
 

@@ -12,7 +12,7 @@ import torch
 from diagnostics.generation.differences import Marked, differing, marked_text
 from diagnostics.generation.generation import Generation, generate
 from diagnostics.models.loading import LoadedModel, load_model
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy
 from diagnostics.support.errors import UserError
 
 # Seconds between two looks at what was generated: painting takes time that would count as the model's.

@@ -13,8 +13,7 @@ from diagnostics.generation.differences import marked_text, same_start
 from diagnostics.generation.inputs import encode_input
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import DTYPES, LoadedModel
-from diagnostics.policies import parse_policy
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy, parse_policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.encoding import encode_prompt
 from diagnostics.prompts.load import load_prompts

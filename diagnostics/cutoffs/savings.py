@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from diagnostics.policies.full import FullPolicy
+from diagnostics.policies.speed import SpeedPolicy
+
 LENGTHS = (1024, 8192, 32768, 131072)
 
 
@@ -45,11 +48,9 @@ def predict_savings(
     n_layers = len(shape["layer_parameters"])
     predictions = []
     for n in lengths:
-        # Above the cutoff only the anchors and the last prompt token, the first decode-phase token, run.
-        deep = min(n, anchors + 1)
-        full, speed = ([n] * n_layers, [n] * cutoff + [deep] * (n_layers - cutoff))
-        ttft = prefill_flops(shape, speed) / prefill_flops(shape, full)
-        held, held_full = (Held.after(n, 0, layers, anchors) for layers in (speed, full))
+        full, speed = (policy.workload(n, n_layers) for policy in (FullPolicy(), SpeedPolicy(int(cutoff), anchors)))
+        ttft = prefill_flops(shape, speed.run) / prefill_flops(shape, full.run)
+        held, held_full = (Held.after(n, 0, work.held, anchors) for work in (speed, full))
         predictions.append(
             Savings(
                 n_prompt=n,

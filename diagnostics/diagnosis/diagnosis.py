@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from diagnostics.diagnosis.capture import make_capture
-from diagnostics.diagnosis.observers import Capture, Layout
+from diagnostics.diagnosis.observers import Capture
 from diagnostics.diagnosis.probes import all_probes
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Probe, PromptContext
 from diagnostics.diagnosis.readout import Readout
@@ -18,6 +18,7 @@ from diagnostics.diagnosis.self_test import require_measurable
 from diagnostics.diagnosis.tables import detail_tables, prompt_tables
 from diagnostics.diagnosis.teacher import Teacher
 from diagnostics.models.loading import LoadedModel
+from diagnostics.policies.segments import Layout
 from diagnostics.prompts.digests import inputs_digest
 from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
@@ -26,7 +27,6 @@ from diagnostics.runs.parts import merge
 from diagnostics.runs.run import Run
 from diagnostics.runs.schema import Tables
 from diagnostics.runs.writer import RunWriter
-from diagnostics.segments import Segments
 from diagnostics.self_test import Proof, skipped
 from diagnostics.self_test import self_test as testing
 from diagnostics.support.errors import UserError
@@ -170,8 +170,7 @@ def _diagnose_prompt(
     teacher: torch.Tensor | None,
 ) -> Tables:
     n_prompt = prompt.n_prompt
-    segments = Segments.of(torch.ones(1, n_prompt), n_prompt, anchors)
-    layout = Layout(int(segments.n_anchor), n_prompt)
+    layout = Layout.of(n_prompt, anchors)
     inside = range(layout.prompt.start, layout.prompt.stop)
     evidence = tuple((max(a, inside.start), min(b, inside.stop)) for a, b in prompt.evidence)
     evidence = tuple((a, b) for a, b in evidence if a < b)

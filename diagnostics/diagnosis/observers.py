@@ -21,24 +21,6 @@ Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the positions of one prompt divide: anchors ``[0, A)``, prompt ``[A, P-1)``, decode ``[P-1, T)``."""
-
-    n_anchors: int
-    n_prompt: int
-
-    @property
-    def prompt(self) -> slice:
-        """Positions of the prompt segment, anchors and the last prompt token excluded; may be empty."""
-        return slice(self.n_anchors, self.n_prompt - 1)
-
-    @property
-    def n_segment(self) -> int:
-        """Number of tokens in the prompt segment."""
-        return max(0, self.n_prompt - 1 - self.n_anchors)
-
-
-@dataclass(frozen=True)
 class ContextRows:
     """Layer ``layer`` as the context runs through it: residuals before and after, each [P-1, width]."""
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.diagnosis.capture.branch import residual_out
 from diagnostics.diagnosis.capture.residual_path import Gained, LayerWatch, ResidualPath, Shown, multiplier_of, ratio
 from diagnostics.models.anatomy import Anatomy, unwrapped
 from diagnostics.models.attention_tap import AttentionCall, attention_tap
+from diagnostics.policies.arguments import residual_of
 from diagnostics.self_test.masked import Batch, stock_logits
 
 
@@ -121,7 +121,7 @@ class _Replay:
 
     def on_added(self, _: Any, __: Any, output: Any) -> None:
         """Note what is added to the residual."""
-        self._shown.setdefault("added", residual_out(output))
+        self._shown.setdefault("added", residual_of(output))
 
     def layer_hook(self, layer: int) -> Any:
         """Return the hook of one layer: it runs the layer again, and compares."""

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from diagnostics.diagnosis.capture.residual_path import watched_layers
-from diagnostics.diagnosis.observers import DecodeRows, Layout, Measured
+from diagnostics.diagnosis.observers import DecodeRows, Measured
 from diagnostics.diagnosis.probes.attention_mass import AttentionMass
 from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import Probe, PromptContext
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.diagnosis.residual_check import Gains, split_problem
+from diagnostics.policies.segments import Layout
 from diagnostics.self_test.masked import Batch, stock_logits
 from diagnostics.self_test.proof import Proof
 from diagnostics.self_test.proving import prove, refuse

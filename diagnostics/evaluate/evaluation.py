@@ -20,7 +20,7 @@ from diagnostics.evaluate.sandbox import isolation
 from diagnostics.evaluate.score_table import MARGIN, markdown, summarize
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
 from diagnostics.models.loading import LoadedModel
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.digests import tokens_digest
 from diagnostics.support.errors import UserError

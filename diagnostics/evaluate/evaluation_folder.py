@@ -26,7 +26,7 @@ from diagnostics.support.files import read_table, write_sealed, write_table, wri
 from diagnostics.support.folders import FolderKind, Head
 
 if TYPE_CHECKING:
-    from diagnostics.policies.base import Policy
+    from diagnostics.policies import Policy
 
 ITEMS, EVALUATION, SUMMARY, SUMMARY_TEXT = "items.parquet", "evaluation.json", "summary.parquet", "summary.md"
 # What is answered within so many seconds is lost in a kill at most.

@@ -14,7 +14,7 @@ from diagnostics.evaluate.scoring import Encoded, SharedPrefill, encode_context,
 from diagnostics.generation.generation import decode, end_tokens, outgrown
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy
 from diagnostics.prompts.encoding import encode_messages
 from diagnostics.prompts.token_text import Continuation
 from diagnostics.support.errors import UserError

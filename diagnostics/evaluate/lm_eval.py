@@ -29,12 +29,11 @@ from tqdm import tqdm
 from diagnostics.evaluate.scoring import Encoded, score
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import LoadedModel, load_model
-from diagnostics.policies import parse_policy
-from diagnostics.policies.base import Policy, require_whole
+from diagnostics.policies import Policy, parse_policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.prompts.digests import tokenizer_digest
-from diagnostics.support.errors import UserError
+from diagnostics.support.errors import UserError, require_integer
 from diagnostics.support.sameness import difference
 from diagnostics.support.versions import versions
 
@@ -110,7 +109,7 @@ class PolicyLM(HFLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch size is {batch_size!r}: give a number, 1 or more; none is found by trying")
         if chunk_size is not None:
-            require_whole("chunk size", chunk_size, 1)
+            require_integer("chunk size", chunk_size, 1)
         self.policy = chosen_policy(policy, cutoff, anchors, recommendation)
         self.chunk_size = chunk_size
         if isinstance(pretrained, LoadedModel):

@@ -12,7 +12,7 @@ from torch import Tensor
 from diagnostics.evaluate.scoring import Encoded, SharedPrefill, prefill_context
 from diagnostics.generation.generation import decode, generate
 from diagnostics.models.loading import LoadedModel
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet

@@ -23,7 +23,7 @@ from diagnostics.evaluate.items import Context
 from diagnostics.generation.generation import decode, prefill
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy
 from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.full import FullPolicy
 from diagnostics.support.divergence import log_likelihoods

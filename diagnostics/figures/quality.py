@@ -21,7 +21,7 @@ from diagnostics.figures.style import BLUE, GREY, PALETTE, VERMILION, add_line, 
 from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
-    from diagnostics.policies.base import Policy
+    from diagnostics.policies import Policy
 
 TITLES = {FULL: "full depth", "speed": "SPEED", "projected": "Projected", "fastkv": "FastKV"}
 COLOURS = tuple(colour for colour in PALETTE if colour != GREY)

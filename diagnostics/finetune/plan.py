@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from diagnostics.finetune.examples import IGNORED
+from diagnostics.policies.arguments import spread_rows
 from diagnostics.policies.columns import Piece, span
 from diagnostics.policies.masks import attention_mask
+from diagnostics.policies.segments import Segments
 from diagnostics.support.errors import UserError
 
 PACKED = (
@@ -66,30 +68,15 @@ class Plan:
             )
         return self._masks[same]
 
-    def gather(self, values: Any) -> Any:
-        """Pick the deep tokens' out of values [1 or batch, tokens, ...], or out of a tuple of such."""
-        if isinstance(values, tuple):
-            return tuple(self.gather(part) for part in values)
-        if not isinstance(values, Tensor):
-            return values
-        columns = self.columns.clamp(max=self.n_columns - 1).to(values.device)
-        if values.shape[0] > 1:
-            columns = columns + self._row_starts(values.device)
-        picked = values.flatten(0, 1).index_select(0, columns.flatten())
-        return picked.view(*columns.shape, *values.shape[2:])
+    @property
+    def rows(self) -> Tensor:
+        """Columns of the deep tokens, for `take_rows`; unused slots get what the last column has, unseen."""
+        return self.columns.clamp(max=self.n_columns - 1)
 
     def spread(self, values: Tensor) -> Tensor:
         """Put values [batch, slots, width] back to columns of deep tokens, [batch, tokens, width], zeros elsewhere."""
         # Not NaN: a loss weighs these places with 0, and 0 times NaN would reach every gradient.
-        batch, _, width = values.shape
-        columns = self.columns.to(values.device)
-        places = columns + self._row_starts(values.device)
-        places = places.masked_fill(columns >= self.n_columns, batch * self.n_columns)  # one row more, for unused slots
-        whole = values.new_zeros(batch * self.n_columns + 1, width)
-        return whole.index_copy_(0, places.flatten(), values.flatten(0, 1))[:-1].view(batch, self.n_columns, width)
-
-    def _row_starts(self, device: torch.device) -> Tensor:
-        return torch.arange(self.columns.shape[0], device=device)[:, None] * self.n_columns
+        return spread_rows(values, self.columns, self.n_columns, 0.0)
 
 
 def make_plan(
@@ -128,17 +115,15 @@ def make_plan(
         If a row holds several texts, or padding between tokens, or if a label asks for logits of a shallow token.
     """
     n_columns, columns = real.shape[1], torch.arange(real.shape[1], device=real.device)
-    seen = real.cumsum(1)
-    deep = real & (phase | (seen <= anchors))
-    gap = (~real & (seen > 0) & (seen < seen[:, -1:])).any()
+    segments = Segments(real, phase, anchors)
+    deep, gap, padding = segments.deep, segments.has_gap, segments.padding
     restart = outside = gap.new_zeros(())
     if position_ids is not None:
         restart = (real[:, 1:] & real[:, :-1] & (position_ids.diff() != 1)).any()
     if labels is not None:
         outside = ((labels[:, 1:] != IGNORED) & real[:, :-1] & ~deep[:, :-1]).any()
-    padding = (seen == 0).sum(1)
     # One copy from the device for all questions.
-    asked = [deep.sum(1).max(), restart, gap, outside, padding.any(), (real & ~deep).any()]
+    asked = [deep.sum(1).max(), restart, gap, outside, padding.any(), segments.prompt.any()]
     most, has_restart, has_gap, has_outside, is_padded, shallow = torch.stack([*map(Tensor.long, asked)]).tolist()
     if has_restart:
         raise UserError(PACKED)

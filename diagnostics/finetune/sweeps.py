@@ -9,13 +9,13 @@ import pandas as pd
 import torch
 
 from diagnostics.diagnosis.capture.hooks import HooksCapture
-from diagnostics.diagnosis.observers import Layout
 from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import PromptContext
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.diagnosis.teacher import Teacher
 from diagnostics.models.anatomy import dissect
 from diagnostics.models.loading import LoadedModel
+from diagnostics.policies.segments import Layout
 from diagnostics.prompts.encoding import EncodedPrompt
 
 
@@ -36,7 +36,7 @@ def sweep_cutoffs(
     frames = []
     for prompt in encoded:
         reference = teacher.references[prompt.prompt_id]
-        layout = Layout(min(anchors, prompt.n_prompt - 1), prompt.n_prompt)
+        layout = Layout.of(prompt.n_prompt, anchors)
         compared_with = None if own else teacher.logits[prompt.prompt_id]
         sweep = CutoffSweep(PromptContext(layout, n_layers, readout, lm.name, teacher=compared_with))
         outcome = capture.run(prompt.token_ids, reference, [sweep], n_decode=len(reference), n_anchors=layout.n_anchors)

@@ -12,7 +12,7 @@ another forward pass. So a layer's hook reads nothing but its arguments: the pla
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from diagnostics.finetune.examples import IGNORED
 from diagnostics.finetune.plan import PACKED, Plan, decode_phase, make_plan
 from diagnostics.finetune.self_test import require_trainable
-from diagnostics.models.anatomy import PER_POSITION, Anatomy, dissect, parameter_names
-from diagnostics.models.attention_tap import PREFIX
+from diagnostics.models.anatomy import PER_POSITION, Anatomy
 from diagnostics.models.libraries import TRANSFORMERS, library_of, stock_model
 from diagnostics.models.rope import rope_lengths
-from diagnostics.policies.masks import SERVED
-from diagnostics.policies.occupancy import holder_of, occupy, require_free
+from diagnostics.policies.arguments import Edit, EditArguments, input_tokens, placeholder_mask, take_rows
+from diagnostics.policies.entry import admit, positions
+from diagnostics.policies.occupancy import holder_of, occupy
 from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.support.errors import UserError
 
@@ -56,26 +56,12 @@ def train_under(policy: SpeedPolicy, model: Any) -> Iterator[Visibility]:
         raise UserError(f"training runs under SPEED, not {policy}: give a SpeedPolicy")
     if library_of(model) != TRANSFORMERS:
         raise UserError(f"training needs the transformers model itself, not a {type(model).__name__}")
-    inner = stock_model(model)
-    if not hasattr(getattr(inner, "config", None), "get_text_config"):
-        raise UserError(f"training under a policy needs a transformers model, not {type(model).__name__}")
-    name = inner.config._name_or_path or type(inner).__name__
-    anatomy = dissect(inner, name)
-    require_free(inner)
-    implementation = inner.config._attn_implementation
-    if implementation not in SERVED:
-        tapped = implementation.startswith(PREFIX)
-        raise UserError(
-            "the attention of this model is tapped: leave that block first"
-            if tapped
-            else f"attention implementation {implementation!r} takes no mask per layer: "
-            'use model.set_attn_implementation("sdpa")'
-        )
-    policy.check(anatomy)
-    require_trainable(inner, anatomy, name, train_under)
+    entrant = admit(model)
+    policy.check(entrant.anatomy)
+    require_trainable(entrant.model, entrant.anatomy, entrant.name, train_under)
     with ExitStack() as stack:
-        visibility = Visibility(policy, inner, anatomy)
-        stack.enter_context(occupy(inner, _Training(visibility)))
+        visibility = Visibility(policy, entrant.model, entrant.anatomy)
+        stack.enter_context(occupy(entrant.model, _Training(visibility)))
         visibility.attach(model, stack)
         yield visibility
 
@@ -142,8 +128,8 @@ class Visibility:
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         """Add all hooks; ``model`` is what the user calls: the model itself, or a wrapper of it."""
 
-        def before(module: nn.Module, edit: _Edit) -> None:
-            stack.callback(module.register_forward_pre_hook(_Before(module, edit), with_kwargs=True).remove)
+        def before(module: nn.Module, edit: Edit) -> None:
+            stack.callback(module.register_forward_pre_hook(EditArguments(module, edit), with_kwargs=True).remove)
 
         anatomy = self.anatomy
         self.rope.settle()
@@ -181,8 +167,7 @@ class Visibility:
         decode_mask = given.pop("decode_mask", self._decode_mask)
         if given.get("use_cache") is None:
             given["use_cache"] = False
-        inputs = given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        inputs = input_tokens(given)
         self._plan = self._head = None
         if self.rope and inputs is not None:
             self._require_frequencies(inputs, given.get("attention_mask"))
@@ -219,12 +204,8 @@ class Visibility:
             self._warned = True
             warnings.warn(_NO_PROMPT, stacklevel=2)
         if position_ids is None:
-            columns = torch.arange(plan.n_columns, device=inputs.device)[None]
-            if plan.padding is not None:
-                columns = (columns - plan.padding[:, None]).clamp_(min=0)
-            given["position_ids"] = columns
-        # A mask of four dimensions is passed on as it is: the model builds none. Layers get theirs in `_before_layer`.
-        given["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=inputs.device)
+            given["position_ids"] = positions(0, plan.n_columns, plan.padding, inputs.device).clamp_(min=0)
+        given["attention_mask"] = placeholder_mask(inputs.device)
         given["use_cache"] = False
         given[_PLAN] = self._plan = plan
         self.n_positions += real.numel()
@@ -275,7 +256,7 @@ class Visibility:
         if plan is None or args[0].shape[:-1] != (len(plan.columns), plan.n_columns):
             self._head = None  # only some logits are asked for
             return None
-        return (plan.gather(args[0]), *args[1:])
+        return (take_rows(args[0], plan.rows), *args[1:])
 
     def _after_head(self, _: nn.Module, __: Any, logits: Tensor) -> Tensor | None:
         plan, self._head = self._head, None
@@ -289,21 +270,6 @@ _NO_PROMPT = (
     "every token of this batch is decode phase, so it trains at full depth: give the tokens of prompts the label -100 "
     "(SFTTrainer: assistant_only_loss or completion_only_loss)"
 )
-_Edit = Callable[[nn.Module, dict[str, Any]], None]
-
-
-class _Before:
-    """Pre-hook of a module; edits its arguments by name, wherever in the call they are."""
-
-    def __init__(self, module: nn.Module, edit: _Edit) -> None:
-        self.names, self.edit = parameter_names(module), edit
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = dict(zip(self.names, args, strict=False)) | kwargs
-        self.edit(module, named)
-        # What came by position stays so: reentrant checkpoints pass gradients to these alone.
-        positional = tuple(named.pop(name) for name, _ in zip(self.names, args, strict=False))
-        return (*positional, *args[len(self.names) :]), named
 
 
 def _before_layer(index: int, window: int | None, _: nn.Module, given: dict[str, Any]) -> None:
@@ -313,8 +279,8 @@ def _before_layer(index: int, window: int | None, _: nn.Module, given: dict[str,
         return
     if index == plan.cutoff:
         plan.entered = True
-        given["hidden_states"] = plan.gather(given["hidden_states"])
+        given["hidden_states"] = take_rows(given["hidden_states"], plan.rows)
     if index >= plan.cutoff:
         for name in PER_POSITION & given.keys():
-            given[name] = plan.gather(given[name])
+            given[name] = take_rows(given[name], plan.rows)
     given["attention_mask"] = plan.mask(index >= plan.cutoff, window, given["hidden_states"])

@@ -18,7 +18,7 @@ from diagnostics.generation.benchmark_folder import BENCHMARK_FOLDER, Benchmark,
 from diagnostics.generation.generation import generate
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head

@@ -9,17 +9,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import RopeLengths
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy
+from diagnostics.policies.block import active, running
 from diagnostics.policies.cache import PolicyCache
+from diagnostics.policies.entry import admit_padding
 from diagnostics.policies.full import FullPolicy
-from diagnostics.policies.runtime import Runtime, ShallowCallDone, active, running
+from diagnostics.policies.runtime import Runtime, ShallowCallDone
+from diagnostics.policies.segments import Phases, phases_of, require_anchors
 from diagnostics.support.errors import UserError
 
 Model = LoadedModel | nn.Module
@@ -103,33 +106,32 @@ def prefill(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk size is {chunk_size}: give 1 or more")
     with _under(module, policy, cache) as runtime:
-        policy = runtime.policy
         cache = cache if cache is not None else runtime.new_cache()
         past = cache.n_columns
         chunk = tokens if chunk_size is None else chunk_size
-        head, tail = _phases(policy, cache, tokens, more)
-        if not more and policy.later_prompts:
-            runtime.require_boundary(cache, tokens, policy.boundary)
-        if not policy.chunked and past == 0 and (chunk < tokens or more):
-            raise UserError(f"{policy.name} chooses among all prompt tokens: it cannot take them in several calls")
-        runtime.see_padding(cache, attention_mask, len(input_ids), tokens, input_ids.device)
+        phases = phases_of(cache, tokens, 0 if more else 1)
+        if not runtime.policy.chunked and past == 0 and (chunk < tokens or more):
+            raise UserError(
+                f"{runtime.policy.name} chooses among all prompt tokens: it cannot take them in several calls"
+            )
+        admit_padding(cache, attention_mask, len(input_ids), tokens, input_ids.device)
         if past == 0 and not more:
-            runtime.require_anchors(tokens if cache.padding is None else tokens - int(cache.padding.max()))
+            require_anchors(cache, tokens)
         cache.length = max(cache.length, past + tokens, length or 0)
-        logits = _take(module, runtime, input_ids, cache, chunk=chunk, head=head, tail=tail)
+        logits = _run_in_chunks(module, runtime, input_ids, cache, chunk, phases)
         if past == 0:
             cache.n_prompt = tokens
         return (None if more or logits is None else logits[:, -1]), cache
 
 
-def _take(
-    module: Any, runtime: Runtime, input_ids: Tensor, cache: PolicyCache, *, chunk: int, head: int, tail: int
+def _run_in_chunks(
+    module: Any, runtime: Runtime, input_ids: Tensor, cache: PolicyCache, chunk: int, phases: Phases
 ) -> Tensor | None:
-    """Run tokens in chunks, the first ``head`` and the last ``tail`` of them decode phase; logits of the last."""
+    """Run tokens in calls of ``chunk`` each, divided into ``phases`` as a whole; return the logits of the last call."""
     tokens, logits = input_ids.shape[1], None
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
-        runtime.expect(head=min(max(head - start, 0), stop - start), tail=max(0, stop - max(start, tokens - tail)))
+        runtime.expect(phases.within(start, stop, tokens))
         with suppress(ShallowCallDone):
             logits = module(
                 input_ids=input_ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -146,7 +148,7 @@ def decode(model: Model, input_ids: Tensor, cache: PolicyCache) -> Tensor:
     """
     module = _module(model)
     with _under(module, None, cache) as runtime:
-        runtime.expect(tail=input_ids.shape[1])
+        runtime.expect(Phases(0, input_ids.shape[1]))
         return module(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
 
 
@@ -262,7 +264,7 @@ def _under(model: nn.Module, policy: Policy | None, cache: PolicyCache | None) -
     if cache is not None and policy is not None and cache.policy != policy:
         raise UserError(f"this KV cache was made under {cache.policy}, not {policy}")
     present = active(model)
-    asked = policy or (cache.policy if cache is not None else None)
+    asked = policy or (cast(Policy, cache.policy) if cache is not None else None)
     if present is None:
         with running(asked or FullPolicy(), model) as runtime:
             yield runtime
@@ -270,14 +272,6 @@ def _under(model: nn.Module, policy: Policy | None, cache: PolicyCache | None) -
         yield present
     else:
         raise UserError(f"this model runs under {present.policy}: leave that `with` block to use {asked}")
-
-
-def _phases(policy: Policy, cache: PolicyCache, tokens: int, more: bool) -> tuple[int, int]:
-    """Decode-phase tokens at the head and at the tail of prompt tokens."""
-    if cache.n_columns and not policy.later_prompts:
-        return 0, tokens
-    tail = 0 if more else min(policy.boundary, tokens)
-    return min(int(cache.n_columns > 0 and cache.awaits_token), tokens - tail), tail
 
 
 def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None = None) -> Tensor:

@@ -1,4 +1,7 @@
-"""What a policy is: hyper-parameters that say which prompt tokens run where, and a ``with`` block over a model."""
+"""What a policy is: hyper-parameters that say which prompt tokens run where, and a ``with`` block over a model.
+
+Loads no torch: a policy can be named, parsed, compared and priced without it.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from diagnostics.models.anatomy import Anatomy
-from diagnostics.policies.columns import Pieces
+from diagnostics.policies.recommendation import recommended_cutoff
 from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from diagnostics.models.anatomy import Anatomy
     from diagnostics.models.attention_tap import AttentionCall
     from diagnostics.policies.cache import PolicyCache
-    from diagnostics.policies.runtime import Call, Runtime
+    from diagnostics.policies.call import Call
+    from diagnostics.policies.columns import Pieces
+    from diagnostics.policies.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class Workload:
     """What one prompt costs under a policy, per layer, for one row of a batch.
 
-    ``run``: prompt tokens that run through the whole layer; ``projected``: those of which the layer only makes keys and
-    values; ``held``: prompt positions in the layer's cache afterwards.
+    Attributes
+    ----------
+    run
+        Prompt tokens that run through the whole layer.
+    held
+        Prompt positions in the layer's cache afterwards.
+    projected
+        Prompt tokens for which the layer computes keys and values only.
     """
 
     run: Sequence[int]
@@ -36,24 +48,50 @@ class Workload:
 class Policy(ABC):
     """Which prompt tokens run through which layers, and what of them is cached.
 
-    Subclasses are frozen dataclasses of hyper-parameters, one per file; `diagnostics.policies` finds them. Every
-    policy runs all prompt tokens through the layers below `depth` and the tokens of `runs_on` through the rest.
-    Decode-phase tokens, the last prompt token the first of them, run through all layers.
+    Subclasses are frozen dataclasses of hyper-parameters. Each is one file of this package, or comes from another
+    distribution through the entry point group ``speed_diagnostics.policies``; `diagnostics.policies.registry` finds
+    both. Every policy runs all prompt tokens through the layers below `depth` and the tokens of `runs_on` through the
+    rest. Decode-phase tokens, the last prompt token the first of them, run through all layers.
 
     Use ``with policy(model): model.generate(...)``. A policy object holds no state and serves any number of models.
+
+    Attributes
+    ----------
+    name
+        The word for the policy in commands and specs.
+    title
+        Its name in figures, tables and menus; ``name`` by default.
+    rank
+        Its place among the others in menus and tables: ascending, then by name.
+    chunked
+        Whether a prompt may come in several calls.
+    crops_prompt
+        Whether a cache can be cropped inside its prompt.
+    taps_attention
+        Whether `after_attention` is called.
+    later_prompts
+        Whether prompt tokens of later turns are treated like those of the first.
+    anchors, boundary
+        Leading tokens that run through all layers, and trailing prompt tokens that are decode phase, the last one
+        included: fields of the policies that have them.
     """
 
     name: ClassVar[str]
-    chunked: ClassVar[bool] = True  # whether a prompt may come in several calls
-    crops_prompt: ClassVar[bool] = True  # whether a cache can be cropped inside its prompt
-    taps_attention: ClassVar[bool] = False  # whether `after_attention` wants to be called
-    later_prompts: ClassVar[bool] = True  # whether prompt tokens of later turns are treated like those of the first
+    title: ClassVar[str]
+    rank: ClassVar[int] = 9
+    chunked: ClassVar[bool] = True
+    crops_prompt: ClassVar[bool] = True
+    taps_attention: ClassVar[bool] = False
+    later_prompts: ClassVar[bool] = True
 
-    # Trailing prompt tokens that are decode phase, the last one included, and leading ones that run through all
-    # layers: fields of the policies that have them.
-    boundary: int = 1
     anchors: int = 0
+    boundary: int = 1
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in vars(cls) and "title" not in vars(cls):
+            cls.title = cls.name
 
     def __call__(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Run ``model``, a transformers causal language model or a PEFT wrapper, under this policy inside the block.
@@ -63,13 +101,15 @@ class Policy(ABC):
         UserError
             If the policy does not fit the model, the model cannot be served, or a policy is active on it already.
         """
-        from diagnostics.policies.runtime import running
+        from diagnostics.policies.block import running  # which loads torch
 
         return running(self, model)
 
+    # --- What it does with a prompt ---
+
     @abstractmethod
     def depth(self, n_layers: int) -> int:
-        """Layers that all prompt tokens run through, 1 to ``n_layers``."""
+        """Return the number of layers that all prompt tokens run through, 1 to ``n_layers``."""
 
     @abstractmethod
     def workload(self, n_prompt: int, n_layers: int) -> Workload:
@@ -81,11 +121,11 @@ class Policy(ABC):
             raise UserError(f"{self} does not fit: the model has {anatomy.n_layers} layers")
 
     def runs_on(self, call: Call) -> Pieces:
-        """Columns of this call that run on above `depth`; nothing ends the call there."""
-        return call.kept_columns(self.anchors)
+        """Return the columns of this call that run on above `depth`; if there are none, the call ends there."""
+        return call.deep_columns(self.anchors)
 
     def install(self, runtime: Runtime) -> None:
-        """Add hooks of the policy's own, through ``runtime.hook``; they are removed with the others."""
+        """Add hooks of the policy's own through ``runtime.hook``, which removes them when the block ends."""
         return None
 
     def before_upper_layer(self, call: Call, layer: int, arguments: dict[str, Any]) -> None:
@@ -99,13 +139,39 @@ class Policy(ABC):
     def from_full(self, cache: PolicyCache) -> PolicyCache | None:
         """Return this policy's cache of a prompt, given that of full depth, where the one follows from the other.
 
-        ``cache`` holds prompt tokens alone, no decode-phase token; it stays as it is. None where it does not follow.
+        ``cache`` holds prompt tokens only, no decode-phase token; it stays as it is. None where it does not follow.
         """
         return None
 
+    # --- What it says of itself ---
+
+    @classmethod
+    def takes_cutoff(cls) -> bool:
+        """Whether the policy has a parameter ``cutoff``, the number of layers that prompt tokens run through."""
+        return any(field.name == "cutoff" for field in fields(cls))
+
+    @classmethod
+    def follows_recommendation(cls) -> bool:
+        """Whether `from_recommendation` can set the policy's layer."""
+        overridden = cls.from_recommendation.__func__ is not Policy.from_recommendation.__func__  # type: ignore[attr-defined]
+        return cls.takes_cutoff() or overridden
+
+    @classmethod
+    def from_recommendation(cls, path: str | Path) -> Self:
+        """Take the cutoff from a ``recommendation.json``, or from the run folder that holds one.
+
+        Raises
+        ------
+        UserError
+            If the policy takes no cutoff, there is no such file, or it is not a recommendation.
+        """
+        if not cls.takes_cutoff():
+            raise UserError(f"{cls.name} takes nothing from a recommendation")
+        return cls(cutoff=recommended_cutoff(path))  # type: ignore[call-arg]
+
     @property
     def spec(self) -> str:
-        """The policy as `diagnostics.policies.parse_policy` reads it, without what is default: ``speed:24``."""
+        """The policy as `diagnostics.policies.parse_policy` reads it, defaults left out: ``speed:24``."""
         parts = [self.name]
         for position, field in enumerate(fields(self)):
             value = getattr(self, field.name)
@@ -115,15 +181,3 @@ class Policy(ABC):
 
     def __str__(self) -> str:
         return self.spec
-
-
-def require_whole(name: str, value: object, least: int) -> None:
-    """Raise UserError unless ``value`` is a whole number of at least ``least``."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= least, f"{name} is {value}: give {least} or more")  # type: ignore[operator]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UserError unless ``condition``."""
-    if not condition:
-        raise UserError(message)

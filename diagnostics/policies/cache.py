@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from diagnostics.models.anatomy import Anatomy
 from diagnostics.policies.columns import Piece, Pieces, count, join
+from diagnostics.policies.contract import PolicyTraits
 from diagnostics.support.errors import UserError
-
-if TYPE_CHECKING:
-    from diagnostics.policies.base import Policy
 
 # Slots a layer grows by at least when it is full, and the share of its length that it grows by.
 GROWTH, GROWTH_SHARE = 128, 16
@@ -234,7 +232,7 @@ class PolicyCache(Cache):
     `diagnostics.models.rope`).
     """
 
-    def __init__(self, policy: Policy, anatomy: Anatomy) -> None:
+    def __init__(self, policy: PolicyTraits, anatomy: Anatomy) -> None:
         sliding = [kind == "sliding_attention" for kind in anatomy.layer_types]
         super().__init__(layers=[PolicyLayer(anatomy.sliding_window if slides else None) for slides in sliding])
         self.policy = policy
@@ -275,7 +273,7 @@ class PolicyCache(Cache):
         """Return an independent copy: one prefilled document, many questions."""
         return copy.deepcopy(self)
 
-    def first_columns(self, policy: Policy, stops: Sequence[int]) -> PolicyCache:
+    def first_columns(self, policy: PolicyTraits, stops: Sequence[int]) -> PolicyCache:
         """Return a cache of ``policy`` that holds of each layer only columns up to ``stops``; nothing is copied."""
         made = copy.copy(self)
         made.policy = policy

@@ -98,16 +98,11 @@ def as_tensor(pieces: Sequence[Piece], device: torch.device) -> Tensor:
     return torch.cat([part.expand(batch, -1) for part in parts], dim=1)
 
 
-def take(values: Tensor, pieces: Sequence[Piece], first: int) -> Tensor:
-    """Pick columns out of ``values`` [1 or batch, columns, ...], whose first column is ``first``.
+def rows_in(pieces: Sequence[Piece], first: int, device: torch.device) -> Sequence[slice] | Tensor:
+    """Return where columns are among positions that begin with column ``first``, for `arguments.take_rows`.
 
-    Unused slots get the values of the first column; nothing may look at them.
+    Unused slots point to the first position; nothing may look at what they get.
     """
     if all(piece.columns is None for piece in pieces):
-        # Slices need no index on the device; cat copies, so that the whole of ``values`` can be freed.
-        return torch.cat([values[:, piece.start - first : piece.stop - first] for piece in pieces], dim=1)
-    index = (as_tensor(pieces, values.device) - first).clamp_(min=0)
-    if index.shape[0] == 1:
-        return values.index_select(1, index[0])
-    batch = torch.arange(index.shape[0], device=values.device)[:, None]
-    return values.expand(index.shape[0], *values.shape[1:])[batch, index]
+        return [slice(piece.start - first, piece.stop - first) for piece in pieces]
+    return (as_tensor(pieces, device) - first).clamp_(min=0)

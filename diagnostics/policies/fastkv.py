@@ -6,7 +6,7 @@ salient tokens and the window, ``retention_rate`` of the prompt in all. The firs
 
 Salience of a token, as published: attention of the last ``window`` queries, softmax in float32 over all keys, summed
 over these queries; max-pooled over ``kernel`` neighbours; summed over the query heads of a KV head (retention) or
-over all heads (TSP).
+over all heads (TSP). `diagnostics.policies.salience` computes it.
 
 Where the published code has no answer, this one does: a prompt too short for a rate to leave more than the window keeps
 everything at that layer; padding scores nothing and rows of a batch choose by their own lengths; later turns of a
@@ -19,18 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from diagnostics.models.anatomy import Anatomy
-from diagnostics.policies.base import Policy, Workload, require, require_whole
-from diagnostics.policies.columns import EMPTY, Piece, Pieces, as_tensor
-from diagnostics.policies.recommendation import read_recommendation, whole_number
-from diagnostics.support.errors import UserError
+from diagnostics.policies.base import Policy, Workload
+from diagnostics.policies.recommendation import integer_of, read_recommendation
+from diagnostics.support.errors import UserError, require, require_integer
 
 if TYPE_CHECKING:
+    from diagnostics.models.anatomy import Anatomy
     from diagnostics.models.attention_tap import AttentionCall
-    from diagnostics.policies.runtime import Call
+    from diagnostics.policies.call import Call
+    from diagnostics.policies.columns import Pieces
+
+
+@dataclass(frozen=True)
+class Propagated:
+    """Note of a call: the columns chosen at the TSP layer."""
+
+    columns: Pieces
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class FastKVPolicy(Policy):
     window: int = 8
     kernel: int = 7
     name: ClassVar[str] = "fastkv"
+    title: ClassVar[str] = "FastKV"
+    rank: ClassVar[int] = 3
     chunked: ClassVar[bool] = False
     crops_prompt: ClassVar[bool] = False
     taps_attention: ClassVar[bool] = True
@@ -64,14 +70,14 @@ class FastKVPolicy(Policy):
 
     def __post_init__(self) -> None:
         if self.tsp_layer is not None:
-            require_whole("tsp_layer", self.tsp_layer, 0)
+            require_integer("tsp_layer", self.tsp_layer, 0)
         require(0 < self.tsp_rate <= 1, f"tsp_rate is {self.tsp_rate}: give a share above 0, at most 1")
         require(
             0 < self.retention_rate <= self.tsp_rate,
             f"retention_rate is {self.retention_rate}: give a share above 0, at most tsp_rate ({self.tsp_rate})",
         )
-        require_whole("window", self.window, 1)
-        require_whole("kernel", self.kernel, 1)
+        require_integer("window", self.window, 1)
+        require_integer("kernel", self.kernel, 1)
         require(self.kernel % 2 == 1, f"kernel is {self.kernel}: give an odd number")
 
     @classmethod
@@ -87,7 +93,7 @@ class FastKVPolicy(Policy):
         if not region:
             raise UserError(f"{str(path)!r} found no stabilization region to take the TSP layer from")
         first = region.get("first") if isinstance(region, dict) else None
-        return cls(tsp_layer=whole_number(first, "stabilization region's first layer", path))
+        return cls(tsp_layer=integer_of(first, "stabilization region's first layer", path))
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse models with sliding layers: the method scores by attention to the whole prompt."""
@@ -112,42 +118,30 @@ class FastKVPolicy(Policy):
         )
 
     def runs_on(self, call: Call) -> Pieces:
-        """Columns chosen at the TSP layer; all, if the prompt is short or came in a later turn."""
-        require(call.tail == 1, f"{self.name} gives logits of the last prompt token alone (assisted generation?)")
-        return call.notes.get("chosen", call.rows)
+        """Return the columns chosen at the TSP layer; all, if the prompt is short or came in a later turn."""
+        one_token = call.phases.tail == 1
+        require(one_token, f"{self.name} gives logits of the last prompt token alone (assisted generation?)")
+        propagated = call.noted(Propagated)
+        return call.rows if propagated is None else propagated.columns
 
     def after_attention(self, call: Call, layer: int, attention: AttentionCall) -> None:
-        """Score the tokens of a layer, cut its cache down to the retained ones; at the TSP layer choose who runs on."""
+        """Cut the cache of a layer down to its most salient tokens; at the TSP layer choose who runs on."""
         if call.start > 0:
             return
+        from diagnostics.policies.salience import keep_salient  # which loads torch
+
         depth = self.depth(call.n_layers)
-        batch, device = attention.key.shape[0], attention.key.device
-        columns = as_tensor(call.rows, device).expand(batch, -1)
-        if call.padding is None:
-            lengths = [columns.shape[1]] * batch
-        else:
-            lengths = (columns >= call.padding.to(device)[:, None]).sum(1).tolist()
-        capacities = [self._retained(n, layer < depth) for n in lengths]
-        choosing = layer == depth - 1 and depth < call.n_layers
-        propagated = [self._propagated(n) for n in lengths] if choosing else lengths
-        if capacities == lengths and propagated == lengths:
-            return
-        slots, chosen = [], []
-        for row, n in enumerate(lengths):  # slots of a row: unused ones first, then its n tokens
-            scores = self._scores(attention, row, n)
-            offset = columns.shape[1] - n
-            slots.append(offset + _top(scores, capacities[row], n))
-            chosen.append(offset + _top(scores.sum(0), propagated[row], n))
-        if capacities != lengths:
-            index = _pad_left(slots)  # [batch, kv_heads, kept]
-            held = torch.take_along_dim(columns[:, None].expand(-1, index.shape[1], -1), index.clamp(min=0), dim=2)
-            held = held.masked_fill(index == EMPTY, EMPTY)
-            full = call.padding is None
-            call.cache.layers[layer].keep(index.clamp(min=0), Piece(0, call.stop, held, full))
-        if propagated != lengths:
-            index = _pad_left(chosen).sort(dim=-1).values
-            kept = columns.gather(1, index.clamp(min=0)).masked_fill(index == EMPTY, EMPTY)
-            call.notes["chosen"] = (Piece(0, call.stop, kept, full=call.padding is None),)
+        columns = keep_salient(
+            call,
+            layer,
+            attention,
+            window=self.window,
+            kernel=self.kernel,
+            retained=lambda n: self._retained(n, layer < depth),
+            propagated=self._propagated if layer == depth - 1 and depth < call.n_layers else None,
+        )
+        if columns is not None:
+            call.note(Propagated(columns))
 
     def _retained(self, n: int, below: bool) -> int:
         """Cache size of a layer that runs on ``n`` tokens; above the TSP layer they are fewer already."""
@@ -157,40 +151,3 @@ class FastKVPolicy(Policy):
     def _propagated(self, n: int) -> int:
         capacity = int(n * self.tsp_rate)
         return capacity if self.window <= capacity < n else n
-
-    def _scores(self, attention: AttentionCall, row: int, n: int) -> Tensor:
-        """Salience of the first n - window of a row's n tokens, per KV head: float32 [kv_heads, n - window]."""
-        key = attention.key[row, :, -n:]
-        query = attention.query[row, :, -min(self.window, n) :]
-        heads, window = query.shape[:2]
-        scaling = attention.options.get("scaling") or query.shape[-1] ** -0.5
-        softcap, sinks = attention.options.get("softcap"), attention.options.get("s_aux")
-        query = query.reshape(len(key), -1, query.shape[-1])  # query heads of a KV head follow one another
-        logits = (query @ key.mT).view(heads, window, n).float() * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        ahead = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
-        logits[:, :, -window:].masked_fill_(ahead, -torch.inf)
-        if sinks is not None:  # a sink takes weight from the tokens and has none itself
-            logits = torch.cat([logits, sinks[:, None, None].float().expand(-1, window, 1)], dim=-1)
-        # Cast as the published code does: the order of the scores depends on it.
-        weights = logits.softmax(-1).to(query.dtype)[:, :, : max(0, n - self.window)].sum(1)
-        if weights.shape[-1] == 0:
-            return weights.new_zeros((len(key), 0), dtype=torch.float32)
-        pooled = nn.functional.max_pool1d(weights[None], self.kernel, stride=1, padding=self.kernel // 2)[0]
-        return pooled.view(len(key), -1, pooled.shape[-1]).sum(1).float()
-
-
-def _top(scores: Tensor, capacity: int, n: int) -> Tensor:
-    """Return which of ``n`` tokens stay: the best scored ones and those after the scored ones, [..., capacity]."""
-    scored = scores.shape[-1]
-    # Max-pooling makes neighbours equal; a stable order lets the earlier win, on every device.
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : capacity - (n - scored)]
-    tail = torch.arange(scored, n, device=scores.device).expand(*best.shape[:-1], -1)
-    return torch.cat([best, tail], dim=-1)
-
-
-def _pad_left(slots: list[Tensor]) -> Tensor:
-    """Stack slots of rows that keep different numbers; unused ones are EMPTY and come first."""
-    width = max(part.shape[-1] for part in slots)
-    return torch.stack([nn.functional.pad(part, (width - part.shape[-1], 0), value=EMPTY) for part in slots])

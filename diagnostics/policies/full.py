@@ -16,6 +16,8 @@ class FullPolicy(Policy):
     """The stock model with the policies' cache: nothing is skipped or dropped."""
 
     name: ClassVar[str] = "full"
+    title: ClassVar[str] = "full depth"
+    rank: ClassVar[int] = 0
 
     def depth(self, n_layers: int) -> int:
         """All layers."""
@@ -26,5 +28,5 @@ class FullPolicy(Policy):
         return Workload([n_prompt] * n_layers, [n_prompt] * n_layers, [0] * n_layers)
 
     def from_full(self, cache: PolicyCache) -> PolicyCache:
-        """The same keys and values, which both may go on from."""
+        """Return the same keys and values, in a cache that goes on apart from the first."""
         return cache.first_columns(self, [cache.n_columns] * len(cache.layers))

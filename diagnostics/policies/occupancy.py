@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
-from diagnostics.policies.base import Policy
+from diagnostics.policies.contract import Holder
 from diagnostics.support.errors import UserError
 
 _HELD: dict[nn.Module, Holder] = {}
-
-
-class Holder(Protocol):
-    """What runs a model under a policy."""
-
-    @property
-    def policy(self) -> Policy:
-        """The policy."""
 
 
 def require_free(model: nn.Module) -> None:

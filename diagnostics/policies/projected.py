@@ -8,17 +8,25 @@ the upper layers for the prompt and keeps their cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
-
-from diagnostics.policies.base import Policy, Workload, require_whole
-from diagnostics.policies.columns import Pieces, gaps, span, take
-from diagnostics.policies.recommendation import recommended_cutoff
+from diagnostics.policies.base import Policy, Workload
+from diagnostics.support.errors import require_integer
 
 if TYPE_CHECKING:
-    from diagnostics.policies.runtime import Call, Runtime
+    from torch import Tensor, nn
+
+    from diagnostics.policies.call import Call
+    from diagnostics.policies.columns import Pieces
+    from diagnostics.policies.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Note of a call: the columns that stopped at the cutoff, and their state there, [batch, columns, width]."""
+
+    columns: Pieces
+    state: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,12 @@ class ProjectedPolicy(Policy):
     cutoff: int
     boundary: int = 1
     name: ClassVar[str] = "projected"
+    title: ClassVar[str] = "Projected"
+    rank: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        require_whole("cutoff", self.cutoff, 1)
-        require_whole("boundary", self.boundary, 1)
-
-    @classmethod
-    def from_recommendation(cls, path: str | Path) -> ProjectedPolicy:
-        """Read the cutoff that was recommended for SPEED; raise UserError where there is none."""
-        return cls(cutoff=recommended_cutoff(path))
+        require_integer("cutoff", self.cutoff, 1)
+        require_integer("boundary", self.boundary, 1)
 
     def depth(self, n_layers: int) -> int:
         """The cutoff."""
@@ -60,32 +65,38 @@ class ProjectedPolicy(Policy):
         )
 
     def runs_on(self, call: Call) -> Pieces:
-        """Decode-phase columns; in a call without any, the last one, to keep the upper layers busy."""
-        kept = call.kept_columns(0)
-        resting = gaps(kept, call.start, call.stop)
-        call.notes["resting"] = resting
-        call.notes["state"] = take(call.hidden, resting, call.start) if resting else None
-        if not kept:
+        """Return the decode-phase columns; in a call without any, the last one, to keep the upper layers busy."""
+        from diagnostics.policies.arguments import take_rows  # which loads torch
+        from diagnostics.policies.columns import gaps, rows_in, span
+
+        deep = call.deep_columns(0)
+        if stopped := gaps(deep, call.start, call.stop):
+            rows = rows_in(stopped, call.start, call.hidden.device)
+            call.note(Stopped(stopped, take_rows(call.hidden, rows)))
+        if not deep:
             call.unheld = True
             return span(call.stop - 1, call.stop)
-        return kept
+        return deep
 
     def install(self, runtime: Runtime) -> None:
         """Spare the query projection where it is apart from the others: no query is asked while projecting."""
 
+        def n_projected() -> int:
+            return 0 if runtime.call is None else runtime.call.projecting
+
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            return (args[0][:, :1], *args[1:]) if runtime.projecting else None
+            return (args[0][:, :1], *args[1:]) if n_projected() else None
 
         def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return output.expand(-1, runtime.projecting, -1) if runtime.projecting else None
+            return output.expand(-1, n_projected(), -1) if n_projected() else None
 
         for attention in runtime.anatomy.attentions[self.cutoff :]:
-            queries = getattr(attention, "q_proj", None)
-            if isinstance(queries, nn.Module):
+            queries: Any = getattr(attention, "q_proj", None)
+            if hasattr(queries, "register_forward_pre_hook"):
                 runtime.hook(queries.register_forward_pre_hook(before))
                 runtime.hook(queries.register_forward_hook(after))
 
     def before_upper_layer(self, call: Call, layer: int, arguments: dict[str, Any]) -> None:
-        """Have the layer store keys and values of the resting tokens, made from the state at the cutoff."""
-        if call.notes.get("resting"):
-            call.project(layer, arguments, call.notes["state"], call.notes["resting"])
+        """Have the layer store keys and values of the tokens that stopped, made from their state at the cutoff."""
+        if stopped := call.noted(Stopped):
+            call.project(layer, arguments, stopped.state, stopped.columns)

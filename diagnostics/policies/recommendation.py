@@ -11,11 +11,11 @@ from diagnostics.support.files import read_json
 
 def recommended_cutoff(path: str | Path) -> int:
     """Return the recommended cutoff; raise UserError where there is none."""
-    return whole_number(read_recommendation(path).get("cutoff"), "cutoff", path)
+    return integer_of(read_recommendation(path).get("cutoff"), "cutoff", path)
 
 
-def whole_number(value: Any, name: str, path: str | Path) -> int:
-    """Return ``value`` if it is a whole number; else raise UserError that names the field."""
+def integer_of(value: Any, name: str, path: str | Path) -> int:
+    """Return ``value`` if it is an integer; else raise UserError that names the field."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{str(path)!r} is not a recommendation: its {name} is {value!r}, not a whole number")
     return value
@@ -23,14 +23,14 @@ def whole_number(value: Any, name: str, path: str | Path) -> int:
 
 def read_recommendation(path: str | Path) -> dict[str, Any]:
     """Read a recommendation file, or the one in a run folder; raise UserError where there is none."""
-    # os.path, unlike pathlib, takes a name that is too long for one that is not there.
-    place = Path(path) / RECOMMENDATION if os.path.isdir(path) else Path(path)
+    # os.path, unlike pathlib, treats a name that is too long as one that does not exist.
+    file = Path(path) / RECOMMENDATION if os.path.isdir(path) else Path(path)
     try:
-        data = read_json(place)
+        data = read_json(file)
     except OSError as error:
         raise UserError(f"no recommendation in {str(path)!r} ({error.strerror}): make one with `recommend`") from None
     except ValueError as error:
-        raise UserError(f"{str(place)!r} is not a recommendation, or damaged ({error})") from None
+        raise UserError(f"{str(file)!r} is not a recommendation, or damaged ({error})") from None
     if not isinstance(data, dict):
-        raise UserError(f"{str(place)!r} is not a recommendation: it is not a JSON object")
+        raise UserError(f"{str(file)!r} is not a recommendation: it is not a JSON object")
     return data

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from diagnostics.policies.base import Policy, Workload, require_whole
-from diagnostics.policies.recommendation import read_recommendation, whole_number
+from diagnostics.policies.base import Policy, Workload
+from diagnostics.policies.recommendation import integer_of, read_recommendation
+from diagnostics.support.errors import require_integer
 
 if TYPE_CHECKING:
     from diagnostics.policies.cache import PolicyCache
@@ -31,11 +32,13 @@ class SpeedPolicy(Policy):
     anchors: int = 1
     boundary: int = 1
     name: ClassVar[str] = "speed"
+    title: ClassVar[str] = "SPEED"
+    rank: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        require_whole("cutoff", self.cutoff, 1)
-        require_whole("anchors", self.anchors, 0)
-        require_whole("boundary", self.boundary, 1)
+        require_integer("cutoff", self.cutoff, 1)
+        require_integer("anchors", self.anchors, 0)
+        require_integer("boundary", self.boundary, 1)
 
     @classmethod
     def from_recommendation(cls, path: str | Path) -> SpeedPolicy:
@@ -47,7 +50,7 @@ class SpeedPolicy(Policy):
             If there is no such file, or if it is not a recommendation.
         """
         data = read_recommendation(path)
-        cutoff, anchors = (whole_number(data.get(name), name, path) for name in ("cutoff", "anchors"))
+        cutoff, anchors = (integer_of(data.get(name), name, path) for name in ("cutoff", "anchors"))
         return cls(cutoff=cutoff, anchors=anchors)
 
     def depth(self, n_layers: int) -> int:
@@ -61,7 +64,7 @@ class SpeedPolicy(Policy):
         return Workload(tokens, tokens, [0] * n_layers)
 
     def from_full(self, cache: PolicyCache) -> PolicyCache | None:
-        """All columns below the cutoff and the anchors' above it, which saw nothing but anchors at full depth either.
+        """Return all columns below the cutoff and the anchors above it, which see only anchors at full depth too.
 
         None if rows are padded, so that their anchors are not the same columns, and where sliding layers have
         forgotten the anchors.

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from diagnostics.models.anatomy import dissect
 from diagnostics.models.identity import ModelIdentity
 from diagnostics.models.loading import LoadedModel
-from diagnostics.policies import parse_policy
 from diagnostics.policies.cache import PolicyCache, with_room
 from diagnostics.policies.columns import Piece
+from diagnostics.policies.registry import parse_policy
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import BLANK, SEAL, flush_folder, require_sealed_file, seal_file
 from diagnostics.support.sameness import difference

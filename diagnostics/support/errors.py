@@ -42,3 +42,15 @@ def one_line(error: BaseException) -> str:
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."
+
+
+def require_integer(name: str, value: object, least: int) -> None:
+    """Raise UserError unless ``value`` is an integer of at least ``least``."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    require(integer and value >= least, f"{name} is {value}: give {least} or more")  # type: ignore[operator]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError unless ``condition``."""
+    if not condition:
+        raise UserError(message)

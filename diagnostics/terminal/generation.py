@@ -13,7 +13,7 @@ from torch import Tensor
 from diagnostics.generation.differences import differing, marked_text, same_start
 from diagnostics.generation.generation import Generation
 from diagnostics.models.loading import LoadedModel
-from diagnostics.policies.base import Policy
+from diagnostics.policies import Policy
 from diagnostics.terminal.units import readable_bytes
 
 

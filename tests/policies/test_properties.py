@@ -8,7 +8,8 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from diagnostics import ProjectedPolicy, SpeedPolicy, decode, prefill
-from diagnostics.policies.columns import EMPTY, Piece, as_tensor, count, gaps, join, span, take
+from diagnostics.policies.arguments import spread_rows, take_rows
+from diagnostics.policies.columns import EMPTY, Piece, as_tensor, count, gaps, join, rows_in, span
 from diagnostics.policies.masks import attention_mask
 from tests.support.examples import examples
 from tests.support.policy_cases import assert_close, left_padded, letters_of, load, masked_pass
@@ -172,11 +173,13 @@ def test_until_leaves_out_later_columns(case, stop):
 
 @many_examples
 @given(batched_pieces, st.lists(st.integers(0, 2), min_size=1, max_size=4), st.booleans())
-def test_take_picks_columns_and_select_rows_picks_rows(case, rows, shared):
+def test_take_rows_picks_columns_and_select_rows_picks_rows(case, rows, shared):
     batch, pieces = case
     first = pieces[0].start
     values = torch.arange((1 if shared else batch) * 25 * 2).view(-1, 25, 2)[:, first:]
-    taken = take(values, pieces, first)
+    taken, beside, nothing = take_rows((values, values[..., 0], None), rows_in(pieces, first, CPU))
+    assert torch.equal(beside, taken[..., 0])
+    assert nothing is None
     for row, columns in enumerate(listed(pieces, batch)):
         picked = taken[min(row, len(taken) - 1)]
         assert picked.tolist() == [values[0 if shared else row, max(c - first, 0)].tolist() for c in columns]
@@ -184,6 +187,20 @@ def test_take_picks_columns_and_select_rows_picks_rows(case, rows, shared):
     rows = [row for row in rows if row < batch] or [0]
     chosen = [piece.select_rows(torch.tensor(rows)) for piece in pieces]
     assert listed(chosen, len(rows)) == [listed(pieces, batch)[row] for row in rows]
+
+
+@many_examples
+@given(batched_pieces)
+def test_spread_rows_undoes_take_rows(case):
+    """Unused slots, and positions beyond the end, leave nothing behind."""
+    batch, pieces = case
+    values = torch.rand(batch, 25, 2)
+    taken = take_rows(values, rows_in(pieces, 0, CPU))
+    spread = spread_rows(taken.expand(batch, -1, -1), as_tensor(pieces, CPU), 20, -1.0)
+    for row, columns in enumerate(listed(pieces, batch)):
+        for column in range(20):
+            wanted = values[row, column].tolist() if column in columns else [-1.0, -1.0]
+            assert spread[row, column].tolist() == wanted
 
 
 # --- Masks ---

@@ -271,8 +271,8 @@ def kept_wrongly(monkeypatch, when):
 @pytest.mark.parametrize(
     ("when", "dtype"),
     [
-        (lambda call: call.runtime.depth == 1, torch.float32),
-        (lambda call: call.runtime.depth > 1, torch.float32),
+        (lambda call: call.depth == 1, torch.float32),
+        (lambda call: call.depth > 1, torch.float32),
         (lambda call: call.padding is None, torch.float32),
         (lambda call: call.padding is not None, torch.float32),
         (lambda call: True, torch.bfloat16),

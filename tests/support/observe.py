@@ -1,10 +1,10 @@
 """Run one prompt through a capture with every observer, as `diagnose` does."""
 
 from diagnostics.diagnosis.capture.hooks import HooksCapture
-from diagnostics.diagnosis.observers import Layout
 from diagnostics.diagnosis.probes import all_probes
 from diagnostics.diagnosis.probes.probe import PromptContext
 from diagnostics.diagnosis.readout import Readout
+from diagnostics.policies.segments import Layout
 
 
 def observe(

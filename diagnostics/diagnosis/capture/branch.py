@@ -13,26 +13,8 @@ from transformers import Cache
 
 from diagnostics.diagnosis.capture.attention_rows import visible_keys
 from diagnostics.diagnosis.capture.passes import Pass
-from diagnostics.models.anatomy import PER_POSITION, parameter_names
-
-
-def named_arguments(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Give the positional arguments of a layer's call their names, those of the model's own module."""
-    return dict(zip(parameter_names(layer), args, strict=False)) | kwargs
-
-
-def residual_out(output: Any) -> Tensor:
-    """Unwrap a layer's output: a plain tensor in transformers 5, a tuple before; never a row of the batch."""
-    residual = output[0] if isinstance(output, tuple) else output
-    assert residual.ndim == 3, f"expected [batch, position, width], got {tuple(residual.shape)}"
-    return residual
-
-
-def rows_of(value: Any, rows: slice) -> Any:
-    """Pick rows out of what a layer gets per position: [batch, position, ...], or a tuple of such."""
-    if isinstance(value, tuple):
-        return tuple(rows_of(part, rows) for part in value)
-    return value[:, rows] if isinstance(value, Tensor) else value
+from diagnostics.models.anatomy import PER_POSITION
+from diagnostics.policies.arguments import residual_of, take_rows
 
 
 class AnchorRows:
@@ -51,12 +33,11 @@ class AnchorRows:
         """
         rows = {name: value for name, value in arguments.items() if name in PER_POSITION | {"hidden_states"}}
         if over.first_row == 0:
-            # clone: a view would keep the whole pass alive.
-            self.kept[layer] = {name: _cloned(rows_of(value, slice(0, self.n_anchors))) for name, value in rows.items()}
+            self.kept[layer] = {name: take_rows(value, slice(0, self.n_anchors)) for name, value in rows.items()}
         anchors = self.kept.get(layer, {})
 
         def run(hidden: Tensor) -> Tensor:
-            own = {name: rows_of(value, over.decode) for name, value in rows.items()}
+            own = {name: take_rows(value, over.decode) for name, value in rows.items()}
             mask, n_anchors = self._mask(arguments.get("attention_mask"), over, window, hidden), self.n_anchors
             changed = {name: _joined(anchors.get(name), value) for name, value in own.items()}
             before = anchors["hidden_states"].expand(len(hidden), -1, -1) if n_anchors else hidden[:, :0]
@@ -65,7 +46,7 @@ class AnchorRows:
             without = {k: None if isinstance(v, Cache) else v for k, v in arguments.items()}
             if "use_cache" in without:
                 changed["use_cache"] = False
-            return residual_out(call(**without | changed))[:, n_anchors:]
+            return residual_of(call(**without | changed))[:, n_anchors:]
 
         return run
 
@@ -79,12 +60,6 @@ class AnchorRows:
         visible[n:, :n], visible[n:, n:] = decode[:, :n], decode[:, first:]
         lowest = torch.finfo(hidden.dtype).min
         return torch.where(visible, 0.0, lowest).to(hidden.dtype)[None, None]
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_cloned(part) for part in value)
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _joined(anchors: Any, rows: Any) -> Any:

@@ -13,12 +13,12 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diagnostics.diagnosis.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys
-from diagnostics.diagnosis.capture.branch import residual_out, rows_of
 from diagnostics.diagnosis.capture.passes import Pass, PassCapture, Watch
 from diagnostics.diagnosis.capture.residual_path import Addition, ResidualPath, Shown
 from diagnostics.models.anatomy import PER_POSITION
 from diagnostics.models.attention_tap import AttentionCall, attention_tap, eager_attention
 from diagnostics.models.loading import LoadedModel
+from diagnostics.policies.arguments import residual_of, take_rows
 from diagnostics.support.errors import UserError
 
 
@@ -91,7 +91,7 @@ class _Taps:
     def on_added(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note what is added to the residual; of a module that runs twice, as shared ones do, the first time."""
         if not self.branching:
-            self.shown.setdefault("added", residual_out(output)[0, self.over.decode])
+            self.shown.setdefault("added", residual_of(output)[0, self.over.decode])
 
     def on_layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Show the layer that has run."""
@@ -103,7 +103,7 @@ class _Taps:
 
         before = args[0] if args else kwargs["hidden_states"]
         self.attention = self._attention_rows(layer) if self.call is not None else None
-        self.watch.layer(layer, self.over, before[0], residual_out(output)[0], self.attention, branch)
+        self.watch.layer(layer, self.over, before[0], residual_of(output)[0], self.attention, branch)
         self.call, self.attention, self.shown = None, None, {}
 
     def _visible(self, call: AttentionCall, rows: slice) -> Tensor:
@@ -135,14 +135,14 @@ class _Taps:
         arguments = [None if isinstance(a, Cache) else a for a in args]
         options = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
         for name in PER_POSITION & options.keys():
-            options[name] = rows_of(options[name], self.over.decode)
+            options[name] = take_rows(options[name], self.over.decode)
         if arguments:
             arguments[0] = hidden
         else:
             options["hidden_states"] = hidden
         self.branching = True
         try:
-            return residual_out(self.anatomy.layers[layer](*arguments, **options))
+            return residual_of(self.anatomy.layers[layer](*arguments, **options))
         finally:
             self.branching = False
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import Cache
 
 from diagnostics.diagnosis.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys
-from diagnostics.diagnosis.capture.branch import AnchorRows, named_arguments, residual_out
+from diagnostics.diagnosis.capture.branch import AnchorRows
 from diagnostics.diagnosis.capture.passes import Pass, PassCapture, Watch
 from diagnostics.diagnosis.capture.queries import query_projection, turned_queries
 from diagnostics.diagnosis.capture.residual_path import Addition, Shown, multiplier_of
 from diagnostics.models.libraries import NNSIGHT, twin
 from diagnostics.models.loading import LoadedModel
+from diagnostics.policies.arguments import named_arguments, residual_of
 from diagnostics.support.errors import UserError
 
 
@@ -89,8 +90,8 @@ class Layers:
             queries = site.queries.output
             heads = site.projection.input
             left = site.projection.output
-            added = residual_out(site.adder.output)
-            after = residual_out(site.layer.output)
+            added = residual_of(site.adder.output)
+            after = residual_of(site.layer.output)
             shown = Shown(heads[0, over.decode], left[0, over.decode], added[0, over.decode])
             attention = self._attention(watch, over, layer, arguments, queries, shown, cache.layers[layer])
             branch = self.anchors.branch(site.layer, layer, over, arguments, watch.anatomy.window(layer))

@@ -18,10 +18,11 @@ from diagnostics.diagnosis.capture.residual_path import ResidualPath, residual_p
 from diagnostics.diagnosis.observers import AttentionRows, ContextRows, DecodeRows, Observer, Outcome
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
+from diagnostics.policies.fastkv import FastKVPolicy
 from diagnostics.support.errors import UserError
 
-# Query rows up to the first decode row that are kept for the saliency window, that one included: FastKV's window.
-N_WINDOW = 8
+# Query rows up to the first decode row that are kept for the saliency window, that one included.
+N_WINDOW = FastKVPolicy.window
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnostics.diagnosis.capture.branch import rows_of
 from diagnostics.models.anatomy import Anatomy
+from diagnostics.policies.arguments import take_rows
 from diagnostics.support.errors import UserError
 
 # Modules that make queries alone, and those that make queries, keys and values at once, queries first.
@@ -54,7 +54,7 @@ def turned_queries(
     query = query.transpose(1, 2)
     embeddings = arguments.get("position_embeddings")
     if embeddings is not None:
-        cos, sin = rows_of(embeddings, rows)
+        cos, sin = take_rows(embeddings, rows)
         turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if turn is None:
             raise UserError(f"the rotary embedding of {type(attention).__name__} is not known: use the hooks backend")

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from diagnostics.diagnosis.capture.attention_rows import PatternAttention
-from diagnostics.diagnosis.capture.branch import AnchorRows, named_arguments, residual_out
+from diagnostics.diagnosis.capture.branch import AnchorRows
 from diagnostics.diagnosis.capture.passes import Pass, PassCapture, Watch
 from diagnostics.diagnosis.capture.residual_path import Addition, ResidualPath, Shown
 from diagnostics.models.anatomy import unwrapped
 from diagnostics.models.libraries import TRANSFORMER_LENS, twin
 from diagnostics.models.loading import LoadedModel
+from diagnostics.policies.arguments import named_arguments, residual_of
 from diagnostics.support.errors import UserError
 from diagnostics.support.memory import free_memory
 
@@ -167,7 +168,7 @@ class _Taps:
     def on_added(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Note what is added to the residual; of a module that runs twice, as shared ones do, the first time."""
         if not self.branching:
-            self.shown.setdefault("added", residual_out(output)[0, self.over.decode])
+            self.shown.setdefault("added", residual_of(output)[0, self.over.decode])
 
     def on_residual_out(self, layer: int, residual: Tensor, hook: Any) -> None:
         """Show the block that has run."""

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.diagnosis.observers import AttentionRows, DecodeRows, Layout
+from diagnostics.diagnosis.observers import AttentionRows, DecodeRows
 from diagnostics.diagnosis.probes.probe import Columns, Measured, Probe, PromptContext
+from diagnostics.policies.segments import Layout
 from diagnostics.support.errors import UserError
 from diagnostics.support.finite import finite_mean
 from diagnostics.support.sums import total, wide

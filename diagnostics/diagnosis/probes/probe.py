@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diagnostics.diagnosis.observers import Columns, ContextRows, DecodeRows, Layout, Measured, Outcome
+from diagnostics.diagnosis.observers import Columns, ContextRows, DecodeRows, Measured, Outcome
 from diagnostics.diagnosis.readout import Readout
+from diagnostics.policies.segments import Layout
 
 __all__ = ["LENS_POSITIONS", "Columns", "Measured", "Probe", "PromptContext"]
 

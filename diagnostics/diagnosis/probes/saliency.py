@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagnostics.diagnosis.observers import AttentionRows, DecodeRows
 from diagnostics.diagnosis.probes.probe import Measured, Probe, PromptContext
+from diagnostics.policies.fastkv import FastKVPolicy
+from diagnostics.policies.salience import pooled_attention
 
-POOL_KERNEL = 7
 TOP_SHARE = 0.2
 
 
@@ -53,15 +54,14 @@ def saliency_scores(attention: AttentionRows, n_prompt: int) -> Tensor:
     Attention of the last ``window`` prompt queries, softmax over the whole prompt, summed over queries; max-pooled
     along the tokens with kernel 7; summed over heads.
     """
-    window, group = attention.n_window, attention.n_heads // attention.n_kv_heads
+    window = attention.n_window
     kept = n_prompt - window
     total = attention.value.new_zeros(max(kept, 0), dtype=torch.float32)
     if kept <= 0:
         return total
     for kv_head in range(attention.n_kv_heads):
         weights = attention.weights(kv_head, slice(0, window), n_prompt)
-        per_head = weights[:, :, :kept].sum(1).view(1, group, kept)
-        total += nn.functional.max_pool1d(per_head, POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)[0].sum(0)
+        total += pooled_attention(weights[:, :, :kept], FastKVPolicy.kernel).sum(0)
     return total
 
 

@@ -1,0 +1,136 @@
+"""Policies by name: those of this package, and those of other distributions.
+
+A policy of this package is a file in it. Another distribution names its class in the entry point group
+``speed_diagnostics.policies``::
+
+    [project.entry-points."speed_diagnostics.policies"]
+    mine = "my_package:MyPolicy"
+"""
+
+import importlib
+import pkgutil
+import re
+import warnings
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from diagnostics.policies.base import Policy
+from diagnostics.support.errors import UserError, one_line
+
+GROUP = "speed_diagnostics.policies"
+PACKAGE = __name__.rpartition(".")[0]
+DEFINES_A_POLICY = re.compile(r"^class \w+\(Policy\)", re.MULTILINE)
+
+
+def all_policies() -> dict[str, type[Policy]]:
+    """Return every policy class by its name, in the order of names.
+
+    A policy of another distribution that cannot be used is left out with a warning; `find_policy` says why.
+    """
+    policies = {policy.name: policy for policy in Policy.__subclasses__()}  # also what the process itself defines
+    for point in _entry_points():
+        try:
+            policies[point.name] = _load(point)
+        except UserError as error:
+            policies.pop(point.name, None)
+            warnings.warn(str(error), stacklevel=2)
+    return dict(sorted((policies | _built_in()).items()))
+
+
+def menu() -> list[type[Policy]]:
+    """Return every policy class in the order of menus and tables: by rank, then by name."""
+    return sorted(all_policies().values(), key=lambda policy: (policy.rank, policy.name))
+
+
+def find_policy(name: str) -> type[Policy]:
+    """Return the policy class of this name; raise UserError, with the names that exist, where there is none."""
+    if (policy := _built_in().get(name)) is not None:
+        return policy
+    for point in _entry_points():
+        if point.name == name:
+            return _load(point)
+    policies = all_policies()
+    if name not in policies:
+        raise UserError(f"policy {name!r} is not one of: {', '.join(policies)}")
+    return policies[name]
+
+
+def parse_policy(text: str) -> Policy:
+    """Read ``NAME``, ``NAME:VALUE`` or ``NAME:FIELD=VALUE:...``, such as ``full`` or ``speed:24:anchors=0``.
+
+    A value without a name is that of the first field. Raises UserError, with what exists, for anything else.
+    """
+    name, *settings = text.strip().split(":")
+    policy = find_policy(name)
+    names = [field.name for field in fields(policy)]
+    values: dict[str, Any] = {}
+    for position, setting in enumerate(settings):
+        key, equals, value = setting.rpartition("=")
+        if not equals and position == 0 and names:
+            key = names[0]
+        if key not in names:
+            raise UserError(f"policy {name!r} has no {key or setting!r}; it has: {', '.join(names) or 'no parameters'}")
+        values[key] = _number(policy, key, value)
+    required = [field.name for field in fields(policy) if field.default is MISSING and field.name not in values]
+    if required:
+        raise UserError(f"policy {name!r} needs a {required[0]}: write {name}:{required[0].upper()}")
+    return policy(**values)
+
+
+def _number(policy: type[Policy], field: str, value: str) -> Any:
+    """Read a number of the type that a policy's field has."""
+    kind = get_type_hints(policy)[field]
+    if isinstance(kind, UnionType):
+        kind = next(option for option in get_args(kind) if option is not type(None))
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{field} of policy {policy.name!r} must be a number, not {value!r}") from None
+
+
+# --- Policies of this package ---
+
+
+@cache
+def _built_in() -> dict[str, type[Policy]]:
+    for module in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__, f"{PACKAGE}."):
+        loader: Any = getattr(find_spec(module.name), "loader", None)
+        # By their text: importing the others would load torch.
+        if DEFINES_A_POLICY.search(loader.get_source(module.name) or ""):
+            importlib.import_module(module.name)
+    own = [policy for policy in Policy.__subclasses__() if policy.__module__.startswith(f"{PACKAGE}.")]
+    return {policy.name: policy for policy in own}
+
+
+# --- Policies of other distributions ---
+
+
+def _entry_points() -> list[EntryPoint]:
+    return sorted(entry_points(group=GROUP), key=lambda point: point.name)
+
+
+def _load(point: EntryPoint) -> type[Policy]:
+    """Load the policy class that an entry point names; raise UserError, which names the plugin, where it is none."""
+    distribution = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
+    plugin = f"the policy plugin {point.name!r}{distribution}"
+    try:
+        policy = point.load()
+    except Exception as error:  # the plugin's own code
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{plugin} cannot be loaded ({reason}): mend or uninstall it") from None
+    problem = None
+    if not (isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)):
+        problem = f"{point.value} is no dataclass derived from diagnostics.Policy"
+    elif getattr(policy, "name", None) != point.name:
+        problem = f"{point.value} has another name, {getattr(policy, 'name', None)!r}"
+    elif point.name in _built_in():
+        problem = f"{PACKAGE} has a policy of this name"
+    elif abstract := getattr(policy, "__abstractmethods__", None):
+        problem = f"{point.value} lacks {', '.join(sorted(abstract))}"
+    if problem is not None:
+        raise UserError(f"{plugin} cannot be used: {problem}")
+    return policy
