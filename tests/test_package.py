@@ -11,7 +11,7 @@ import pytest
 
 import diagnostics
 
-LAZY = ["cutoffs", "diagnosis", "evaluate", "finetune", "generation", "models", "prompts", "runs"]
+LAZY = ["cutoffs", "diagnosis", "evaluate", "finetune", "generation", "models", "policies", "prompts", "runs"]
 
 PACKAGES = [diagnostics, *map(import_module, (f"diagnostics.{name}" for name in LAZY))]
 

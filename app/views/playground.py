@@ -1,6 +1,7 @@
 """Playground: a prompt under several policies side by side, with what differs, and what each took."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import streamlit as st
@@ -52,20 +53,20 @@ def choose_policies(lm: LoadedModel) -> list[Policy]:
         start = saved_recommendation(entry).cutoff
     left, right = st.columns([1, 1])
     cutoff = left.slider("Cutoff", 1, n_layers, start, key=f"play_cutoff {n_layers} {start}")
-    names = {
-        f"speed:{cutoff}": "SPEED",
-        f"speed:{cutoff}:anchors=0": "SPEED without anchor",
-        f"projected:{cutoff}": "Projected",
-        "fastkv": "FastKV",
-    }
+    offered: dict[str, Policy] = {}
+    for policy in policies_at(cutoff):
+        if not isinstance(policy, FullPolicy):
+            offered[policy.title] = policy
+            if policy.anchors:
+                offered[f"{policy.title} without anchor"] = replace(policy, anchors=0)
     kinds = right.pills(
-        "Beside full depth", list(names.values()), selection_mode="multi", default=["SPEED"], key="kinds"
+        "Beside full depth", list(offered), selection_mode="multi", default=[SpeedPolicy.title], key="kinds"
     )
     more = right.text_input(
         "More policies", "", key="more_policies", placeholder="such as speed:20, fastkv:retention_rate=0.2"
     )
-    specs = [spec for spec, kind in names.items() if kind in kinds] + [s for s in more.split(",") if s.strip()]
-    policies = list(dict.fromkeys(parse_policy(spec) for spec in specs))
+    asked = [policy for title, policy in offered.items() if title in kinds]
+    policies = list(dict.fromkeys([*asked, *(parse_policy(spec) for spec in more.split(",") if spec.strip())]))
     for policy in policies:
         policy.check(lm.anatomy)
     if len(policies) > MOST_POLICIES:

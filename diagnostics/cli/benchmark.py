@@ -1,5 +1,6 @@
 """``bench``: what policies cost and save, beside full depth and the limit."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -49,10 +50,11 @@ def bench(
     lm = load(arguments)
     if chosen is None:
         cutoff = max(1, round(DEPTH_SHARE * lm.anatomy.n_layers))
-        texts = ["full", f"speed:{cutoff}", f"projected:{cutoff}"]
-        if "sliding_attention" not in lm.anatomy.layer_types:
-            texts.append("fastkv")
-        chosen = [parse_policy(text) for text in texts]
+        chosen = []
+        for policy in policies_at(cutoff):
+            with suppress(UserError):  # one that does not serve this model
+                policy.check(lm.anatomy)
+                chosen.append(policy)
     with progress(f"benchmarking {lm.name}") as advance:
         result = benchmark(
             lm,

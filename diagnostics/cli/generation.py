@@ -16,9 +16,11 @@ from diagnostics.support.errors import UserError
 PromptText = Annotated[str, typer.Option(help="text, @FILE, or @- for standard input")]
 PolicyName = Annotated[
     str | None,
-    typer.Option(help="full, speed, fastkv, projected; parameters as in speed:24:anchors=0  [speed with a cutoff]"),
+    typer.Option(help="such as full or speed; parameters as in speed:24:anchors=0  [speed with a cutoff]"),
 ]
-Cutoff = Annotated[int | None, typer.Option(help="layers that prompt tokens run through, for speed and projected")]
+Cutoff = Annotated[
+    int | None, typer.Option(help="layers that prompt tokens run through, for policies that take a cutoff")
+]
 RecommendationFile = Annotated[
     Path | None, typer.Option(help="recommendation.json, or a run folder, to take the policy's layer from")
 ]
@@ -50,7 +52,9 @@ def generate(
     arguments = dict(locals())
     text = read_prompt(prompt)
     chosen = choose_policy(policy, cutoff, recommendation)
-    if compare and chosen.name == "full":
+    from diagnostics.policies.full import FullPolicy
+
+    if compare and isinstance(chosen, FullPolicy):
         raise UserError("--compare sets a policy beside full depth: give --policy, --cutoff or --recommendation")
     if system is not None and not system.strip():
         raise UserError("--system is empty")
@@ -90,7 +94,7 @@ def generate(
     try:
         if compare:
             run(FullPolicy(), 2, ids[:, :64])  # the first pass of a process also sets libraries up
-            results = {"full": run(FullPolicy()), chosen.name: run(chosen)}
+            results = {FullPolicy.name: run(FullPolicy()), chosen.name: run(chosen)}
         else:
             results = {chosen.name: run(chosen)}
     except torch.OutOfMemoryError:
@@ -118,24 +122,33 @@ def read_prompt(argument: str) -> str:
 
 def choose_policy(text: str | None, cutoff: int | None, recommendation: Path | None) -> Any:
     """Make the policy out of its name and of what sets its layer; raise UserError where they do not fit together."""
-    from diagnostics.policies import all_policies, parse_policy
+    from diagnostics.policies.full import FullPolicy
+    from diagnostics.policies.registry import find_policy, menu, parse_policy
+    from diagnostics.policies.speed import SpeedPolicy
 
     if cutoff is not None and recommendation is not None:
         raise UserError("--cutoff and --recommendation both set the cutoff: give one")
     if text is None:
-        text = "full" if cutoff is None and recommendation is None else "speed"
-    name, plain = text.split(":")[0], ":" not in text
-    if recommendation is not None:
-        policy = all_policies().get(name)
-        if policy is None or not hasattr(policy, "from_recommendation") or not plain:
-            raise UserError(f"--recommendation sets the layer of speed, projected or fastkv, not of {text!r}")
-        return policy.from_recommendation(recommendation)
-    if cutoff is None:
+        text = (FullPolicy if cutoff is None and recommendation is None else SpeedPolicy).name
+    name, *settings = text.strip().split(":")
+    plain = not settings
+    if cutoff is None and recommendation is None:
         return parse_policy(text)
-    if name not in ("speed", "projected"):
-        raise UserError(f"--cutoff is for speed and projected, not for {text!r}")
-    settings = text.split(":")[1:]
+    policy = find_policy(name)
+    if recommendation is not None:
+        if not plain or not policy.follows_recommendation():
+            names = _listed([one.name for one in menu() if one.follows_recommendation()], "or")
+            raise UserError(f"--recommendation sets the layer of {names}, not of {text!r}")
+        return policy.from_recommendation(recommendation)
+    if not policy.takes_cutoff():
+        names = _listed([one.name for one in menu() if one.takes_cutoff()], "and")
+        raise UserError(f"--cutoff is for {names}, not for {text!r}")
     named = [setting.rpartition("=")[0] for setting in settings]
     if plain or not (named[0] == "" or "cutoff" in named):
         return parse_policy(f"{text}:cutoff={cutoff}")
     return replace(parse_policy(text), cutoff=cutoff)
+
+
+def _listed(names: list[str], word: str) -> str:
+    """Join names as in a sentence: ``a, b or c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from diagnostics.figures.style import GREY, PALETTE, add_line, finished, literal
+from diagnostics.policies.full import FullPolicy
 
 if TYPE_CHECKING:
     from diagnostics.generation.benchmark_folder import Benchmark
@@ -19,7 +20,7 @@ def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
     panels = [("ttft_s_ratio", "ttft_limit", "TTFT"), ("tpot_s_ratio", "tpot_limit", "TPOT")]
     panels.append(("kv_bytes_ratio", "kv_limit", "KV bytes"))
     figure = make_subplots(rows=1, cols=3, subplot_titles=[name for *_, name in panels], horizontal_spacing=0.06)
-    for number, (spec, rows) in enumerate(table[table["policy"] != "full"].groupby("spec", sort=False)):
+    for number, (spec, rows) in enumerate(table[table["policy"] != FullPolicy.name].groupby("spec", sort=False)):
         colour = PALETTE[number % len(PALETTE)]
         for at, (measured, limit, name) in enumerate(panels, start=1):
             group: dict[str, Any] = {"legendgroup": str(spec), "showlegend": at == 1}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,9 @@ from diagnostics.evaluate.answer_metrics import FAILURES
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.score_table import FULL
 from diagnostics.figures.style import BLUE, GREY, PALETTE, VERMILION, add_line, faint, finished, literal
+from diagnostics.policies import Policy, parse_policy
 from diagnostics.support.errors import UserError
 
-if TYPE_CHECKING:
-    from diagnostics.policies import Policy
-
-TITLES = {FULL: "full depth", "speed": "SPEED", "projected": "Projected", "fastkv": "FastKV"}
 COLOURS = tuple(colour for colour in PALETTE if colour != GREY)
 # Colours come again after seven policies, or tasks, and then with another mark.
 SYMBOLS = ("circle", "diamond", "square", "triangle-up")
@@ -184,8 +181,6 @@ def policy_label(spec: str) -> str:
 
 
 def _parsed(spec: str) -> Policy | None:
-    from diagnostics.policies import parse_policy
-
     try:
         return parse_policy(spec)
     except UserError:  # of another version
@@ -193,7 +188,7 @@ def _parsed(spec: str) -> Policy | None:
 
 
 def _said(policy: Policy, *, with_cutoff: bool = True) -> str:
-    title, more = TITLES.get(policy.name, policy.name), []
+    title, more = policy.title, []
     for field in fields(policy):
         value = getattr(policy, field.name)
         if field.name == "cutoff":
@@ -209,7 +204,7 @@ def _cutoffs(specs: Sequence[str]) -> dict[str, dict[str, int]]:
     kinds: dict[Policy, dict[str, int]] = {}
     for spec in specs:
         policy: Any = _parsed(spec)
-        if hasattr(policy, "cutoff"):
+        if policy is not None and policy.takes_cutoff():
             kinds.setdefault(replace(policy, cutoff=1), {})[spec] = policy.cutoff
     several = {kind: found for kind, found in kinds.items() if len(set(found.values())) > 1}
     return {_said(kind, with_cutoff=False): found for kind, found in several.items()}

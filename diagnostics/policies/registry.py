@@ -8,13 +8,12 @@ A policy of this package is a file in it. Another distribution names its class i
 """
 
 import importlib
-import pkgutil
 import re
 import warnings
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
+from importlib.resources import files
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
@@ -46,6 +45,15 @@ def menu() -> list[type[Policy]]:
     return sorted(all_policies().values(), key=lambda policy: (policy.rank, policy.name))
 
 
+def policies_at(cutoff: int) -> list[Policy]:
+    """Return one policy of every kind, in the order of menus: at this cutoff if it takes one, else by its defaults.
+
+    A kind that needs another parameter is left out.
+    """
+    kinds = [kind for kind in menu() if _required(kind) <= {"cutoff"}]
+    return [kind(**({"cutoff": cutoff} if kind.takes_cutoff() else {})) for kind in kinds]
+
+
 def find_policy(name: str) -> type[Policy]:
     """Return the policy class of this name; raise UserError, with the names that exist, where there is none."""
     if (policy := _built_in().get(name)) is not None:
@@ -75,10 +83,14 @@ def parse_policy(text: str) -> Policy:
         if key not in names:
             raise UserError(f"policy {name!r} has no {key or setting!r}; it has: {', '.join(names) or 'no parameters'}")
         values[key] = _number(policy, key, value)
-    required = [field.name for field in fields(policy) if field.default is MISSING and field.name not in values]
-    if required:
-        raise UserError(f"policy {name!r} needs a {required[0]}: write {name}:{required[0].upper()}")
+    if missing := [field for field in names if field in _required(policy) - values.keys()]:
+        raise UserError(f"policy {name!r} needs a {missing[0]}: write {name}:{missing[0].upper()}")
     return policy(**values)
+
+
+def _required(policy: type[Policy]) -> set[str]:
+    """Return the names of the fields without a default."""
+    return {f.name for f in fields(policy) if f.default is MISSING and f.default_factory is MISSING}
 
 
 def _number(policy: type[Policy], field: str, value: str) -> Any:
@@ -97,11 +109,10 @@ def _number(policy: type[Policy], field: str, value: str) -> Any:
 
 @cache
 def _built_in() -> dict[str, type[Policy]]:
-    for module in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__, f"{PACKAGE}."):
-        loader: Any = getattr(find_spec(module.name), "loader", None)
+    for file in files(PACKAGE).iterdir():
         # By their text: importing the others would load torch.
-        if DEFINES_A_POLICY.search(loader.get_source(module.name) or ""):
-            importlib.import_module(module.name)
+        if file.name.endswith(".py") and DEFINES_A_POLICY.search(file.read_text(encoding="utf-8")):
+            importlib.import_module(f"{PACKAGE}.{file.name.removesuffix('.py')}")
     own = [policy for policy in Policy.__subclasses__() if policy.__module__.startswith(f"{PACKAGE}.")]
     return {policy.name: policy for policy in own}
 

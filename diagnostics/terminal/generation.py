@@ -14,6 +14,7 @@ from diagnostics.generation.differences import differing, marked_text, same_star
 from diagnostics.generation.generation import Generation
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import Policy
+from diagnostics.policies.full import FullPolicy
 from diagnostics.terminal.units import readable_bytes
 
 
@@ -49,10 +50,10 @@ def show_comparison(
     lm: LoadedModel, prompt_ids: Tensor, results: dict[str, Generation], policy: Policy, console: Console
 ) -> None:
     """Print full depth and a policy side by side; tokens that the other side has not are marked."""
-    full, other = results["full"], results[policy.name]
+    full, other = results[FullPolicy.name], results[policy.name]
     left, right = full.token_ids[0].tolist(), other.token_ids[0].tolist()
     texts = Table(box=SIMPLE_HEAD, expand=True)
-    texts.add_column("full", ratio=1)
+    texts.add_column(FullPolicy.name, ratio=1)
     texts.add_column(str(policy), ratio=1)
     marks = differing(left, right)
     texts.add_row(_marked(lm, left, marks[0], "red"), _marked(lm, right, marks[1], "green"))
@@ -65,7 +66,7 @@ def show_comparison(
     figures = Table(title=f"{prompt_ids.shape[1]} prompt tokens", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "TTFT, s", "TPOT, ms", "KV"):
         figures.add_column(heading, justify="left" if not heading else "right")
-    for name, made in ((str(results["full"].cache.policy), full), (str(policy), other)):
+    for name, made in ((str(full.cache.policy), full), (str(policy), other)):
         figures.add_row(name, f"{made.ttft_s:.3f}", _number(1000 * made.tpot_s, 1), readable_bytes(made.kv_bytes))
     figures.add_row(
         "ratio",
