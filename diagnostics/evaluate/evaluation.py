@@ -31,6 +31,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @one_writer
+@looked_up_once()
 def evaluate(
     lm: LoadedModel,
     tasks: Sequence[Task],

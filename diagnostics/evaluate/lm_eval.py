@@ -132,6 +132,7 @@ class PolicyLM(HFLM):
             **settings,
         )
 
+    @looked_up_once()
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

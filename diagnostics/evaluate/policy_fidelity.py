@@ -16,6 +16,7 @@ from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
+from diagnostics.self_test import looked_up_once
 from diagnostics.support.divergence import kl_divergence, log_probabilities, reported
 from diagnostics.support.errors import UserError
 
@@ -23,6 +24,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @torch.no_grad()
+@looked_up_once()
 def fidelity(
     lm: LoadedModel,
     prompts: PromptSet,

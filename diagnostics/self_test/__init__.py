@@ -6,8 +6,8 @@ training. Each compares with masked passes of the stock model (`masked`). A mode
 """
 
 from diagnostics.self_test.proof import Proof
-from diagnostics.self_test.proving import Check, prove
+from diagnostics.self_test.proving import Check, looked_up_once, prove
 from diagnostics.self_test.subject import Subject
 from diagnostics.self_test.switching import self_test, skipped, switch
 
-__all__ = ["Check", "Proof", "Subject", "prove", "self_test", "skipped", "switch"]
+__all__ = ["Check", "Proof", "Subject", "looked_up_once", "prove", "self_test", "skipped", "switch"]

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +22,26 @@ SKIPPED = "the self-test was skipped"
 _HINT = "`self_test=False` skips the test, for those who know why it fails"
 
 _proofs: dict[str, Proof] = {}
+# Proofs by model, use and what else may easily change, inside `looked_up_once`.
+_recalled: ContextVar[dict[tuple[Any, ...], Proof] | None] = ContextVar("recalled", default=None)
+
+
+@contextmanager
+def looked_up_once() -> Iterator[None]:
+    """Look up the proof of a model once inside the block, however often a policy is entered there.
+
+    What a proof holds for is read from every module of the model, which takes as long as a decode step of a small one.
+    Only for work that changes no settings of a model between its first use and its last; its type, device and
+    attention implementation may change.
+    """
+    if _recalled.get() is not None:
+        yield
+        return
+    token = _recalled.set({})
+    try:
+        yield
+    finally:
+        _recalled.reset(token)
 
 
 def prove(subject: Subject, use: str, checks: Mapping[str, Check], *, backend: str | None = None) -> Proof:
@@ -30,7 +52,10 @@ def prove(subject: Subject, use: str, checks: Mapping[str, Check], *, backend: s
     """
     if skipped():
         return Proof(unproved=SKIPPED)
-    model = subject.model
+    model, recalled = subject.model, _recalled.get()
+    stamp = model, use, backend, subject.device.type, model.dtype, model.config._attn_implementation
+    if recalled is not None and stamp in recalled:
+        return replace(recalled[stamp])
     if any(parameter.is_meta for parameter in model.parameters()):
         return Proof(unproved="the self-test did not run: not all weights of the model are in this process's memory")
     key = key_of(model, use=use, backend=backend, device=subject.device.type)
@@ -41,6 +66,8 @@ def prove(subject: Subject, use: str, checks: Mapping[str, Check], *, backend: s
             proof = _tested(subject, checks)
         keep_proof(digest, key, proof)
     _proofs[digest] = proof
+    if recalled is not None:
+        recalled[stamp] = proof
     return replace(proof)
 
 
