@@ -9,7 +9,8 @@ from torch import Tensor
 
 from diagnostics.models.anatomy import PER_POSITION, Anatomy
 from diagnostics.policies.arguments import take_rows
-from diagnostics.policies.cache import KeysStored, PolicyCache
+from diagnostics.policies.cache import PolicyCache
+from diagnostics.policies.cache_layer import KeysStored
 from diagnostics.policies.columns import Pieces, join, rows_in, span
 from diagnostics.policies.masks import attention_mask
 from diagnostics.policies.segments import Phases, deep_columns

@@ -47,6 +47,7 @@ from diagnostics.policies.entry import (
     positions,
 )
 from diagnostics.policies.frequencies import admit_length, begin_anew
+from diagnostics.policies.request import Request, count_logits
 from diagnostics.policies.segments import Phases, phases_of, require_anchors
 from diagnostics.policies.stock_generate import follow_generate
 from diagnostics.support.errors import UserError
@@ -78,16 +79,6 @@ class RunnablePolicy(PolicyTraits, Protocol):
 
     def after_attention(self, call: Call, layer: int, attention: AttentionCall) -> None:
         """Act after the attention of a layer."""
-
-
-class Request(threading.local):
-    """What one thread has asked of its next call: threads may take turns on a model."""
-
-    def __init__(self) -> None:
-        self.logits_to_keep: int | Tensor | None = None
-        self.labels: Tensor | None = None
-        self.expected: Phases | None = None
-        self.dropped: PolicyCache | None = None  # by generate(), which begins anew with all tokens
 
 
 class Runtime:
@@ -195,7 +186,7 @@ class Runtime:
         cache = arguments.get("past_key_values")
         cache = self.new_cache() if cache is None else admit_cache(cache, self.policy, self.anatomy.n_layers)
         admit_padding(cache, arguments.get("attention_mask"), batch, n_new, inputs.device)
-        n_logits = _count_logits(keep, n_new)
+        n_logits = count_logits(keep, n_new)
         if dropped is not None and cache.n_columns == 0:
             expected = Phases(0, begin_anew(cache, dropped, n_new, n_logits, self.rope))
         phases = expected or self._phases(cache, n_new, n_logits)
@@ -313,11 +304,3 @@ class Runtime:
         if cache.n_columns and not n_logits:
             return Phases(0, n_new)
         return phases_of(cache, n_new, max(n_logits, 1))
-
-
-def _count_logits(keep: int | Tensor | None, n_new: int) -> int:
-    """Return from how many tokens of a call on, counted from its end, logits are asked for; 0 for all of them."""
-    if isinstance(keep, Tensor):
-        indices = keep.reshape(-1)
-        return n_new - int(torch.where(indices < 0, indices + n_new, indices).min()) if len(indices) else 0
-    return keep or 0

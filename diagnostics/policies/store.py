@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from diagnostics.models.anatomy import dissect
 from diagnostics.models.identity import ModelIdentity
 from diagnostics.models.loading import LoadedModel
-from diagnostics.policies.cache import PolicyCache, with_room
+from diagnostics.policies.cache import PolicyCache
+from diagnostics.policies.cache_layer import with_room
 from diagnostics.policies.columns import Piece
 from diagnostics.policies.registry import parse_policy
 from diagnostics.support.errors import UserError
@@ -70,13 +71,13 @@ def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Mod
         "decoded": [[piece.start, piece.stop] for piece in cache.decoded],
         "forgotten": [layer.hidden_stop for layer in cache.layers],
     }
-    place = Path(path)
+    file = Path(path)
     try:
-        part = place.parent / f".{place.name}.part"
+        part = file.parent / f".{file.name}.part"
         save_file(tensors, part, metadata={HEADER: json.dumps(header), SEAL: BLANK})
         seal_file(part)
-        part.replace(place)
-        flush_folder(place.parent)
+        part.replace(file)
+        flush_folder(file.parent)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -133,10 +134,10 @@ def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> 
 
 
 def _filled_by(model: Any) -> dict[str, Any]:
-    """Return what must be the same of a model for its cache to be its own: what generates is not asked."""
-    found = ModelIdentity.of(model.model if isinstance(model, LoadedModel) else model)
-    configuration = {name: value for name, value in found.configuration.items() if name != "generation"}
-    parts = {"adapters": list(found.adapters), "weight_hash": found.weights, "buffers": found.buffers}
+    """Return what identifies the model that filled a cache; how it generates does not matter."""
+    identity = ModelIdentity.of(model.model if isinstance(model, LoadedModel) else model)
+    configuration = {name: value for name, value in identity.configuration.items() if name != "generation"}
+    parts = {"adapters": list(identity.adapters), "weight_hash": identity.weights, "buffers": identity.buffers}
     return {"configuration": configuration, "identity": {"configuration": configuration, **parts}}
 
 
