@@ -16,6 +16,8 @@ from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import DTYPES, LoadedModel
 from diagnostics.policies import Policy, parse_policy
 from diagnostics.policies.full import FullPolicy
+from diagnostics.policies.registry import policies_at
+from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.prompts.encoding import encode_prompt
 from diagnostics.prompts.load import load_prompts
 from diagnostics.support.errors import UserError

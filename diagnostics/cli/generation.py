@@ -65,7 +65,6 @@ def generate(
 
     from diagnostics.generation.generation import generate as run_generation
     from diagnostics.generation.inputs import encode_input
-    from diagnostics.policies.full import FullPolicy
 
     chosen.check(lm.anatomy)
     ids = encode_input(lm, text, system=system, chat=chat, max_new_tokens=max_new_tokens)

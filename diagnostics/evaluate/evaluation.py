@@ -23,6 +23,7 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.digests import tokens_digest
+from diagnostics.self_test import looked_up_once
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer

@@ -33,6 +33,7 @@ from diagnostics.policies import Policy, parse_policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.prompts.digests import tokenizer_digest
+from diagnostics.self_test import looked_up_once
 from diagnostics.support.errors import UserError, require_integer
 from diagnostics.support.sameness import difference
 from diagnostics.support.versions import versions
