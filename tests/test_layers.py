@@ -13,8 +13,9 @@ import pytest
 FLOORS = (
     ("support",),
     ("models", "runs"),
-    ("self_test", "segments"),
-    ("prompts", "cutoffs", "policies"),
+    ("self_test",),
+    ("prompts", "policies"),
+    ("cutoffs",),
     ("diagnosis", "generation"),
     ("evaluate", "finetune"),
     ("terminal", "figures"),
@@ -26,10 +27,8 @@ ROOF = "diagnostics"
 
 # Modules of one room that know each other all the same, and why.
 CIRCLES = {
-    # A policy runs a model through the runtime, which first has the model tested under two policies.
-    frozenset(
-        f"diagnostics.policies.{name}" for name in ("base", "full", "occupancy", "runtime", "self_test", "speed")
-    ),
+    # A policy opens the block that runs a model, which first has the model tested under two policies.
+    frozenset(f"diagnostics.policies.{name}" for name in ("base", "block", "full", "self_test", "speed")),
 }
 
 
