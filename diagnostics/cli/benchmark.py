@@ -42,7 +42,7 @@ def bench(
     out = out or new_folder(model, "-bench")
     from diagnostics.generation.benchmark_folder import BENCHMARK_FOLDER
     from diagnostics.generation.benchmarks import benchmark
-    from diagnostics.policies import parse_policy
+    from diagnostics.policies.registry import parse_policy, policies_at
 
     claim(out)
     BENCHMARK_FOLDER.require_free(out)

@@ -20,6 +20,7 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
+from diagnostics.self_test import looked_up_once
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
