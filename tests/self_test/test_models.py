@@ -206,7 +206,7 @@ def test_what_cannot_be_followed_to_the_residual_is_left_out_and_said():
     projection = lm.model.model.layers[2].self_attn.o_proj
     projection.register_forward_pre_hook(lambda _, args: (args[0].flip(-1),))
     line = found(lm)["contribution"]
-    assert "layer 2" in line
+    assert "what layer 2 does to its heads before the output projection does not multiply" in line
     assert set(found(lm)) == {"contribution"}  # the sweep does not need it
     run = diagnose(lm, prompts(), decode_tokens=3)
     assert run.layers["prompt_contribution"].isna().all()
