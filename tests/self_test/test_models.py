@@ -391,6 +391,13 @@ def test_what_a_finding_holds_for(monkeypatch):
     assert counted.runs == len(others) + 3
 
 
+def test_what_a_finding_holds_for_names_the_backend():
+    """By itself: two backends may come from one library, or from none."""
+    model = tiny_model("llama").model
+    keys = [proofs.key_of(model, use="diagnosis", backend=backend, device="cpu") for backend in ("hooks", "others")]
+    assert proofs.digest_of(keys[0]) != proofs.digest_of(keys[1])
+
+
 def test_a_failure_is_kept_too(monkeypatch):
     counted, lm = Counted(monkeypatch), made("diffllama")
     first = found(lm)
