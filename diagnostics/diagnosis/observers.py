@@ -15,8 +15,6 @@ from typing import ClassVar, Protocol
 import numpy as np
 from torch import Tensor
 
-from diagnostics.diagnosis.capture.residual_path import Addition
-
 Columns = dict[str, np.ndarray]
 
 
@@ -29,6 +27,19 @@ class ContextRows:
     residual_out: Tensor
 
 
+class Adds(Protocol):
+    """What a part of one layer's head outputs, [n_decode, heads * head_dim], adds to the residual, [n_decode, width].
+
+    Parts that sum to the head outputs add up to what the attention added, less ``constant``: its bias.
+    """
+
+    def __call__(self, part: Tensor) -> Tensor:
+        """Return what a part adds, float32."""
+
+    def constant(self, heads: Tensor) -> Tensor:
+        """Return what is added whatever the heads give."""
+
+
 class AttentionRows(ABC):
     """Attention of a few query rows of one layer: the last ``n_window`` - 1 context positions, then the decode rows.
 
@@ -39,7 +50,7 @@ class AttentionRows(ABC):
 
     value: Tensor
     output: Tensor
-    adds: Addition
+    adds: Adds
 
     @property
     @abstractmethod
