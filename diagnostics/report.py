@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment
 from rich.console import Console
 
 from diagnostics import figures
@@ -23,27 +24,7 @@ if TYPE_CHECKING:
     from diagnostics.evaluate.evaluation_folder import Evaluation
     from diagnostics.finetune.finetuning_folder import FineTuning
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }}
-  pre {{ font: 13px/1.35 ui-monospace, monospace; overflow-x: auto; }}
-  h1 {{ font-size: 1.5rem; }}
-  dt {{ font-weight: 600; float: left; clear: left; width: 11rem; }}
-  dd {{ margin-left: 11rem; overflow-wrap: anywhere; }}
-  .js-plotly-plot .main-svg text {{ fill: currentColor !important; }}
-</style>
-<h1>{title}</h1>
-<pre>{summary}</pre>
-{figures}
-<h2>How this was measured</h2>
-<dl>{facts}</dl>
-</html>
-"""
+TEMPLATE = "report.html.jinja"
 # Wide enough for the terminal's layer curves and tables; an evaluation's table grows with its policies.
 COLUMNS, EVALUATION_COLUMNS = 110, 1000
 
@@ -87,7 +68,7 @@ def evaluation_report(evaluation: Evaluation) -> str:
     return _page(title, text.getvalue(), [one for one in drawn if one is not None], facts.items())
 
 
-def finetuning_report(made: FineTuning, after: Run, recommendation: Recommendation) -> str:
+def finetuning_report(finetuning: FineTuning, after: Run, recommendation: Recommendation) -> str:
     """Return the page of a finished fine-tuning: what it changed, then the report of the trained model's run.
 
     Raises UserError for a folder that lacks what a finished one has.
@@ -95,17 +76,19 @@ def finetuning_report(made: FineTuning, after: Run, recommendation: Recommendati
     from diagnostics.finetune.cutoff_comparison import compare_cutoffs
     from diagnostics.terminal.finetuning import show_finetuning
 
-    m, goal = made.manifest, recommendation.data["criterion"].get("max_kl")
+    m, goal = finetuning.manifest, recommendation.data["criterion"].get("max_kl")
     text = StringIO()
     try:
         plain = Console(file=text, width=COLUMNS, highlight=False, no_color=True)
-        show_finetuning(made, compare_cutoffs(made), plain, notes=False)  # the recommendation below has them
+        show_finetuning(
+            finetuning, compare_cutoffs(finetuning), plain, notes=False
+        )  # the recommendation below has them
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"fine-tuning {str(made.path)!r} is damaged: {type(error).__name__} {error}") from None
+        raise UserError(f"fine-tuning {str(finetuning.path)!r} is damaged: {type(error).__name__} {error}") from None
     drawn = [
-        figures.finetuning_cutoffs(made, goal),
-        figures.finetuning_steps(made),
-        figures.finetuning_categories(made, goal=goal),
+        figures.finetuning_cutoffs(finetuning, goal),
+        figures.finetuning_steps(finetuning),
+        figures.finetuning_categories(finetuning, goal=goal),
         *_figures(after, recommendation),
     ]
     facts = {name.replace("_", " ").capitalize(): str(value) for name, value in m["settings"].items()}
@@ -127,7 +110,7 @@ def finetuning_data(manifest: Mapping[str, Any]) -> str:
 
 def asked_margin(manifest: Mapping[str, Any]) -> float:
     """Return the margin of non-inferiority that an evaluation was asked for, as a share of the score."""
-    from diagnostics.evaluate.score_table import MARGIN
+    from diagnostics.support.defaults import MARGIN
 
     asked = manifest.get("margin", manifest.get("arguments", {}).get("margin"))  # earlier only among the arguments
     return float(asked) if isinstance(asked, int | float) and 0 <= asked <= 1 else MARGIN
@@ -152,12 +135,8 @@ def _page(title: str, summary: str, drawn: Sequence[Any], facts: Iterable[tuple[
         figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})
         for number, figure in enumerate(drawn)
     ]
-    return PAGE.format(
-        title=html.escape(title),
-        summary=html.escape(summary),
-        figures="\n".join(parts),
-        facts="".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts if value),
-    )
+    template = Environment(autoescape=True).from_string(files("diagnostics").joinpath(TEMPLATE).read_text("utf-8"))
+    return template.render(title=title, summary=summary, figures=parts, facts=facts)
 
 
 def _figures(run: Run, recommendation: Recommendation) -> list[Any]:

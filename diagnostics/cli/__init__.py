@@ -18,7 +18,7 @@ from diagnostics.cli.dashboard import dashboard
 from diagnostics.cli.diagnosis import diagnose, recommend
 from diagnostics.cli.evaluation import evaluate
 from diagnostics.cli.finetuning import finetune
-from diagnostics.cli.flags import with_flags
+from diagnostics.cli.flags import use_flags_of, with_flags
 from diagnostics.cli.generation import generate
 from diagnostics.cli.report import report
 from diagnostics.support.errors import UserError
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 for command in (recommend, diagnose, generate, bench, evaluate, finetune, report, dashboard):
     app.command()(command)
+use_flags_of(app)
 
 
 def _show_version(asked: bool) -> None:

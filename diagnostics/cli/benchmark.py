@@ -10,10 +10,12 @@ from rich.console import Console
 from diagnostics.cli.common import claim, load, new_folder, plain, progress
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
-from diagnostics.support.errors import UserError
+from diagnostics.support import defaults
+from diagnostics.support.sizes import parse_length
 
 # The depth of the paper, 24 of 32 layers, where nothing is said.
 DEPTH_SHARE = 0.75
+MAX_LENGTH = 2**30  # tokens of a prompt
 
 
 def bench(
@@ -23,8 +25,8 @@ def bench(
         str | None,
         typer.Option(help="such as full,speed:24,fastkv  [full, and the others at 3/4 of the layers]"),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="measurements of each, after a warm-up")] = 5,
-    new_tokens: Annotated[int, typer.Option(help="tokens to generate, 2 or more")] = 32,
+    repeats: Annotated[int, typer.Option(help="measurements of each, after a warm-up")] = defaults.REPEATS,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate, 2 or more")] = defaults.NEW_TOKENS,
     batch_size: Annotated[int, typer.Option(help="prompts at a time")] = 1,
     chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the random prompts")] = 0,
@@ -80,12 +82,4 @@ def bench(
 
 def read_lengths(text: str) -> list[int]:
     """Read ``1024,4K``: numbers of tokens, K for 1024; raise UserError for anything else."""
-    sizes = []
-    for part in text.split(","):
-        number = part.strip().upper()
-        factor = 1024 if number.endswith("K") else 1
-        digits = number.removesuffix("K")
-        if not digits.isascii() or not digits.isdigit() or not 0 < int(digits[:10]) < 10**9:
-            raise UserError(f"length {part.strip()!r} is not a number of tokens, such as 2048 or 4K")
-        sizes.append(int(digits) * factor)
-    return list(dict.fromkeys(sizes))
+    return list(dict.fromkeys(parse_length(part, most=MAX_LENGTH) for part in text.split(",")))

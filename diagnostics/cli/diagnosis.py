@@ -30,6 +30,7 @@ from diagnostics.cli.options import (
     SkipSelfTest,
 )
 from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
 
 # Options of `recommend` that an existing run has no use for.
@@ -54,10 +55,10 @@ def diagnose(
     prompts: PromptsOption = "builtin",
     max_prompts: MaxPrompts = None,
     context_length: ContextLength = None,
-    decode_tokens: DecodeTokens = 48,
-    anchors: Anchors = 1,
-    lens_positions: LensPositions = 4,
-    detail_prompts: DetailPrompts = 7,
+    decode_tokens: DecodeTokens = defaults.DECODE_TOKENS,
+    anchors: Anchors = defaults.ANCHORS,
+    lens_positions: LensPositions = defaults.LENS_POSITIONS,
+    detail_prompts: DetailPrompts = defaults.DETAIL_PROMPTS,
     seed: Seed = 0,
     backend: Backend = "hooks",
     device: Device = "auto",
@@ -89,16 +90,17 @@ def recommend(
     prompts: PromptsOption = "builtin",
     max_prompts: MaxPrompts = None,
     context_length: ContextLength = None,
-    decode_tokens: DecodeTokens = 48,
+    decode_tokens: DecodeTokens = defaults.DECODE_TOKENS,
     max_kl: Annotated[
-        float | None, typer.Option(help="goal: KL from full depth, nats per token  [0.1 without other goal]")
+        float | None,
+        typer.Option(help=f"goal: KL from full depth, nats per token  [{defaults.MAX_KL} without other goal]"),
     ] = None,
     max_nll_increase: Annotated[float | None, typer.Option(help="goal: NLL increase, nats per token")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="goal: share of same top tokens, 0..1")] = None,
     kv_budget: Annotated[
         float | None, typer.Option(help="largest cutoff whose KV fits this share of full, 0..1")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="of the bound that must meet the goal")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="of the bound that must meet the goal")] = defaults.CONFIDENCE,
     every_category: Annotated[
         bool, typer.Option("--every-category", help="the mean of every category of prompts must meet the goal, too")
     ] = False,
@@ -106,9 +108,9 @@ def recommend(
         list[str] | None,
         typer.Option(help="change a threshold of the regions, e.g. max_drift=0.2; repeatable"),
     ] = None,
-    anchors: Anchors = 1,
-    lens_positions: LensPositions = 4,
-    detail_prompts: DetailPrompts = 7,
+    anchors: Anchors = defaults.ANCHORS,
+    lens_positions: LensPositions = defaults.LENS_POSITIONS,
+    detail_prompts: DetailPrompts = defaults.DETAIL_PROMPTS,
     seed: Seed = 0,
     backend: Backend = "hooks",
     device: Device = "auto",

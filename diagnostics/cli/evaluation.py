@@ -10,6 +10,7 @@ from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, p
 from diagnostics.cli.flags import with_flags
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
 
 
@@ -19,10 +20,11 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="such as arc_easy,boolq:mc,needle@4K,mine.jsonl")],
     policies: Annotated[str, typer.Option(help="such as full,speed:24,speed:24:anchors=0,fastkv")],
     limit: Annotated[
-        int | None, typer.Option(help="items of each task, drawn at random  [all; retrieval: 100]")
+        int | None,
+        typer.Option(help=f"items of each task, drawn at random  [all; retrieval: {defaults.RETRIEVAL_ITEMS}]"),
     ] = None,
-    query: Annotated[str, typer.Option(help="the query about a document: prompt, later or decode")] = "prompt",
-    margin: Annotated[float, typer.Option(help="of non-inferiority, as a share of the score")] = 0.02,
+    query: Annotated[str, typer.Option(help="the query about a document: prompt, later or decode")] = defaults.QUERY,
+    margin: Annotated[float, typer.Option(help="of non-inferiority, as a share of the score")] = defaults.MARGIN,
     run_code: Annotated[bool, typer.Option("--run-code", help="let tasks run code that the model wrote")] = False,
     chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the items drawn, and of the bootstrap")] = 0,

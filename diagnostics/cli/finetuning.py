@@ -10,6 +10,7 @@ from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, p
 from diagnostics.cli.flags import with_flags
 from diagnostics.cli.options import Anchors, Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
+from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
 
 
@@ -18,7 +19,9 @@ def finetune(
     *,
     cutoff: Annotated[int, typer.Option(help="layers that prompts are to run through, 1 to L")],
     data: Annotated[str, typer.Option(help="'builtin', or a .jsonl file of conversations or prompts")] = "builtin",
-    examples: Annotated[int | None, typer.Option(help="rows to train on at most  [built-in prompts: 384]")] = None,
+    examples: Annotated[
+        int | None, typer.Option(help=f"rows to train on at most  [built-in prompts: {defaults.EXAMPLES}]")
+    ] = None,
     supervised: Annotated[
         float, typer.Option(help="share of given answers in the loss, 0 to 1; the rest is self-distillation")
     ] = 0.0,
@@ -26,23 +29,28 @@ def finetune(
         bool | None,
         typer.Option(help="distil on the model's own answers at full depth  [if nothing is supervised]"),
     ] = None,
-    answer_tokens: Annotated[int, typer.Option(help="tokens of an own answer at most")] = 64,
-    context_length: Annotated[int | None, typer.Option(help="tokens per prompt  [built-in prompts: 256]")] = None,
+    answer_tokens: Annotated[int, typer.Option(help="tokens of an own answer at most")] = defaults.ANSWER_TOKENS,
+    context_length: Annotated[
+        int | None, typer.Option(help=f"tokens per prompt  [built-in prompts: {defaults.TRAINING_CONTEXT_LENGTH}]")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens per row; longer ones are cut or dropped")] = None,
     held_out: Annotated[str, typer.Option(help="prompts to measure on: 'builtin' or a .jsonl file")] = "builtin",
     held_out_categories: Annotated[
         str | None, typer.Option(help="kinds of prompts to measure on only  [built-in data: question,variables,code]")
     ] = None,
-    held_out_prompts: Annotated[int | None, typer.Option(help="so many at most  [built-in prompts: 24]")] = None,
+    held_out_prompts: Annotated[
+        int | None,
+        typer.Option(help=f"number of held-out prompts at most  [built-in prompts: {defaults.HELD_OUT_PROMPTS}]"),
+    ] = None,
     start_cutoff: Annotated[int | None, typer.Option(help="lower the cutoff from here over half the training")] = None,
-    hold: Annotated[float, typer.Option(help="share of steps at full depth, which hold it, 0 to 0.5")] = 0.25,
-    anchors: Anchors = 1,
+    hold: Annotated[float, typer.Option(help="share of steps at full depth, which hold it, 0 to 0.5")] = defaults.HOLD,
+    anchors: Anchors = defaults.ANCHORS,
     method: Annotated[Literal["lora", "full"], typer.Option(help="train an adapter or all weights")] = "lora",
-    rank: Annotated[int | None, typer.Option(help="of the adapter  [16]")] = None,
+    rank: Annotated[int | None, typer.Option(help=f"of the adapter  [{defaults.RANK}]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="at its highest  [by the model's size]")] = None,
-    steps: Annotated[int, typer.Option(help="optimizer steps")] = 160,
-    batch_size: Annotated[int, typer.Option(help="rows per forward pass")] = 1,
-    accumulate: Annotated[int, typer.Option(help="forward passes per step")] = 4,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = defaults.STEPS,
+    batch_size: Annotated[int, typer.Option(help="rows per forward pass")] = defaults.BATCH_SIZE,
+    accumulate: Annotated[int, typer.Option(help="forward passes per step")] = defaults.ACCUMULATE,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="compute activations again to save memory  [from 1B parameters]")
     ] = None,
@@ -50,10 +58,12 @@ def finetune(
         Literal["base", "itself"] | None,
         typer.Option(help="full depth to measure against: of the model before, or after  [before, if it distils]"),
     ] = None,
-    decode_tokens: Annotated[int, typer.Option(help="reference tokens per held-out prompt")] = 32,
-    max_kl: Annotated[float, typer.Option(help="goal of the recommendation, nats per token")] = 0.1,
-    sweep_every: Annotated[int, typer.Option(help="steps between measurements of all cutoffs")] = 40,
-    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 20,
+    decode_tokens: Annotated[
+        int, typer.Option(help="reference tokens per held-out prompt")
+    ] = defaults.HELD_OUT_DECODE_TOKENS,
+    max_kl: Annotated[float, typer.Option(help="goal of the recommendation, nats per token")] = defaults.MAX_KL,
+    sweep_every: Annotated[int, typer.Option(help="steps between measurements of all cutoffs")] = defaults.SWEEP_EVERY,
+    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints")] = defaults.CHECKPOINT_EVERY,
     seed: Annotated[int, typer.Option(min=0, help="of the adapter, the built-in data and its order")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

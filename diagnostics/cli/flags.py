@@ -10,6 +10,13 @@ from diagnostics.support.errors import rename_arguments
 # Arguments of the library that the command has under another name; the flag says the opposite.
 OPPOSITES = {"self_test": "skip_self_test"}
 
+_apps: list[typer.Typer] = []
+
+
+def use_flags_of(app: typer.Typer) -> None:
+    """Name the flags of this app's commands."""
+    _apps.append(app)
+
 
 def with_flags(message: str) -> str:
     """Return a message of the library with flags in place of the arguments it names, where a command has them."""
@@ -29,7 +36,6 @@ def _flag(argument: str, value: str | None) -> str | None:
 @cache
 def _options() -> dict[str, Any]:
     """Options of all commands by their name; what several commands share is the same in each."""
-    from diagnostics.cli import app  # which imports this module
-
-    commands = getattr(typer.main.get_command(app), "commands").values()  # noqa: B009  # a group of any click
+    groups: list[Any] = [typer.main.get_command(app) for app in _apps]
+    commands = [command for group in groups for command in group.commands.values()]
     return {one.name: one for command in commands for one in command.params if one.opts[0].startswith("--")}

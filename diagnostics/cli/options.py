@@ -5,13 +5,15 @@ from typing import Annotated
 
 import typer
 
+from diagnostics.support.defaults import CONTEXT_LENGTH
+
 MODEL_HELP = "hub id or folder of a model or adapter, .gguf file or built-in name"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 ModelOrRun = Annotated[str, typer.Argument(help="the same, or the folder of an existing run")]
 PromptsOption = Annotated[str, typer.Option(help="'builtin' or a .jsonl file")]
 MaxPrompts = Annotated[int | None, typer.Option(help="use only the first N prompts")]
 ContextLength = Annotated[
-    int | None, typer.Option(help="tokens per prompt; documents are cut to fit  [built-in prompts: 1024]")
+    int | None, typer.Option(help=f"tokens per prompt; documents are cut to fit  [built-in prompts: {CONTEXT_LENGTH}]")
 ]
 DecodeTokens = Annotated[int, typer.Option(help="reference tokens per prompt")]
 Anchors = Annotated[int, typer.Option(help="leading tokens that keep their KV in all layers")]

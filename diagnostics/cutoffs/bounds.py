@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import special
 
-CONFIDENCE = 0.95
+from diagnostics.support.defaults import CONFIDENCE
+
 N_RESAMPLES = 9999
 # Below this a bootstrap only reshuffles a handful of numbers; its bound would promise what it cannot know.
 MIN_PROMPTS = 5

@@ -18,10 +18,10 @@ from diagnostics.cutoffs.bounds import CONFIDENCE, MIN_PROMPTS, upper_bound
 from diagnostics.cutoffs.regions import Region, RegionRules, Regions, find_regions
 from diagnostics.cutoffs.savings import LENGTHS, predict_savings
 from diagnostics.runs.run import Run
+from diagnostics.support.defaults import MAX_KL
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import dump_json, write_sealed
 
-MAX_KL = 0.1
 MAX_LOSS = 1000.0  # nats per token; no goal is that loose
 ROUNDING = 1e-9  # so that an agreement of 0.9 meets a goal of 0.9
 

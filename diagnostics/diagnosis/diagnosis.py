@@ -29,11 +29,10 @@ from diagnostics.runs.schema import Tables
 from diagnostics.runs.writer import RunWriter
 from diagnostics.self_test import Proof, skipped
 from diagnostics.self_test import self_test as testing
+from diagnostics.support.defaults import ANCHORS, DETAIL_PROMPTS
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-
-DETAIL_PROMPTS = 7
 
 Progress = Callable[[int, int, str], None]
 
@@ -44,7 +43,7 @@ def diagnose(
     prompts: PromptSet,
     *,
     decode_tokens: int = DECODE_TOKENS,
-    anchors: int = 1,
+    anchors: int = ANCHORS,
     lens_positions: int = LENS_POSITIONS,
     detail_prompts: int = DETAIL_PROMPTS,
     backend: str | None = None,

@@ -17,13 +17,14 @@ from diagnostics.evaluate.humaneval import require_allowed
 from diagnostics.evaluate.item_answers import answer, token_ids
 from diagnostics.evaluate.items import Task
 from diagnostics.evaluate.sandbox import isolation
-from diagnostics.evaluate.score_table import MARGIN, markdown, summarize
+from diagnostics.evaluate.score_table import markdown, summarize
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.digests import tokens_digest
 from diagnostics.self_test import looked_up_once
+from diagnostics.support.defaults import MARGIN, QUERY
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
@@ -39,7 +40,7 @@ def evaluate(
     policies: Sequence[Policy],
     *,
     limit: int | None = None,
-    query: str = "prompt",
+    query: str = QUERY,
     chunk_size: int | None = None,
     run_code: bool = False,
     margin: float = MARGIN,

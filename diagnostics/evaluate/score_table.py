@@ -10,9 +10,9 @@ from diagnostics.evaluate.evaluation_folder import Evaluation
 from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.statistics import Estimate, average, difference, estimate, holm
 from diagnostics.policies.full import FullPolicy
+from diagnostics.support.defaults import MARGIN
 
 FULL = FullPolicy.name  # the baseline
-MARGIN = 0.02
 KEPT = "kept, %"
 
 

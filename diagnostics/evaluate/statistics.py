@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-CONFIDENCE = 0.95
+from diagnostics.support.defaults import CONFIDENCE
+
 N_RESAMPLES = 9999
 # Resamples drawn at once: they need this many numbers per different score.
 BLOCK = 500

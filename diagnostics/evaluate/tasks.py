@@ -9,13 +9,15 @@ from diagnostics.evaluate.humaneval import load_humaneval
 from diagnostics.evaluate.items import Task, read_jsonl
 from diagnostics.evaluate.olmes import load_olmes, olmes_names
 from diagnostics.evaluate.retrieval import retrieval_names, retrieval_task
+from diagnostics.support.defaults import RETRIEVAL_ITEMS
 from diagnostics.support.errors import UserError
+from diagnostics.support.sizes import parse_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HUMANEVAL = "humaneval"
-RETRIEVAL_ITEMS = 100
+MAX_LENGTH = 2**20  # tokens of a retrieval task
 
 
 def load_task(name: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, seed: int = 0) -> Task:
@@ -31,17 +33,12 @@ def load_task(name: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
         return load_humaneval()
     kind, at, length = name.partition("@")
     if at:
-        return retrieval_task(kind, _length(length), tokenizer, n_items=limit or RETRIEVAL_ITEMS, seed=seed)
+        return retrieval_task(
+            kind, parse_length(length, most=MAX_LENGTH), tokenizer, n_items=limit or RETRIEVAL_ITEMS, seed=seed
+        )
     if name in retrieval_names():
         raise UserError(f"task {name!r} needs a length, such as {name}@4096")
     if name.partition(":")[0] not in olmes_names():
         there = ", ".join([*olmes_names(), HUMANEVAL, *(f"{kind}@LENGTH" for kind in retrieval_names()), "FILE.jsonl"])
         raise UserError(f"task {name!r} is not one of: {there}")
     return load_olmes(name)
-
-
-def _length(text: str) -> int:
-    digits, factor = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
-    if not (digits.isascii() and digits.isdigit()) or not 0 < int(digits[:8]) * factor <= 2**20:
-        raise UserError(f"length {text!r} of a task is not a number of tokens up to 1048576, such as 4096 or 4K")
-    return int(digits) * factor

@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from diagnostics.finetune.finetuning_folder import FineTuning
 
 
-def model_card(made: FineTuning, base: str) -> str:
+def model_card(finetuning: FineTuning, base: str) -> str:
     """Return the card of a finished fine-tuning of ``base``, in Markdown."""
-    asked, n_layers = made.manifest["settings"], int(made.manifest["n_layers"])
+    asked, n_layers = finetuning.manifest["settings"], int(finetuning.manifest["n_layers"])
     cutoff, lora = int(asked["cutoff"]), asked["method"] == "lora"
-    before, after = made.curve(0), made.curve()
+    before, after = finetuning.curve(0), finetuning.curve()
     of = "its own full depth" if asked["against"] == "itself" else "the base model at full depth"
     rows = [
         f"| {k}{' (trained)' if k == cutoff else ' (full depth)' if k == n_layers else ''} "
         f"| {before[k]:.3f} | {after[k]:.3f} |"
         for k in sorted({*range(max(1, cutoff - 2), min(n_layers, cutoff + 4) + 1), n_layers})
     ]
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {base}",
-            *(["library_name: peft"] if lora else []),
-            "tags: [speed, shallow-prefill]",
-            "---",
-            "",
-            f"# {base} for prompts of {cutoff} of {n_layers} layers",
-            "",
-            "Trained so that prompt tokens can stop at a lower layer (SPEED: Shallow Prefill, dEEp Decode,",
-            "arXiv 2605.06105).",
-            f"Mean KL from {of} on {made.manifest['held_out']['n_prompts']} held-out prompts, nats per token:",
-            "",
-            "| cutoff | before | after |",
-            "| --- | --- | --- |",
-            *rows,
-            "",
-            "In the folder of this file:",
-            "",
-            "```python",
-            "from diagnostics import SpeedPolicy, load_model",
-            "",
-            'lm = load_model(".")',
-            'inputs = lm.tokenizer("The sea is", return_tensors="pt")',
-            f"with SpeedPolicy({cutoff}, anchors={asked['anchors']})(lm.model):",
-            "    tokens = lm.model.generate(**inputs, max_new_tokens=16)",
-            "print(lm.tokenizer.decode(tokens[0]))",
-            "```",
-            "",
-            "`recommendation.json` has the cutoff recommended for it, `finetuning.json` what it was made with.",
-            "",
-        ]
-    )
+    body = [
+        f"# {base} for prompts of {cutoff} of {n_layers} layers",
+        "",
+        "Trained so that prompt tokens can stop at a lower layer (SPEED: Shallow Prefill, dEEp Decode,",
+        "arXiv 2605.06105).",
+        f"Mean KL from {of} on {finetuning.manifest['held_out']['n_prompts']} held-out prompts, nats per token:",
+        "",
+        "| cutoff | before | after |",
+        "| --- | --- | --- |",
+        *rows,
+        "",
+        "In the folder of this file:",
+        "",
+        "```python",
+        "from diagnostics import SpeedPolicy, load_model",
+        "",
+        'lm = load_model(".")',
+        'inputs = lm.tokenizer("The sea is", return_tensors="pt")',
+        f"with SpeedPolicy({cutoff}, anchors={asked['anchors']})(lm.model):",
+        "    tokens = lm.model.generate(**inputs, max_new_tokens=16)",
+        "print(lm.tokenizer.decode(tokens[0]))",
+        "```",
+        "",
+        "`recommendation.json` has the cutoff recommended for it, `finetuning.json` how it was trained.",
+        "",
+    ]
+    about = ModelCardData(base_model=base, library_name="peft" if lora else None, tags=["speed", "shallow-prefill"])
+    return str(ModelCard("\n".join(["---", about.to_yaml(), "---", "", *body]), ignore_metadata_errors=True))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from diagnostics.finetune.objectives import require_share
 from diagnostics.finetune.schedule import CutoffSchedule
 from diagnostics.policies.speed import SpeedPolicy
+from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ REFERENCES = ("base", "itself")
 # Parameters up to which a learning rate of LoRA is taken; all weights take a twentieth of it.
 LEARNING_RATES = {5e8: 1e-3, 2e9: 5e-4, 1.5e10: 2e-4, math.inf: 1e-4}
 FULL_SHARE = 0.05
-RANK = 16
 CHECKPOINTING_FROM = 1e9  # parameters from which activations cost more than computing them again
 
 
@@ -62,20 +62,20 @@ class Settings:
 
     cutoff: int
     start_cutoff: int | None = None
-    hold: float = 0.25
-    anchors: int = 1
+    hold: float = defaults.HOLD
+    anchors: int = defaults.ANCHORS
     supervised: float = 0.0
     against: Literal["base", "itself"] | None = None
     method: Literal["lora", "full"] = "lora"
     rank: int | None = None
     learning_rate: float | None = None
-    steps: int = 160
-    batch_size: int = 1
-    accumulate: int = 4
+    steps: int = defaults.STEPS
+    batch_size: int = defaults.BATCH_SIZE
+    accumulate: int = defaults.ACCUMULATE
     gradient_checkpointing: bool | None = None
-    decode_tokens: int = 32
-    sweep_every: int = 40
-    checkpoint_every: int = 20
+    decode_tokens: int = defaults.HELD_OUT_DECODE_TOKENS
+    sweep_every: int = defaults.SWEEP_EVERY
+    checkpoint_every: int = defaults.CHECKPOINT_EVERY
     seed: int = 0
 
     def schedule(self, n_layers: int) -> CutoffSchedule:
@@ -120,7 +120,7 @@ class Settings:
         return replace(
             self,
             start_cutoff=start,
-            rank=RANK if self.method == "lora" and self.rank is None else self.rank,
+            rank=defaults.RANK if self.method == "lora" and self.rank is None else self.rank,
             against=self.against or ("base" if self.supervised < 1 else "itself"),
             learning_rate=self.learning_rate or rate,
             gradient_checkpointing=(

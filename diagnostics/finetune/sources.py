@@ -20,6 +20,7 @@ from diagnostics.prompts.builtin import builtin_prompts
 from diagnostics.prompts.load import FILE_FIELDS as PROMPT_FIELDS
 from diagnostics.prompts.load import load_prompts
 from diagnostics.prompts.prompt import Prompt, PromptSet
+from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
 from diagnostics.support.jsonl import read_records
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 BUILTIN = "builtin"
 # Kinds of built-in prompts that are kept apart to measure on, unless asked otherwise.
 HELD_OUT = ("question", "variables", "code")
-EXAMPLES, N_HELD_OUT, LENGTH = 384, 24, 256
 MANY = 10_000  # sets of built-in prompts that one seed may need
 PART = 16  # rows that are made at a time: what a kill loses
 
@@ -55,7 +55,7 @@ class Source:
     data: Sequence[Conversation] | PromptSet
     name: str
     own_answers: bool = True
-    answer_tokens: int = 64
+    answer_tokens: int = defaults.ANSWER_TOKENS
     max_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -125,7 +125,9 @@ def load_data(
         raise UserError(f"examples is {examples}: give 1 or more")
     if str(source) == BUILTIN:
         seeds = count(1 + MANY * seed)
-        return _builtin(training_prompts, examples or EXAMPLES, context_length, seeds, lambda kind: kind not in without)
+        return _builtin(
+            training_prompts, examples or defaults.EXAMPLES, context_length, seeds, lambda kind: kind not in without
+        )
     path = Path(source)
     if _holds_prompts(path):
         prompts = load_prompts(path, context_length=context_length)
@@ -148,8 +150,8 @@ def load_held_out(
     if n_prompts is not None and n_prompts < 1:
         raise UserError(f"the number of held-out prompts is {n_prompts}: give 1 or more")
     if str(source) == BUILTIN:
-        n = n_prompts or N_HELD_OUT
-        _require_kinds(only, _diagnosed(LENGTH, 0), BUILTIN)
+        n = n_prompts or defaults.HELD_OUT_PROMPTS
+        _require_kinds(only, _diagnosed(defaults.TRAINING_CONTEXT_LENGTH, 0), BUILTIN)
         return _builtin(_diagnosed, n, context_length, count(0, -1), lambda kind: not only or kind in only)
     prompts = load_prompts(source, context_length=context_length)
     _require_kinds(only, prompts, prompts.name)
@@ -180,7 +182,7 @@ def _builtin(
     wanted: Callable[[str], bool],
 ) -> PromptSet:
     """Take ``n`` prompts of the kinds that are wanted, from as many sets as that needs."""
-    length = LENGTH if context_length is None else context_length
+    length = defaults.TRAINING_CONTEXT_LENGTH if context_length is None else context_length
     found: list[Prompt] = []
     while len(found) < n:
         seed = next(seeds)

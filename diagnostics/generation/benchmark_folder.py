@@ -12,13 +12,12 @@ from typing import Any, Required
 
 import pandas as pd
 
+from diagnostics.policies.full import FullPolicy
 from diagnostics.runs.places import BENCHMARK, MANIFEST
 from diagnostics.support.files import remove_scratch, write_sealed, write_table
 from diagnostics.support.folders import FolderKind, Head
 
 BENCHMARK_MANIFEST = "benchmark.json"
-# The baseline, as `FullPolicy.name` has it; to import that would load torch.
-FULL = "full"
 # Columns without which a benchmark says nothing.
 NUMBERS = (
     *("cutoff", "n_prompt", "batch_size", "repeat", "ttft_s", "tpot_s", "kv_bytes", "kv_bytes_formula", "peak_bytes"),
@@ -71,7 +70,7 @@ class Benchmark:
         A ratio is the median over repeats of the ratio within the repeat.
         """
         keys = ["n_prompt", "spec"]
-        full = self.rows[self.rows["policy"] == FULL].set_index(["n_prompt", "repeat"])
+        full = self.rows[self.rows["policy"] == FullPolicy.name].set_index(["n_prompt", "repeat"])
         rows = self.rows.join(full[list(MEASURED)].add_suffix("_full"), on=["n_prompt", "repeat"])
         for name in MEASURED:
             rows[f"{name}_ratio"] = rows[name] / rows[f"{name}_full"]

@@ -21,6 +21,7 @@ from diagnostics.models.rope import rope_lengths
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.self_test import looked_up_once
+from diagnostics.support.defaults import NEW_TOKENS, REPEATS
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
@@ -38,8 +39,8 @@ def benchmark(
     policies: Sequence[Policy],
     *,
     lengths: Sequence[int],
-    repeats: int = 5,
-    new_tokens: int = 32,
+    repeats: int = REPEATS,
+    new_tokens: int = NEW_TOKENS,
     batch_size: int = 1,
     chunk_size: int | None = None,
     seed: int = 0,

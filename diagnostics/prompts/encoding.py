@@ -12,13 +12,13 @@ from diagnostics.prompts.document_cut import cut_points, longest_fit
 from diagnostics.prompts.evidence import evidence_spans
 from diagnostics.prompts.prompt import Message, Prompt, PromptSet
 from diagnostics.prompts.tokenized import Tokenized, joined, tokenize
+from diagnostics.support.defaults import DECODE_TOKENS
 from diagnostics.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Reference tokens per prompt of a diagnosis, unless asked for otherwise.
-DECODE_TOKENS = 48
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 from diagnostics.prompts.builtin import builtin_prompts
 from diagnostics.prompts.prompt import Prompt, PromptSet, shown
+from diagnostics.support.defaults import CONTEXT_LENGTH
 from diagnostics.support.errors import UserError
 from diagnostics.support.fields import wrong
 from diagnostics.support.jsonl import read_records
 
 FILE_FIELDS = ("id", "messages", "text", "document", "reference", "evidence", "category")
 MIN_CONTEXT_LENGTH = 16
-DEFAULT_CONTEXT_LENGTH = 1024
 
 
 def load_prompts(
@@ -47,7 +47,7 @@ def load_prompts(
     if context_length is not None and context_length < MIN_CONTEXT_LENGTH:
         raise UserError(f"context_length is {context_length}: ask for at least {MIN_CONTEXT_LENGTH} tokens")
     if source == "builtin":
-        length = DEFAULT_CONTEXT_LENGTH if context_length is None else context_length
+        length = CONTEXT_LENGTH if context_length is None else context_length
         return PromptSet(builtin_prompts(length, seed=seed, max_prompts=max_prompts), "builtin", length, seed)
     path = Path(source)
     return PromptSet(tuple(_read_jsonl(path, max_prompts)), path.name, context_length)

@@ -171,8 +171,8 @@ BAD_INPUT = {
     "resume without out": case(
         lambda w: ("diagnose", w.tiny, "--prompts", w.prompts, "--resume"), "--resume needs --out"
     ),
-    "resume another model": case(into("run", "--resume", model="other"), "another diagnosis", "weight_hash"),
-    "resume other prompts": case(into("run", "--resume", "--max-prompts", 3), "another diagnosis (prompts is"),
+    "resume another model": case(into("run", "--resume", model="other"), "another run", "weight_hash"),
+    "resume other prompts": case(into("run", "--resume", "--max-prompts", 3), "another run (prompts is"),
     "resume other anchors": case(into("run", "--resume", "--anchors", 2), "anchors is 1, not 2"),
     "resume damaged manifest": case(into("bad_manifest", "--resume"), "bad-manifest' is damaged: manifest.json"),
     "resume damaged table": case(into("bad_table", "--resume"), "layers.parquet cannot be read"),

@@ -2,10 +2,16 @@
 
 import ast
 import re
+from inspect import Parameter, signature
 
 import pytest
 
 from diagnostics import UserError, diagnose, load_prompts
+from diagnostics.cli.benchmark import bench
+from diagnostics.cli.diagnosis import diagnose as diagnosis_command
+from diagnostics.cli.diagnosis import recommend as recommend_command
+from diagnostics.cli.evaluation import evaluate as evaluate_command
+from diagnostics.cli.finetuning import finetune as finetune_command
 from diagnostics.cli.flags import _options, with_flags
 from tests.support.paths import ROOT
 from tests.support.runs import run_command, save_tiny, write_prompts
@@ -68,3 +74,29 @@ def test_only_the_command_names_flags():
 
 def _has_docstring(node):
     return bool(node.body) and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
+
+
+def test_commands_and_library_have_the_same_defaults():
+    from diagnostics.cutoffs import recommend
+    from diagnostics.evaluate import evaluate
+    from diagnostics.finetune import Settings, Source
+    from diagnostics.generation import benchmark
+
+    pairs = [
+        (diagnosis_command, diagnose),
+        (recommend_command, recommend),
+        (evaluate_command, evaluate),
+        (bench, benchmark),
+        (finetune_command, Settings),
+        (finetune_command, Source),
+    ]
+    compared = 0
+    for command, function in pairs:
+        ours, theirs = (
+            {name: one.default for name, one in signature(called).parameters.items()} for called in (command, function)
+        )
+        for name in (ours.keys() & theirs.keys()) - {"backend", "own_answers", "seed"}:
+            if theirs[name] is not Parameter.empty:
+                assert ours[name] == theirs[name], (function, name)
+                compared += 1
+    assert compared > 40

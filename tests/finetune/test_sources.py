@@ -9,6 +9,7 @@ import pytest
 from diagnostics import UserError, load_prompts
 from diagnostics.finetune import Conversation, Source, encode_examples, load_data, load_held_out, sources
 from diagnostics.prompts.prompt import PromptSet
+from diagnostics.support import defaults
 from tests.support.runs import write_prompts
 from tests.support.tiny import random_ids, tiny_model
 
@@ -79,8 +80,8 @@ def test_categories():
     assert len(held_out) == 9
     assert len(data) == 70
     assert not {prompt.category for prompt in data} & set(kinds)
-    assert len(load_data("builtin", context_length=128)) == sources.EXAMPLES
-    assert len(load_held_out(context_length=128)) == sources.N_HELD_OUT
+    assert len(load_data("builtin", context_length=128)) == defaults.EXAMPLES
+    assert len(load_held_out(context_length=128)) == defaults.HELD_OUT_PROMPTS
 
 
 def test_categories_that_are_not_there(tmp_path):

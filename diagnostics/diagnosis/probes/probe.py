@@ -14,12 +14,12 @@ from torch import Tensor
 from diagnostics.diagnosis.observers import Columns, ContextRows, DecodeRows, Measured, Outcome
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.policies.segments import Layout
+from diagnostics.support.defaults import LENS_POSITIONS
 
 __all__ = ["LENS_POSITIONS", "Columns", "Measured", "Probe", "PromptContext"]
 
 # The lens of 64 positions costs a fifth of a 2000-token forward pass of a small model, whose vocabulary is much of its
 # weights. A few positions of each of many prompts say as much about the layers for a tenth of that.
-LENS_POSITIONS = 4
 
 
 @dataclass(frozen=True)
