@@ -11,6 +11,7 @@ from diagnostics.cli.common import claim, load, new_folder, plain, progress
 from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support import defaults
+from diagnostics.support.errors import UserError
 from diagnostics.support.sizes import parse_length
 
 # The depth of the paper, 24 of 32 layers, where nothing is said.
