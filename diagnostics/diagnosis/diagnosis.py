@@ -11,7 +11,7 @@ import torch
 
 from diagnostics.diagnosis.capture import make_capture
 from diagnostics.diagnosis.observers import Capture
-from diagnostics.diagnosis.probes import all_probes
+from diagnostics.diagnosis.probes import added_probes, all_probes
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Probe, PromptContext
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.diagnosis.self_test import require_measurable
@@ -253,6 +253,7 @@ def _manifest(
         prompts=prompts.fingerprint,
         teacher=None if teacher is None else teacher.weight_hash,
         **numbers,
+        added_probes=added_probes(probes) or None,
         token_ids=inputs_digest(encoded),
     )
     about = {

@@ -38,7 +38,7 @@ class Comparison:
     js: Tensor
 
     def last_is_final(self) -> "Comparison":
-        """Say that the last candidate is the final residual itself: what rounding made of it is put right."""
+        """Take the last candidate for the final residual itself: distance and rank are 0, whatever rounding gave."""
         kl, rank = self.kl.clone(), self.rank.clone()
         kl[:, -1] = rank[:, -1] = 0
         return replace(self, kl=kl, rank=rank)

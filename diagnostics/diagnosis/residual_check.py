@@ -1,10 +1,10 @@
-"""Whether what the attention is said to add to the residual is what the residual really gains.
+"""Whether the attention adds to the residual what its path says, and whether parts of the heads can be followed.
 
 Two things are proven of every layer. The sum: the attention's addition, by its residual path, and the other parts of
 the layer make up what the residual gains. And the split: whatever stands between the heads and the residual multiplies
 each number by itself (a gate, a norm's scale), so that a part of the heads can be followed. For that the layer runs a
 second time with other head outputs, and each number must be multiplied as before, but for one factor per token, which
-is the scale that a norm gave the whole.
+is the scale of a norm over all of them.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Gains:
     """What the residual gained from the attention of each layer in a pass of the stock model, and whether it adds up.
 
     ``paths`` are how it came there; ``added`` [layers][rows, columns, width] is what the attention added, by the paths;
-    ``problem`` the first layer in which the parts do not make up the whole, in words.
+    ``problem`` says in which layer the parts first differ from their sum.
     """
 
     def __init__(self, anatomy: Anatomy, tolerance: float) -> None:
@@ -35,13 +35,13 @@ class Gains:
         self._problem: str | None = None
 
     def note(self, layer: int, watch: LayerWatch, gained: Gained) -> None:
-        """Compare one layer's parts with its whole."""
+        """Compare the parts of one layer with what it added in all."""
         path = ResidualPath(watch.adder, multiplier_of(self.anatomy.layers[layer]))
         self.paths.append(path)
         terms = [term.float() * path.multiplier for term in (gained.attention, *gained.others)]
         self.added.append(terms[0])
         parts, total = torch.stack(terms).sum(0), gained.total.float()
-        # The whole is a difference of residuals, and has their rounding.
+        # The total is a difference of residuals, and has their rounding.
         rounding = 8 * torch.finfo(gained.total.dtype).eps * float((gained.residual.float() + total).norm())
         error = float((parts - total).norm())
         if not error <= self.tolerance * float(parts.norm()) + rounding and self._problem is None:

@@ -11,10 +11,10 @@ from diagnostics.support.digests import json_digest
 def active_adapters(model: Any, inner: nn.Module) -> tuple[set[int], tuple[str, ...]]:
     """Return the ids of parameters that take no part, and the adapters that do, readable.
 
-    Layers are told by their attributes: peft need not be there, and transformers puts them into plain models, too.
+    Layers are told by their attributes: peft need not be installed, and transformers puts them into plain models, too.
     """
     idle: set[int] = set()
-    said: dict[str, set[str]] = {}
+    layers: dict[str, set[str]] = {}
     for path, module in inner.named_modules():
         if not holds_adapters(module):
             continue
@@ -32,14 +32,14 @@ def active_adapters(model: Any, inner: nn.Module) -> tuple[set[int], tuple[str, 
         if acting:
             for name in on:
                 scale = scaling.get(name) if isinstance(scaling, dict) else None
-                said.setdefault(f"{name}, scale {scale:g}" if scale is not None else name, set()).add(path)
+                layers.setdefault(f"{name}, scale {scale:g}" if scale is not None else name, set()).add(path)
         for name in merged:
-            said.setdefault(f"{name}, merged", set()).add(path)
-    found = [f"{what} in {len(where)} layers ({json_digest(sorted(where))[:8]})" for what, where in said.items()]
+            layers.setdefault(f"{name}, merged", set()).add(path)
+    described = [f"{what} in {len(where)} layers ({json_digest(sorted(where))[:8]})" for what, where in layers.items()]
     if hasattr(model, "prompt_encoder"):
         state = "off" if "forward" in vars(model) else model.active_adapter
-        found.append(f"prompt of {state}")
-    return idle, tuple(sorted(found))
+        described.append(f"prompt of {state}")
+    return idle, tuple(sorted(described))
 
 
 def holds_adapters(module: nn.Module) -> bool:

@@ -46,8 +46,8 @@ class Adapter:
 def is_adapter(name: str) -> bool:
     """Say whether a name is a folder with an adapter and no model."""
     folder = os.path.expanduser(name)
-    found = os.path.isfile(os.path.join(folder, CONFIG)) and not os.path.isfile(os.path.join(folder, "config.json"))
-    return found and name.lower() != EMBEDDED_MODEL
+    alone = os.path.isfile(os.path.join(folder, CONFIG)) and not os.path.isfile(os.path.join(folder, "config.json"))
+    return alone and name.lower() != EMBEDDED_MODEL
 
 
 def holds_adapter(source: str, revision: str | None = None) -> bool:
@@ -58,7 +58,7 @@ def holds_adapter(source: str, revision: str | None = None) -> bool:
 
 
 def fetch_adapter(name: str, revision: str | None = None) -> Path | None:
-    """Fetch what is not here yet of an adapter on the hub; return its folder, None if there is a model beside it."""
+    """Fetch the missing files of an adapter on the hub; return its folder, None if it also holds a model."""
     from huggingface_hub import snapshot_download
 
     folder = snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, "config.json"])
@@ -66,9 +66,9 @@ def fetch_adapter(name: str, revision: str | None = None) -> Path | None:
 
 
 def read_adapter(name: str, folder: Path) -> Adapter:
-    """Read what an adapter says of itself in its folder; errors call it by its name.
+    """Read the settings of an adapter folder; errors name the adapter.
 
-    A base that is a relative path is looked for from the working folder, then from the adapter's. Raises UserError
+    A base that is a relative path is looked up from the working folder, then from the adapter's. Raises UserError
     without peft, and for damaged files, pickled weights, a base that is itself an adapter, and anything but plain LoRA
     for causal models; other errors are peft's.
     """
@@ -99,13 +99,13 @@ def read_adapter(name: str, folder: Path) -> Adapter:
             raise UserError(f"adapter {name!r} cannot be merged: its {CONFIG} sets {key!r}, which is not plain LoRA")
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / PICKLE).exists()
-        found = "has pickled weights only; convert them to safetensors first" if pickled else f"has no {WEIGHTS}"
-        raise UserError(f"adapter {name!r} {found}")
+        problem = "has pickled weights only; convert them to safetensors first" if pickled else f"has no {WEIGHTS}"
+        raise UserError(f"adapter {name!r} {problem}")
     here = os.path.expanduser(base)
     # A folder of that name in the working folder may be anything.
-    there = os.path.isfile(here) or os.path.isfile(os.path.join(here, "config.json")) or is_adapter(here)
+    is_base = os.path.isfile(here) or os.path.isfile(os.path.join(here, "config.json")) or is_adapter(here)
     beside = os.path.join(folder, here)
-    if base.lower() != EMBEDDED_MODEL and not there and os.path.exists(beside):
+    if base.lower() != EMBEDDED_MODEL and not is_base and os.path.exists(beside):
         base = beside
     if is_adapter(base):
         raise UserError(f"adapter {name!r} cannot be merged: its base {base!r} is itself an adapter")

@@ -228,8 +228,8 @@ def _layer_stack(model: nn.Module, n_layers: int) -> tuple[nn.Module, tuple[nn.M
 
 def _children(modules: tuple[nn.Module, ...], names: tuple[str, ...]) -> tuple[nn.Module, ...] | None:
     """Find one child in every module; None where one of them has no such child."""
-    found = tuple(child for module in modules if (child := _child(module, names)) is not None)
-    return found if len(found) == len(modules) else None
+    children = tuple(child for module in modules if (child := _child(module, names)) is not None)
+    return children if len(children) == len(modules) else None
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

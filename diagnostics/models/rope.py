@@ -34,7 +34,7 @@ class RopeLengths:
     switches
         Lengths, ascending: texts up to one of them have other frequencies than longer texts.
     longest
-        Length beyond which every length has frequencies of its own; None where there is none.
+        Length beyond which every length has frequencies of its own, or None.
     modules
         The rotary embeddings that do so.
     """
@@ -65,8 +65,8 @@ class RopeLengths:
     @property
     def reason(self) -> str:
         """Why some lengths do not fit together, as the beginning of a refusal."""
-        places = ", ".join(map(str, self.switches))
-        return f"the rotary frequencies of this model change beyond {places} positions (longrope)"
+        lengths = ", ".join(map(str, self.switches))
+        return f"the rotary frequencies of this model change beyond {lengths} positions (longrope)"
 
     def settle(self) -> None:
         """Bring back the frequencies of short texts after calls of others beyond `longest`, which change the module.
@@ -88,8 +88,8 @@ def rope_lengths(stack: nn.Module) -> RopeLengths:
     switches: set[int] = set()
     longest: int | None = None
     modules: list[nn.Module] = []
-    for found in stack.modules():
-        module: Any = unwrapped(found)
+    for part in stack.modules():
+        module: Any = unwrapped(part)
         kinds = getattr(module, "rope_type", None)
         if not isinstance(kinds, (str, dict)):
             continue

@@ -28,7 +28,7 @@ class NamedTensor:
 
 def named_tensors(model: Any, inner: nn.Module, idle: set[int]) -> list[NamedTensor]:
     """Return the tensors of a model by their plain names, each once, without those of adapters that are off."""
-    found: list[NamedTensor] = []
+    tensors: list[NamedTensor] = []
     seen: set[int] = set()
     roots: list[tuple[str, nn.Module]] = [("", inner)]
     learnt = getattr(model, "prompt_encoder", None)
@@ -50,8 +50,8 @@ def named_tensors(model: Any, inner: nn.Module, idle: set[int]) -> list[NamedTen
                     continue  # TransformerLens gives a head without a bias one of zeros
                 seen.add(id(tensor))
                 full = prefix + plain_name(f"{path}.{name}" if path else name)
-                found.append(NamedTensor(kind, full, tensor, _getter(tensor, offloaded, name)))
-    return sorted(found, key=lambda one: (one.kind, one.name))
+                tensors.append(NamedTensor(kind, full, tensor, _getter(tensor, offloaded, name)))
+    return sorted(tensors, key=lambda one: (one.kind, one.name))
 
 
 def _getter(tensor: Tensor, offloaded: Any, name: str) -> Callable[[], Tensor] | None:
@@ -67,10 +67,10 @@ def _getter(tensor: Tensor, offloaded: Any, name: str) -> Callable[[], Tensor] |
 
 
 def _offloaded(module: nn.Module) -> Any:
-    """Return accelerate's map from a module's tensors to their values on the CPU or disk; None where there is none."""
+    """Return accelerate's map from a module's tensors to their values on the CPU or disk; None without one."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
-    return next((found for one in hooks if (found := getattr(one, "weights_map", None)) is not None), None)
+    return next((values for one in hooks if (values := getattr(one, "weights_map", None)) is not None), None)
 
 
 def _packed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from diagnostics.prompts.standard_library import documentation, reference_topics
 from diagnostics.support.errors import UserError
 
 PROMPTS_PER_CATEGORY = 4
-CHARACTERS_PER_TOKEN = 8  # most tokenizers need 4 to 5: there is always something to cut
+CHARACTERS_PER_TOKEN = 8  # most tokenizers need 4 to 5, so every document is long enough to be cut
 MAX_CONTEXT_LENGTH = 2**20
 
 

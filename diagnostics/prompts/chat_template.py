@@ -2,7 +2,7 @@
 
 A chat template is a program of the tokenizer's author. It may drop a turn, cut it, or render nothing of a content that
 is a string and not a list of parts; what is left would be measured without a word. So the template is rendered once
-more with a short word in place of every content, which shows where contents go, and the text is compared with that.
+more with a short word in place of every content, which shows where contents go; the text is compared with that.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def render(subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[
         if spans is None and (not skeleton or all(probe["content"] in skeleton for probe in probes)):
             spans = find_contents(messages, text)
         if spans is not None:
-            order = [int(found) for found in _PROBES.findall(skeleton)]
+            order = [int(number) for number in _PROBES.findall(skeleton)]
             turns = [n for n in order if messages[n]["role"] != "system"]
             if turns != sorted(turns):
                 raise UserError(f"{subject}: the chat template writes the turns in another order")
@@ -109,7 +109,7 @@ def apply(
 ) -> str:
     """Write messages as the tokenizer's chat template does, with its generation prompt unless ``opening`` is off.
 
-    Raises UserError where the template refuses them; nothing is said of whether it wrote all of them, see `render`.
+    Raises UserError where the template refuses them. Whether it wrote all of them is checked by `render` alone.
     """
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
@@ -144,7 +144,7 @@ def _matched(skeleton: str, messages: Sequence[Message], text: str) -> list[Span
 
 
 def find_contents(messages: Sequence[Message], text: str) -> list[Span] | None:
-    """Find the contents in order, each after the one before; None if one is not there."""
+    """Find the contents in order, each after the one before; None if one is missing."""
     spans, end = [], 0
     for message in messages:
         content = message["content"].strip()

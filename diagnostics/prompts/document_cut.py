@@ -27,8 +27,8 @@ def cut_points(prompt: Prompt) -> list[int]:
 def longest_fit(sizes: Sequence[int], encode: Callable[[int], Tokenized], allowed: int | None) -> tuple[int, Tokenized]:
     """The longest of ``sizes`` that encodes to ``allowed`` tokens, or nearly so; the first, if none does.
 
-    Tokens are nearly proportional to characters, so interpolation finds the place in a few encodings; every
-    third step is a bisection, which bounds their number where it is not so.
+    Tokens are nearly proportional to characters, so interpolation needs a few encodings; every third
+    step is a bisection, which bounds their number where it does not.
     """
     if allowed is None:
         return sizes[-1], encode(sizes[-1])

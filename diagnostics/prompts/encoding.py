@@ -75,9 +75,9 @@ class PromptTooLong(UserError):
 def encode_for_diagnosis(
     prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, positions: int | None, decode_tokens: int = DECODE_TOKENS
 ) -> list[EncodedPrompt]:
-    """Encode prompts so that they leave room for the decode tokens within a model's positions (None: no limit).
+    """Encode prompts so that the decode tokens fit after them into a model's positions (None: no limit).
 
-    Raises UserError if there is no room for any prompt, and for what `encode_prompts` refuses.
+    Raises UserError if no prompt could fit, and for what `encode_prompts` refuses.
     """
     limit = prompt_room(positions, decode_tokens)
     if limit is not None and limit < 1:

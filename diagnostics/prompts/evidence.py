@@ -16,24 +16,24 @@ def evidence_spans(prompt: Prompt, tokens: Tokenized, notes: list[str]) -> tuple
     if tokens.offsets is None:
         notes.append("evidence not used: the tokenizer cannot tell the characters of a token")
         return ()
-    found = [_occurrences(tokens, span) if isinstance(span, str) else [span] for span in prompt.evidence]
-    if lost := sum(not places for places in found):
-        notes.append(f"{lost} of {len(found)} evidence strings are not in the prompt as encoded")
+    spans = [_occurrences(tokens, span) if isinstance(span, str) else [span] for span in prompt.evidence]
+    if lost := sum(not occurrences for occurrences in spans):
+        notes.append(f"{lost} of {len(spans)} evidence strings are not in the prompt as encoded")
     marked = bytearray(len(tokens.text))
-    for start, stop in {place for places in found for place in places}:
+    for start, stop in {span for occurrences in spans for span in occurrences}:
         marked[start:stop] = b"\1" * (stop - start)
     return tuple(_runs([marked.find(1, *offset) >= 0 for offset in tokens.offsets[: len(tokens.ids)]]))
 
 
 def _occurrences(tokens: Tokenized, part: str) -> list[Span]:
-    """Where a string stands in what the author wrote, overlapping ones included."""
-    places = []
+    """Where a string occurs in what the author wrote, overlapping occurrences included."""
+    spans = []
     for start, stop in tokens.contents:
         at = tokens.text.find(part, start, stop)
         while at >= 0:
-            places.append((at, at + len(part)))
+            spans.append((at, at + len(part)))
             at = tokens.text.find(part, at + 1, stop)
-    return places
+    return spans
 
 
 def _runs(flags: Sequence[bool]) -> list[Span]:

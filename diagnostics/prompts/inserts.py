@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from diagnostics.support.fields import check_text, wrong
 
-# Where an insert may go, best first. The white space there then stands on both sides of the insert. Indented
-# text is left alone as long as there is any choice: it may be code.
+# Where an insert may go, best first. The white space of that end then stands on both sides of the insert. Indented
+# text is left alone if any other end exists: it may be code.
 _BLOCK_ENDS = re.compile(r"\n\n+(?=\S)")
 _SENTENCE_ENDS = re.compile(r"""\n\n+(?=\S)|(?:(?<=[.!?])|(?<=[.!?]["')]))(?: +|\n)(?=[A-Z])""")
 _LINE_ENDS = re.compile(r"\n(?=\S)")
@@ -53,17 +53,17 @@ def _place(document: str, insert: Insert) -> tuple[int, str, str]:
     outside = [(0, "", "\n\n"), (len(document), "\n\n", "")]
     if "\n" in insert.text:
         reach = _REACH
-        while not (places := _near(_BLOCK_ENDS, document, target, reach)) and reach < len(document):
+        while not (ends := _near(_BLOCK_ENDS, document, target, reach)) and reach < len(document):
             reach *= 2
     else:
-        tried = (_near(ends, document, target, _REACH) for ends in (_SENTENCE_ENDS, _LINE_ENDS, _WORD_ENDS))
-        places = next(filter(None, tried), [])
-        if not places:
+        kinds = (_SENTENCE_ENDS, _LINE_ENDS, _WORD_ENDS)
+        ends = next((near for kind in kinds if (near := _near(kind, document, target, _REACH))), [])
+        if not ends:
             return target, " ", " "
-    return min(outside + places, key=lambda place: abs(place[0] - target))
+    return min(outside + ends, key=lambda end: abs(end[0] - target))
 
 
 def _near(ends: re.Pattern[str], document: str, target: int, reach: int) -> list[tuple[int, str, str]]:
-    """Find places around a target, each with the white space that is there."""
-    found = ends.finditer(document, max(target - reach, 0), min(target + reach, len(document)))
-    return [(match.start(), match[0], "") for match in found]
+    """Ends within ``reach`` of a target, each with its white space."""
+    matches = ends.finditer(document, max(target - reach, 0), min(target + reach, len(document)))
+    return [(match.start(), match[0], "") for match in matches]

@@ -24,14 +24,15 @@ def load_prompts(
     context_length: int | None = None,
     seed: int = 0,
 ) -> PromptSet:
-    """The built-in prompts, or those of a JSONL file.
+    """Return the built-in prompts, or those of a JSONL file.
 
     Parameters
     ----------
     source
         ``"builtin"``, or the path of a file with one JSON object per line (fields: ``FILE_FIELDS``).
     max_prompts
-        At most so many, from the start. The built-in set goes round its categories, so any start is balanced.
+        How many prompts at most, from the start. The built-in set takes turns over its categories, so any start is
+        balanced.
     context_length
         Tokens that every prompt is to stay within, at least 16. The built-in set fills it, 1024 unless given.
     seed
@@ -40,7 +41,7 @@ def load_prompts(
     Raises
     ------
     UserError
-        If there is no such set or file, or if a line of it is wrong (the message names file, line and field).
+        If the set or file does not exist, or if a line of it is wrong (the message names file, line and field).
     """
     if max_prompts is not None and max_prompts < 1:
         raise UserError(f"max_prompts is {max_prompts}: ask for at least 1 prompt")

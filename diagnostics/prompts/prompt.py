@@ -55,7 +55,7 @@ class Prompt:
     category
         The kind of task, to group results by.
     cut
-        What the document is made of, so that no part of it is left half: words, lines or paragraphs.
+        The unit in which the document is cut: words, lines or paragraphs.
 
     Raises
     ------

@@ -39,7 +39,7 @@ def tokenize(
         padding=False,
         return_special_tokens_mask=True,
         return_offsets_mapping=tokenizer.is_fast,
-        verbose=False,  # whether a long text fits the model is checked here, not there
+        verbose=False,  # whether a long text fits the model is checked by the callers
     )
     ids: list[int] = output["input_ids"]
     added = output["special_tokens_mask"]

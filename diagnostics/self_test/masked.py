@@ -1,4 +1,4 @@
-"""The slow truth that the self-test compares with: passes of the stock model over whole sequences, under masks.
+"""The slow reference of the self-test: passes of the stock model over whole sequences, under masks.
 
 Nothing of the sweep, the policies or their caches is used: the model's own code runs every token through every layer,
 builds its own mask of each layer (causal, sliding, ...), and only has some of its entries hidden.
@@ -20,7 +20,7 @@ MASKED_BY = ("sdpa", "eager")  # implementations that take a mask for every quer
 
 
 class Unprovable(Exception):
-    """The stock model cannot be run under masks, so there is nothing to compare with."""
+    """The stock model cannot be run under masks, so no reference exists."""
 
 
 @dataclass(frozen=True)

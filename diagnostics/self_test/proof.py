@@ -1,4 +1,4 @@
-"""What the self-test found out about a model, kept in the cache folder: a model is tested once.
+"""Findings of the self-test about a model, kept in the cache folder: a model is tested once.
 
 A finding holds for one architecture, configuration, set of library versions, backend, attention implementation, type
 and kind of device; the weights' values do not decide it, and one file of a few lines keeps it.
@@ -65,7 +65,7 @@ def digest_of(key: Mapping[str, Any]) -> str:
 
 
 def read_proof(digest: str) -> Proof | None:
-    """Return a kept finding, None where there is none that can be read."""
+    """Return a kept finding; None if none can be read."""
     try:
         kept = read_json(proofs_folder() / f"{digest}.json")
         return Proof({str(k): str(v) for k, v in kept["failed"].items()}, kept["unproved"])

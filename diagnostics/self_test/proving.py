@@ -1,4 +1,4 @@
-"""Run the checks of one use of a model, or recall what they found; refuse a model that failed."""
+"""Run the checks of one use of a model, or recall their findings; refuse a model that failed."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ def looked_up_once() -> Iterator[None]:
 
 
 def prove(subject: Subject, use: str, checks: Mapping[str, Check], *, backend: str | None = None) -> Proof:
-    """Test a model for a ``use``, or recall what an earlier test of the same found.
+    """Test a model for a ``use``, or recall the finding of an earlier test.
 
     Every use needs `causality`, and its own ``checks`` by name. ``backend`` is the capture that they run, if any.
     Weights that are elsewhere (remote, or offloaded) are not tested, and the proof says so.

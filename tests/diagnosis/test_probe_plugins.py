@@ -55,6 +55,23 @@ def test_a_probe_of_another_distribution_measures(install):
     run = diagnose(tiny_model("llama"), PROMPTS, decode_tokens=2)
     assert run.layers["layer_number"].tolist() == [0, 1, 2, 3, 4]
     assert run.manifest["columns"]["layer_number"] == "number of the layer"
+    assert run.manifest["identity"]["added_probes"] == ["other_probes.Found"]
+
+
+def test_a_run_is_continued_with_the_same_probes_alone(install, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, prompt):
+        if done == 1:
+            raise Stop
+
+    prompts = PromptSet((*PROMPTS, Prompt("q", text="<s> w4 w5", reference="w7 w8")), "set")
+    with pytest.raises(Stop):
+        diagnose(tiny_model("llama"), prompts, decode_tokens=2, out=tmp_path / "run", progress=stop)
+    install(PROBE.format(name="Found", column="layer_number", more=""))
+    with pytest.raises(UserError, match=r"added_probes is None, not other_probes.Found"):
+        diagnose(tiny_model("llama"), prompts, decode_tokens=2, out=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ BACKENDS = (HOOKS, TRANSFORMER_LENS, NNSIGHT)
 
 
 def make_capture(backend: str | None, lm: LoadedModel, remote: bool | str = False) -> Capture:
-    """Return the capture of this name for a model; raise UserError where there is none, or where it cannot serve it.
+    """Return the capture of this name for a model; raise UserError for an unknown name or a model that it cannot serve.
 
     By default a bridge is read by TransformerLens, an nnsight model by nnsight, and any other by plain hooks.
     ``remote`` is nnsight's: True for NDIF, ``"local"`` for a rehearsal of it on this machine.

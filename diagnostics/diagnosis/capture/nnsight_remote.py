@@ -68,8 +68,8 @@ class RemoteNNsightCapture(NNsightCapture):
         traced, remote = self.traced, self.remote
         with _reported():  # noqa: SIM117
             with traced.generate(prompt, max_new_tokens=n_decode, do_sample=False, remote=remote) as tracer:
-                made = tracer.result.save()
-        return made[0, prompt.shape[1] :].cpu()
+                tokens = tracer.result.save()
+        return tokens[0, prompt.shape[1] :].cpu()
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ class PassCapture(ABC):
 
     @property
     def paths(self) -> tuple[ResidualPath, ...]:
-        """How the attention of each layer comes to the residual: found on first use."""
+        """How the attention of each layer comes to the residual; determined on first use."""
         if not self._paths:
             self._paths = residual_paths(self.lm.anatomy, self.lm.device)
         return self._paths
@@ -160,7 +160,7 @@ class PassCapture(ABC):
         return finished(observers, Outcome(logits.float(), reference))
 
     def _greedy_across(self, prompt: Tensor, n_decode: int) -> Tensor:
-        """Continue greedily; where rotary frequencies change, all tokens run anew, as in ``generate()``."""
+        """Continue greedily; where rotary frequencies change, all tokens run again, as in ``generate()``."""
         ends, rows, new, cache = self._ends(), prompt, prompt, DynamicCache()
         for _ in range(n_decode):
             if cache.get_seq_length() and self._rope.mixes(cache.get_seq_length(), rows.shape[1]):
@@ -177,7 +177,7 @@ class PassCapture(ABC):
         return set(ends if isinstance(ends, list) else [ends])
 
     def _greedy(self, token: Tensor, cache: Cache, n_decode: int) -> Tensor:
-        """Continue greedily at full depth and leave the cache as it was found."""
+        """Continue greedily at full depth and leave the cache unchanged."""
         ends = self._ends()
         tokens = []
         for _ in range(n_decode):

@@ -47,10 +47,10 @@ def turned_queries(
     else:
         query = query[..., : heads * width]
         norm = _query_norm(attention)
-        whole = norm is not None and norm.weight.shape[0] != width  # OLMo 2 norms all heads together
-        query = norm(query) if norm is not None and whole else query
+        jointly = norm is not None and norm.weight.shape[0] != width  # OLMo 2 norms all heads together
+        query = norm(query) if norm is not None and jointly else query
         query = query.unflatten(-1, (heads, width))
-        query = norm(query) if norm is not None and not whole else query
+        query = norm(query) if norm is not None and not jointly else query
     query = query.transpose(1, 2)
     embeddings = arguments.get("position_embeddings")
     if embeddings is not None:
@@ -66,5 +66,5 @@ def turned_queries(
 
 
 def _query_norm(attention: nn.Module) -> Any:
-    """Return the norm of the queries, None where there is none."""
+    """Return the norm of the queries, or None."""
     return getattr(attention, "q_norm", None) or getattr(attention, "q_layernorm", None)

@@ -1,6 +1,6 @@
 """Capture through TransformerLens: four hook points per layer of a `TransformerBridge`, reduced inside the hooks.
 
-TransformerLens makes every model compute attention eagerly, so that there is a pattern to hook. Each layer therefore
+TransformerLens makes every model compute attention eagerly, so that a pattern can be hooked. Each layer therefore
 holds heads x rows x keys weights while it runs, where the ``hooks`` backend holds none: memory grows with the square of
 the prompt. A prompt that would not fit is refused beforehand.
 """
@@ -103,7 +103,7 @@ def bridge_over(lm: LoadedModel) -> Any:
         ) from None
     model = twin(lm.model)
     model.config.architectures = [type(model).__name__]
-    # The bridge would load its tokenizer anew to add BoS; it is not used here.
+    # The bridge would load its tokenizer again to add BoS; it is not used here.
     tokenizer = copy.deepcopy(lm.tokenizer)
     tokenizer.init_kwargs |= {"name_or_path": lm.name, "add_bos_token": True}
     try:
@@ -149,7 +149,7 @@ class _Taps:
         """Reduce the pattern, [1, heads, rows, keys], to the rows that are looked at."""
         if self.branching:
             return
-        # clone: a view would keep the whole pattern alive.
+        # clone: a view would keep all of the pattern alive.
         if self.over.n_context:
             self.windows[layer] = pattern[0, :, self.over.window].clone()
         if self.over.has_decode:

@@ -8,6 +8,7 @@ Other distributions add theirs by an entry point, whose name is the probe's::
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 
 from diagnostics.diagnosis.probes.probe import Probe
@@ -41,6 +42,12 @@ def all_probes() -> dict[str, type[Probe]]:
                 raise unusable(point, f"the probe {other.name!r} writes the column {min(shared)!r} too")
         probes[probe.name] = probe
     return dict(sorted(probes.items()))
+
+
+def added_probes(probes: Mapping[str, type[Probe]]) -> list[str]:
+    """Return those of some probes that this package does not bring, as ``module.class``."""
+    others = (probe for probe in probes.values() if not probe.__module__.startswith(f"{__name__}."))
+    return [f"{probe.__module__}.{probe.__qualname__}" for probe in others]
 
 
 def _load(point: EntryPoint) -> type[Probe]:

@@ -90,7 +90,7 @@ def attend(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """Recompute the decode rows' attention by segments.
 
-    Returns per-head columns [heads], the prompt part of the head outputs and the whole of them, both float32
+    Returns per-head columns [heads], the prompt part of the head outputs and all of them, both float32
     [n_decode, heads, head_dim] before the output projection, and the weight on each token of the prompt segment, mean
     over queries and heads, float32 [tokens]. ``tile_bytes`` and ``keep_bytes`` bound the weights held.
     """
@@ -101,9 +101,9 @@ def attend(
     ]
     columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     from_prompt = torch.cat([part[1] for part in parts]).transpose(0, 1)
-    whole = torch.cat([part[2] for part in parts]).transpose(0, 1)
+    output = torch.cat([part[2] for part in parts]).transpose(0, 1)
     received = torch.stack([part[3] for part in parts]).mean(0)
-    return columns, from_prompt, whole, received
+    return columns, from_prompt, output, received
 
 
 def _attend_kv_head(
