@@ -67,10 +67,10 @@ class Access:
     def _has_cookie(self, scope: Scope) -> bool:
         for text in _values(scope, b"cookie"):
             try:
-                found = SimpleCookie(text).get(self.cookie)
+                cookie = SimpleCookie(text).get(self.cookie)
             except CookieError:
                 continue
-            if found is not None and hmac.compare_digest(found.value.encode(), self.proof.encode()):
+            if cookie is not None and hmac.compare_digest(cookie.value.encode(), self.proof.encode()):
                 return True
         return False
 

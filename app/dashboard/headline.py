@@ -8,8 +8,8 @@ from dashboard.catalog import Entry
 from dashboard.state import md, open_run, saved_recommendation
 from diagnostics.cutoffs.regions import Region
 
-# Pixels: room for the longest name of a figure.
-METRIC_WIDTH = 210
+# Pixels: room for the longest name; five fit beside each other in a window of 1440.
+METRIC_WIDTH = 180
 
 
 def headline(entry: Entry) -> None:
@@ -64,9 +64,9 @@ def _region(region: Region | None) -> str:
 
 
 def _agreement(agreement: dict[str, object]) -> str:
-    said = {"above the selection": "cutoff_by_selection", "at the start of stabilization": "cutoff_by_stabilization"}
-    places = [f"{where} {agreement[key]}" for where, key in said.items() if agreement[key] is not None]
-    if not places:
+    sources = {"above the selection": "cutoff_by_selection", "at the start of stabilization": "cutoff_by_stabilization"}
+    cutoffs = [f"{where} {agreement[key]}" for where, key in sources.items() if agreement[key] is not None]
+    if not cutoffs:
         return "The regions put the cutoff nowhere; the measured loss decides."
     verdict = "agree with" if agreement["agree"] else "**differ from**"
-    return f"The regions put the cutoff {', '.join(places)}: they {verdict} the measured loss, which decides."
+    return f"The regions put the cutoff {', '.join(cutoffs)}: they {verdict} the measured loss, which decides."

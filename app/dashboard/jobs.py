@@ -169,11 +169,11 @@ def save_prompts(runs: Path, name: str, data: bytes) -> Path:
     """Keep the prompts that a job reads beside it."""
     try:
         (runs / JOBS).mkdir(parents=True, exist_ok=True)
-        place = _place(runs, name, "jsonl")
-        place.write_bytes(data)
+        path = _place(runs, name, "jsonl")
+        path.write_bytes(data)
     except OSError as error:
         raise UserError(f"cannot write to {str(runs)!r}: {error.strerror or error}") from None
-    return place.absolute()
+    return path.absolute()
 
 
 def _process(job: Job) -> psutil.Process | None:

@@ -52,10 +52,11 @@ def play(lm: LoadedModel, ids: torch.Tensor, policy: Policy, paint: Callable[[st
     if not BUSY.acquire(timeout=1):
         raise UserError("the model is busy with another page: try again when it is done")
     try:
-        made: Generation = generate(lm, ids, policy=policy, streamer=_Painter(lm, paint), **options)  # type: ignore[arg-type]
+        generation: Generation = generate(lm, ids, policy=policy, streamer=_Painter(lm, paint), **options)  # type: ignore[arg-type]
     finally:
         BUSY.release()
-    return Played(policy.spec, made.token_ids[0].tolist(), made.ttft_s, made.tpot_s, made.kv_bytes)
+    token_ids = generation.token_ids[0].tolist()
+    return Played(policy.spec, token_ids, generation.ttft_s, generation.tpot_s, generation.kv_bytes)
 
 
 def marked(lm: LoadedModel, full: Played, other: Played) -> tuple[str, str]:

@@ -66,10 +66,10 @@ def saved_recommendation(entry: Entry) -> Recommendation:
 
 def show(entry: Entry, name: str, draw: Callable[..., Any], **values: Any) -> Any:
     """Show the figure that ``draw(**values)`` makes of an entry, drawn once for its name and plain values."""
-    made = _figure(draw, name, str(entry.path), entry.signature, values)
+    figure = _figure(draw, name, str(entry.path), entry.signature, values)
     options = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2, "filename": name}}
-    st.plotly_chart(made, width="stretch", config=options, key=f"figure {name}")
-    return made
+    st.plotly_chart(figure, width="stretch", config=options, key=f"figure {name}")
+    return figure
 
 
 def empty_state() -> None:

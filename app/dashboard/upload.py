@@ -42,8 +42,8 @@ def import_zip(data: bytes, filename: str, runs: Path) -> str:
     folder = scratch / name
     try:
         left = MAX_MEGABYTES << 20
-        for info, place in members:
-            target = folder / place
+        for info, path in members:
+            target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             left -= _unpack(archive, info, target, left)
         require_harmless(folder)
@@ -73,17 +73,17 @@ def _members(archive: zipfile.ZipFile) -> list[tuple[zipfile.ZipInfo, str]]:
     if len(manifests) != 1:
         raise UserError(f"the archive has {len(manifests) or 'no'} {MANIFEST}: zip one run folder")
     top = manifests[0].removesuffix(MANIFEST)
-    places: dict[str, zipfile.ZipInfo] = {}
+    paths: dict[str, zipfile.ZipInfo] = {}
     for info in files:
-        place = info.filename.removeprefix(top)
+        path = info.filename.removeprefix(top)
         linked = stat.S_ISLNK(info.external_attr >> 16)
-        if linked or not info.filename.startswith(top) or not ALLOWED.fullmatch(place) or place in places:
+        if linked or not info.filename.startswith(top) or not ALLOWED.fullmatch(path) or path in paths:
             raise UserError(f"the archive has {info.filename!r}, which is no part of a run: zip the run folder alone")
         # Of the other methods a small file can unpack to gigabytes before its size is looked at.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError("the archive is compressed in an unusual way: zip the run folder with the usual deflate")
-        places[place] = info
-    return [(info, place) for place, info in places.items()]
+        paths[path] = info
+    return [(info, path) for path, info in paths.items()]
 
 
 def _litter(name: str) -> bool:
@@ -106,7 +106,7 @@ def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, most:
 
 def _stem(filename: str, members: list[tuple[zipfile.ZipInfo, str]]) -> str:
     """Name the run by its folder in the archive, or by the file."""
-    top = next(PurePosixPath(info.filename).parent.name for info, place in members if place == MANIFEST)
+    top = next(PurePosixPath(info.filename).parent.name for info, path in members if path == MANIFEST)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", top or Path(filename).stem).strip(".-")[:MAX_NAME] or "run"
 
 

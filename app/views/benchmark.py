@@ -27,20 +27,20 @@ COLUMNS = {
 def load(entry: Entry) -> Benchmark:
     """Read a benchmark; raise UserError where its tables are damaged."""
     try:
-        found = load_benchmark(entry.path)
-        found.summary()
-        return found
+        benchmark = load_benchmark(entry.path)
+        benchmark.summary()
+        return benchmark
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"the benchmark in {str(entry.path)!r} is damaged: {error}") from None
 
 
-found = {entry.name: entry for entry in entries() if entry.has_benchmark}
+benchmarks = {entry.name: entry for entry in entries() if entry.has_benchmark}
 st.title("What policies cost")
-if not found:
+if not benchmarks:
     st.info(f"There is no benchmark in **{md(runs_folder())}** yet. Make one in a terminal:")
     st.code("speed-diagnostics bench --lengths 512,2K --policies full,speed:24,projected:24,fastkv", language="bash")
     st.stop()
-entry = found[st.selectbox("Benchmark", list(found), key="benchmark")]
+entry = benchmarks[st.selectbox("Benchmark", list(benchmarks), key="benchmark")]
 bench = load(entry)
 m = bench.manifest
 about = [

@@ -28,8 +28,8 @@ readable = {entry.name: entry for entry in entries() if entry.readable}
 if not readable:
     empty_state()
     st.stop()
-here = current_entry()
-first = list(readable)[:6] if len(readable) > 1 else [here.name] if here else []
+current = current_entry()
+first = list(readable)[:6] if len(readable) > 1 else [current.name] if current else []
 st.session_state["compared"] = [name for name in st.session_state.get(COMPARED, first) if name in readable]
 chosen = st.multiselect("Runs", list(readable), key="compared", on_change=choose)
 left, right = st.columns(2)

@@ -71,7 +71,7 @@ def choose_cutoff(entry: Entry, run: Run, recommended: int) -> int:
     def follow() -> None:
         st.session_state[own] = None
 
-    left, right = st.columns([5, 1], vertical_alignment="bottom")
+    left, right = st.columns([5, 2], vertical_alignment="bottom")
     chosen = left.slider(
         f"Cutoff: layers that prompt tokens run through (recommended: {recommended})",
         1,

@@ -99,11 +99,11 @@ def card(job: Job) -> None:
 @st.fragment(run_every=1.0)
 def jobs() -> None:
     """List the jobs, as they are now; when one ends the whole page follows, so that its run can be chosen."""
-    found = list_jobs(runs_folder())
-    if found:
+    listed = list_jobs(runs_folder())
+    if listed:
         st.subheader("Diagnoses")
-    running = {job.name for job in found if job.running}
-    for job in found:
+    running = {job.name for job in listed if job.running}
+    for job in listed:
         card(job)
     if st.session_state.get("running_jobs", running) - running:
         st.session_state["running_jobs"] = running

@@ -47,8 +47,8 @@ def cutoffs_of(runs: Runs, goals: dict[str, float]) -> dict[str, int]:
 
 def unfinished(entry: Entry, manifest: Mapping[str, Any], done: int) -> None:
     """Say how far it is, and how it goes on."""
-    said = f"**{md(entry.name)}** is not finished: step {done} of {md(manifest['settings'].get('steps', '?'))}"
-    st.info(f"{said}. If nothing runs any more, go on with what began it, and add:")
+    state = f"**{md(entry.name)}** is not finished: step {done} of {md(manifest['settings'].get('steps', '?'))}"
+    st.info(f"{state}. If nothing runs any more, go on with what began it, and add:")
     st.code(f"--out {entry.path} --resume", language="bash")
 
 
@@ -58,24 +58,24 @@ def about(manifest: Mapping[str, Any]) -> None:
     shares = {0: "self-distillation", 1: "given answers"}
     share = settings.get("supervised", 0)
     method = f"LoRA of rank {settings.get('rank')}" if settings.get("method") == "lora" else "all weights"
-    said: list[Any] = [method, shares.get(share, f"{share} given answers, the rest self-distillation")]
-    said += [f"{settings.get('steps')} steps of {settings.get('batch_size')} x {settings.get('accumulate')} rows"]
-    said += [f"{settings['hold']:.0%} of them at full depth"] if settings.get("hold") else []
+    parts: list[Any] = [method, shares.get(share, f"{share} given answers, the rest self-distillation")]
+    parts += [f"{settings.get('steps')} steps of {settings.get('batch_size')} x {settings.get('accumulate')} rows"]
+    parts += [f"{settings['hold']:.0%} of them at full depth"] if settings.get("hold") else []
     if settings.get("start_cutoff", settings["cutoff"]) != settings["cutoff"]:
-        said += [f"cutoff lowered from {settings['start_cutoff']}"]
-    said += [f"data: {manifest['source']}"] if "source" in manifest else []
+        parts += [f"cutoff lowered from {settings['start_cutoff']}"]
+    parts += [f"data: {manifest['source']}"] if "source" in manifest else []
     if isinstance(held_out, dict):
-        said += [f"held out: {held_out.get('n_prompts')} prompts of {held_out.get('name')}"]
-    said += [manifest.get("hardware"), f"made {manifest['created']}" if "created" in manifest else None]
-    st.caption(md(", ".join(str(part) for part in said if part)))
+        parts += [f"held out: {held_out.get('n_prompts')} prompts of {held_out.get('name')}"]
+    parts += [manifest.get("hardware"), f"made {manifest['created']}" if "created" in manifest else None]
+    st.caption(md(", ".join(str(part) for part in parts if part)))
 
 
-def headline(made: FineTuning, table: pd.DataFrame, recommended: dict[str, int], goals: dict[str, float]) -> None:
+def headline(finetuning: FineTuning, table: pd.DataFrame, recommended: dict[str, int], goals: dict[str, float]) -> None:
     """Show in a few figures what was gained, and what it cost."""
-    m, n_layers = made.manifest, int(made.manifest["n_layers"])
+    m, n_layers = finetuning.manifest, int(finetuning.manifest["n_layers"])
     trained = int(m["settings"]["cutoff"])
     rows = table.set_index("cutoff")
-    started = made.sweeps["step"].max() > 0
+    started = finetuning.sweeps["step"].max() > 0
     asked = {name.replace("_", " "): value for name, value in goals.items() if name != "confidence"}
     goal = ", ".join(f"{name} {value:g}" for name, value in asked.items())
 
@@ -112,38 +112,39 @@ def compare(runs: Runs) -> None:
         st.switch_page("views/compare.py")
 
 
-def drawn(entry: Entry, made: FineTuning, goal: float | None) -> None:
+def drawn(entry: Entry, finetuning: FineTuning, goal: float | None) -> None:
     """Show the figures."""
-    name, trained, n_layers = entry.name, int(made.manifest["settings"]["cutoff"]), int(made.manifest["n_layers"])
-    show(entry, "finetuning cutoffs", lambda **_: figures.finetuning_cutoffs(made, goal), goal=goal)
-    show(entry, "finetuning steps", lambda **_: figures.finetuning_steps(made))
+    name, m = entry.name, finetuning.manifest
+    trained, n_layers = int(m["settings"]["cutoff"]), int(m["n_layers"])
+    show(entry, "finetuning cutoffs", lambda **_: figures.finetuning_cutoffs(finetuning, goal), goal=goal)
+    show(entry, "finetuning steps", lambda **_: figures.finetuning_steps(finetuning))
     cutoff = st.slider("Cutoff to look at, by kind of prompt", 1, n_layers, trained, key=f"kinds {name}")
     show(
         entry,
         "finetuning kinds",
-        lambda cutoff, **_: figures.finetuning_categories(made, int(cutoff), goal),
+        lambda cutoff, **_: figures.finetuning_categories(finetuning, int(cutoff), goal),
         cutoff=cutoff,
         goal=goal,
     )
 
 
-def all_cutoffs(made: FineTuning, table: pd.DataFrame, recommended: dict[str, int]) -> None:
+def all_cutoffs(finetuning: FineTuning, table: pd.DataFrame, recommended: dict[str, int]) -> None:
     """Show what every cutoff loses, before and after; from full depth down, where cutoffs lose little."""
     st.subheader("Every cutoff")
     notes = []
     for cutoff in table["cutoff"]:
-        note = ["trained"] if cutoff == made.manifest["settings"]["cutoff"] else []
+        note = ["trained"] if cutoff == finetuning.manifest["settings"]["cutoff"] else []
         sides = [name for name, best in recommended.items() if best == cutoff]
         notes.append(", ".join(note + ([f"recommended {' and '.join(sides)}"] if sides else [])))
     lines = table.assign(note=notes)
-    now = "after" if made.complete else "now"
+    now = "after" if finetuning.complete else "now"
     titles = {"kl": "KL", "top1_agreement": "same token", "nll": "NLL"}
     columns = {
-        f"{column}_{when}": st.column_config.NumberColumn(f"{title} {said}", format="%.3f")
+        f"{column}_{when}": st.column_config.NumberColumn(f"{title} {when_shown}", format="%.3f")
         for column, title in titles.items()
-        for when, said in ((BEFORE, "before"), (AFTER, now))
+        for when, when_shown in ((BEFORE, "before"), (AFTER, now))
     }
-    if not made.sweeps["step"].max():  # measured before training only
+    if not finetuning.sweeps["step"].max():  # measured before training only
         columns = {name: column for name, column in columns.items() if name.endswith(BEFORE)}
     config = columns | {"note": st.column_config.TextColumn("note", width="medium")}
     st.dataframe(lines[["cutoff", "note", *columns]][::-1], hide_index=True, column_config=config)
@@ -153,8 +154,8 @@ def all_cutoffs(made: FineTuning, table: pd.DataFrame, recommended: dict[str, in
 def details(manifest: Mapping[str, Any]) -> None:
     """Show what became of the data, what was asked for, and with which versions."""
     with st.expander("Data, settings and versions", icon=":material/info:"):
-        if said := finetuning_data(manifest):
-            st.caption(f"Data: {md(said)}")
+        if fate := finetuning_data(manifest):
+            st.caption(f"Data: {md(fate)}")
         for column, name in zip(st.columns(2), ("settings", "versions"), strict=True):
             values = manifest.get(name)
             if isinstance(values, dict):
@@ -164,13 +165,13 @@ def details(manifest: Mapping[str, Any]) -> None:
 
 
 listed = entries()
-found = {entry.name: entry for entry in listed if entry.has_finetuning}
+finetunings = {entry.name: entry for entry in listed if entry.has_finetuning}
 st.title("What did fine-tuning change?")
-if not found:
+if not finetunings:
     st.info(f"There is no fine-tuning in **{md(runs_folder())}** yet. Make one in a terminal:")
     st.code("speed-diagnostics finetune --cutoff 20", language="bash")
     st.stop()
-entry = found[st.selectbox("Fine-tuning", list(found), key="finetuning")]
+entry = finetunings[st.selectbox("Fine-tuning", list(finetunings), key="finetuning")]
 manifest = FINETUNING_FOLDER.read(entry.path)
 runs = runs_of(entry, listed)
 if not all(os.path.exists(entry.path / name) for name in (STEPS, SWEEPS)):
@@ -178,21 +179,21 @@ if not all(os.path.exists(entry.path / name) for name in (STEPS, SWEEPS)):
     st.caption(f"Nothing of the training was written yet. Before it: {runs[BEFORE].status if BEFORE in runs else '-'}.")
     details(manifest)
     st.stop()
-made = load(str(entry.path), entry.signature)
-if not made.complete:
-    unfinished(entry, manifest, int(max([0, *made.steps["step"]])))
+finetuning = load(str(entry.path), entry.signature)
+if not finetuning.complete:
+    unfinished(entry, manifest, int(max([0, *finetuning.steps["step"]])))
 goals = goals_of(entry, manifest)
 try:
     recommended = cutoffs_of(runs, goals)
 except UserError as error:  # a run in it is damaged; what was measured in training is not
     st.error(md(error))
     recommended = {}
-table = compare_cutoffs(made)
-headline(made, table, recommended, goals)
+table = compare_cutoffs(finetuning)
+headline(finetuning, table, recommended, goals)
 about(manifest)
 compare(runs)
-drawn(entry, made, goals.get("max_kl"))
-all_cutoffs(made, table, recommended)
+drawn(entry, finetuning, goals.get("max_kl"))
+all_cutoffs(finetuning, table, recommended)
 details(manifest)
 if AFTER in recommended:
     for note in recommendation(runs[AFTER], goals).data["notes"]:

@@ -43,9 +43,9 @@ def curves(entry: Entry, run: Run, ids: tuple[str, ...]) -> None:
         ids=ids,
         marked=marked,
     )
-    there = [name for name in HEAD_MEASURES if name in run.heads and run.heads[name].notna().any()]
+    measured = [name for name in HEAD_MEASURES if name in run.heads and run.heads[name].notna().any()]
     st.subheader("Heads")
-    measure = st.selectbox("Measure", there, format_func=HEAD_MEASURES.__getitem__, key="head_measure")
+    measure = st.selectbox("Measure", measured, format_func=HEAD_MEASURES.__getitem__, key="head_measure")
     if measure:
         show(entry, "heads", lambda ids, measure: figures.head_map(run.select(ids), measure), ids=ids, measure=measure)
 
@@ -98,12 +98,12 @@ def lens(entry: Entry, run: Run, prompt_id: str) -> None:
         st.info(md(error))
 
 
-this, whole = current_run()
+entry, run = current_run()
 st.title("What each layer does with the prompt")
-chosen = filtered(whole)
-curves(this, whole, chosen)
-one_prompt(this, whole, chosen)
+chosen = filtered(run)
+curves(entry, run, chosen)
+one_prompt(entry, run, chosen)
 with st.expander("What the measures mean"):
-    columns = whole.manifest.get("columns")
+    columns = run.manifest.get("columns")
     for name, meaning in columns.items() if isinstance(columns, dict) else ():
         st.markdown(f"**{md(name)}**: {md(meaning)}")

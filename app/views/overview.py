@@ -31,14 +31,14 @@ def row(entry: Entry) -> dict[str, object]:
     return line
 
 
-def choose(found: list[Entry]) -> None:
+def choose(listed: list[Entry]) -> None:
     """Make the clicked line the run that all pages look at."""
     chosen = st.session_state["runs_table"]["selection"]["rows"]
-    if chosen and found[chosen[0]].readable:
-        st.session_state["run"] = found[chosen[0]].name
+    if chosen and listed[chosen[0]].readable:
+        st.session_state["run"] = listed[chosen[0]].name
 
 
-def table(found: list[Entry]) -> None:
+def table(listed: list[Entry]) -> None:
     """Show what lies in the folder; a click chooses a run."""
     columns = [
         "run",
@@ -54,14 +54,14 @@ def table(found: list[Entry]) -> None:
         "made",
         "problem",
     ]
-    lines = pd.DataFrame([row(entry) for entry in found]).reindex(columns=columns)
+    lines = pd.DataFrame([row(entry) for entry in listed]).reindex(columns=columns)
     if lines["problem"].isna().all():
         lines = lines.drop(columns="problem")
     st.dataframe(
         lines,
         hide_index=True,
         width="stretch",
-        on_select=lambda: choose(found),
+        on_select=lambda: choose(listed),
         selection_mode="single-row",
         key="runs_table",
         column_config={

@@ -31,10 +31,10 @@ def choose_model() -> LoadedModel | None:
     entry = current_entry()
     known = open_run(entry).manifest["model"] if entry else EMBEDDED_MODEL
     # What was loaded stays, whichever run is looked at meanwhile.
-    known, place, kind = st.session_state.get("play_loaded", (known, "auto", "auto"))
-    left, middle, right, last = st.columns([4, 1, 1, 1], vertical_alignment="bottom")
+    known, device_name, kind = st.session_state.get("play_loaded", (known, "auto", "auto"))
+    left, middle, right, last = st.columns([5, 2, 3, 2], vertical_alignment="bottom")
     name = left.text_input("Model", known, key="play_model", help=MODEL_HELP)
-    device = middle.text_input("Device", place, key="play_device")
+    device = middle.text_input("Device", device_name, key="play_device")
     dtype = right.selectbox("Type", TYPES, TYPES.index(kind), key="play_dtype")
     wanted = (name.strip(), device.strip(), str(dtype))
     if last.button("Load", width="stretch", key="load"):
@@ -123,17 +123,17 @@ def run(lm: LoadedModel, policies: list[Policy], text: str, options: dict[str, o
     ids = encode_input(lm, text, chat=chat, max_new_tokens=int(options["max_new_tokens"]))  # type: ignore[call-overload]
     st.session_state.pop("played", None)
     every: list[Policy] = [FullPolicy(), *(p for p in policies if p != FullPolicy())]
-    places = []
+    slots = []
     for column, policy in zip(st.columns(len(every)), every, strict=True):
         column.markdown(f"**{md(policy.spec)}**")
-        places.append(column.empty())
-        places[-1].caption("waiting")
+        slots.append(column.empty())
+        slots[-1].caption("waiting")
     st.button("Stop", key="stop", icon=":material/stop:")  # any click makes the page begin anew
     results = []
-    for place, policy in zip(places, every, strict=True):
+    for slot, policy in zip(slots, every, strict=True):
         generator = torch.Generator(lm.device).manual_seed(seed)
         try:
-            results.append(play(lm, ids, policy, place.html, generator=generator, **options))
+            results.append(play(lm, ids, policy, slot.html, generator=generator, **options))
         except torch.OutOfMemoryError:
             raise UserError("out of device memory: take a shorter prompt") from None
     st.session_state["played"] = (ids.shape[1], results)
@@ -152,8 +152,8 @@ def show(lm: LoadedModel, n_prompt: int, results: list[Played]) -> None:
         column.markdown(f"**{md(other.spec)}**")
         column.html(marked(lm, full, other)[1])
         same = same_start(full.token_ids, other.token_ids)
-        whole = full.token_ids == other.token_ids
-        column.caption("the same tokens" if whole else f"the same for {same} tokens, then different")
+        equal = full.token_ids == other.token_ids
+        column.caption("the same tokens" if equal else f"the same for {same} tokens, then different")
     lines = [
         {
             "policy": one.spec,

@@ -71,10 +71,10 @@ def about(evaluation: Evaluation) -> None:
     m = evaluation.manifest
     identity = m["identity"] if isinstance(m.get("identity"), dict) else {}
     n = evaluation.items.groupby("task")["item_id"].nunique()
-    said = [m["model"], identity.get("dtype"), m.get("hardware"), f"{n.sum():,} items of {plural(len(n))}"]
-    said += [f"query: {identity['query']}"] if "query" in identity else []
-    said += [f"made {m['created']}"] if "created" in m else []
-    st.caption(md(", ".join(str(part) for part in said if part)))
+    parts = [m["model"], identity.get("dtype"), m.get("hardware"), f"{n.sum():,} items of {plural(len(n))}"]
+    parts += [f"query: {identity['query']}"] if "query" in identity else []
+    parts += [f"made {m['created']}"] if "created" in m else []
+    st.caption(md(", ".join(str(part) for part in parts if part)))
     errors = m.get("errors")
     for error in errors if isinstance(errors, list) else []:
         st.caption(f":material/warning: not finished: {md(error)}")
@@ -86,17 +86,17 @@ def verdict(table: pd.DataFrame, policy: str, margin: float) -> str:
     rows = of_tasks[(of_tasks["policy"] == policy) & of_tasks["difference"].notna()]
     averages = table[table["task"] == AVERAGE].set_index("policy")["score"]
     n = of_tasks["task"].nunique()
-    said = [f"finished {len(rows)} of {plural(n)}"]
+    parts = [f"finished {len(rows)} of {plural(n)}"]
     if policy in averages and averages.get(FULL, 0) > 0:
         ours, full = averages[policy], averages[FULL]
-        said = [f"keeps {ours / full:.0%} of the average score ({100 * ours:.1f} of {100 * full:.1f} points)"]
+        parts = [f"keeps {ours / full:.0%} of the average score ({100 * ours:.1f} of {100 * full:.1f} points)"]
     significant = rows["p_holm"].astype(float) < 0.05
     below, above = (int((significant & (sign * rows["difference"] > 0)).sum()) for sign in (-1, 1))
-    said.append(f"significantly below full depth on {below} of {plural(len(rows))}")
+    parts.append(f"significantly below full depth on {below} of {plural(len(rows))}")
     if above:
-        said.append(f"above it on {above}")
-    said.append(f"non-inferior at {100 * margin:g} points on {int(rows['non_inferior'].sum())} of {len(rows)}")
-    return f"**{md(policy_label(policy))}** {'; '.join(said)}."
+        parts.append(f"above it on {above}")
+    parts.append(f"non-inferior at {100 * margin:g} points on {int(rows['non_inferior'].sum())} of {len(rows)}")
+    return f"**{md(policy_label(policy))}** {'; '.join(parts)}."
 
 
 def scores(table: pd.DataFrame) -> None:
@@ -116,7 +116,7 @@ def scores(table: pd.DataFrame) -> None:
 
 def drawn(entry: Entry, table: pd.DataFrame, margin: float) -> None:
     """Show the figures."""
-    made = {
+    drawings = {
         "Differences": (figures.quality_differences(table, margin), "There is nothing to compare."),
         "Scores": (figures.quality_scores(table), ""),
         "By cutoff": (
@@ -128,7 +128,7 @@ def drawn(entry: Entry, table: pd.DataFrame, margin: float) -> None:
             f"No answer failed: no generated one is {', '.join(FAILURES[:-1])} or {FAILURES[-1]}.",
         ),
     }
-    for tab, (name, (figure, missing)) in zip(st.tabs(list(made)), made.items(), strict=True):
+    for tab, (name, (figure, missing)) in zip(st.tabs(list(drawings)), drawings.items(), strict=True):
         with tab:
             if figure is None:
                 st.caption(missing)
@@ -152,17 +152,17 @@ def where_answers_changed(items: pd.DataFrame, policies: list[str]) -> None:
     left, middle, right = st.columns([2, 2, 3], vertical_alignment="bottom")
     policy = left.selectbox("Policy", policies, format_func=policy_label, key="changed_policy")
     task = middle.selectbox("Task", ["all tasks", *dict.fromkeys(items["task"])], key="changed_task")
-    found = changed(items if task == "all tasks" else items[items["task"] == task], str(policy))
+    changes = changed(items if task == "all tasks" else items[items["task"] == task], str(policy))
     side = right.segmented_control(
         "Items",
         list(SIDES),
         default="lost",
         required=True,
-        format_func=lambda side: f"{SIDES[side]} ({len(found[side])})",
+        format_func=lambda side: f"{SIDES[side]} ({len(changes[side])})",
         key="changed_side",
         label_visibility="collapsed",
     )
-    rows = found[str(side)]
+    rows = changes[str(side)]
     label = policy_label(str(policy))
     columns = {
         "task": "task",
@@ -177,11 +177,11 @@ def where_answers_changed(items: pd.DataFrame, policies: list[str]) -> None:
         "answer": "answer, full depth",
         "answer_policy": f"answer, {label}",
     }
-    there = [name for name in columns if name in rows and (rows[name].notna() & (rows[name] != "")).any()]
+    shown = [name for name in columns if name in rows and (rows[name].notna() & (rows[name] != "")).any()]
     if rows.empty:
         st.caption("None.")
         return
-    st.dataframe(rows[there].rename(columns=columns), hide_index=True, width="stretch", height="auto")
+    st.dataframe(rows[shown].rename(columns=columns), hide_index=True, width="stretch", height="auto")
     st.caption(
         "Lost: full depth is right and the policy wrong, or scores lower where scores are graded. Won: the reverse."
     )
@@ -220,14 +220,14 @@ def downloads(table: pd.DataFrame) -> None:
         column.download_button(name, data, name, kind, width="stretch", key=name)
 
 
-found = {entry.name: entry for entry in entries() if entry.has_evaluation}
+evaluations = {entry.name: entry for entry in entries() if entry.has_evaluation}
 st.title("What quality do policies keep?")
-if not found:
+if not evaluations:
     st.info(f"There is no evaluation in **{md(runs_folder())}** yet. Make one in a terminal:")
     st.code("speed-diagnostics evaluate --tasks needle@512,arc_easy --policies speed:22,speed:25", language="bash")
     st.stop()
 left, right = st.columns([3, 1])
-entry = found[left.selectbox("Evaluation", list(found), key="evaluation")]
+entry = evaluations[left.selectbox("Evaluation", list(evaluations), key="evaluation")]
 if not os.path.exists(entry.path / ITEMS):
     st.info(f"**{md(entry.name)}** is not finished. If nothing runs any more, go on with what began it, and add:")
     st.code(f"--out {entry.path} --resume", language="bash")

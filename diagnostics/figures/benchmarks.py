@@ -55,8 +55,7 @@ def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="of full depth", row=1, col=1)
     m = benchmark.manifest
-    figure = finished(
-        figure, f"Measured beside the limit (dotted): {literal(m['model'])}, {literal(m['hardware'])}", height=460
-    )
+    subject = f"{literal(m['model'])}, {literal(m['hardware'])}"
+    figure = finished(figure, "Measured beside the limit (dotted)", 460, subject)
     # Below: above are the panels' titles.
-    return figure.update_layout(legend={"y": -0.22, "yanchor": "top"}, margin={"t": 70, "b": 90})
+    return figure.update_layout(legend={"y": -0.22, "yanchor": "top"}, margin={"t": 90, "b": 90})

@@ -83,7 +83,7 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
         figure.add_vline(recommendation.cutoff, line={"color": GREY, "width": 2}, row=row, col=1)
         if cutoff is not None and cutoff != recommendation.cutoff:
             figure.add_vline(cutoff, line={"color": BLUE, "width": 2, "dash": "dot"}, row=row, col=1)
-    return finished(figure, f"Recommended cutoff {recommendation.cutoff} of {run.n_layers}: {about(run)}", height=640)
+    return finished(figure, f"Recommended cutoff {recommendation.cutoff} of {run.n_layers}", 640, about(run))
 
 
 def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figure:
@@ -101,7 +101,7 @@ def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figu
         figure.add_vline(recommendation.cutoff, line={"color": GREY, "width": 2}, annotation_text="cutoff")
     figure.update_xaxes(title_text="cutoff", dtick=tick(run.n_layers))
     figure.update_yaxes(title_text="share below the cutoff", range=[0, 1.02])
-    return finished(figure, f"What a cutoff keeps of the prompt: {about(run)}", height=420)
+    return finished(figure, "What a cutoff keeps of the prompt", 420, about(run))
 
 
 def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] | None = None) -> go.Figure:

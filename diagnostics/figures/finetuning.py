@@ -65,7 +65,7 @@ def finetuning_cutoffs(made: FineTuning, goal: float | None = None) -> go.Figure
     figure.update_xaxes(title_text="cutoff: layers that prompt tokens run through", dtick=tick(n_layers))
     of = "own full depth" if _against_itself(made) else "full depth before training"
     figure.update_yaxes(title_text=f"KL from {of},<br>nats per token", type="log", exponentformat="power", dtick=1)
-    return _finished(figure, f"Loss of every cutoff: {_about(made)}", height=480)
+    return _finished(figure, "Loss of every cutoff", 480, made)
 
 
 def finetuning_steps(made: FineTuning) -> go.Figure | None:
@@ -103,7 +103,9 @@ def finetuning_steps(made: FineTuning) -> go.Figure | None:
     figure.update_xaxes(title_text="training step", row=1 + lowers, col=1)
     if max([*steps["step"], *measured]) <= FEW_STEPS:
         figure.update_xaxes(dtick=2)  # there are no half steps
-    return _finished(figure, f"Training: {_about(made)}", height=400 + 140 * lowers)
+    figure = _finished(figure, "Training", 460 + 140 * lowers, made)
+    # Below: in a narrow window so many names would run into the title.
+    return figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 66, "b": 150})
 
 
 def finetuning_categories(made: FineTuning, cutoff: int | None = None, goal: float | None = None) -> go.Figure | None:
@@ -162,7 +164,7 @@ def finetuning_categories(made: FineTuning, cutoff: int | None = None, goal: flo
     figure.update_xaxes(title_text=f"KL at cutoff {cutoff}, nats per token ({marks})", rangemode="tozero")
     figure.update_yaxes(tickvals=list(range(len(categories))), ticktext=[*map(literal, categories)], automargin=True)
     figure.update_yaxes(range=[len(categories) - 0.5, -0.5])
-    return _finished(figure, f"By kind of prompt: {_about(made)}", height=170 + 64 * len(categories))
+    return _finished(figure, "By kind of prompt", 170 + 64 * len(categories), made)
 
 
 def _measured(made: FineTuning) -> list[int]:
@@ -198,8 +200,9 @@ def _add(figure: go.Figure, *, name: str, colour: str, row: int = 1, width: floa
     figure.add_trace(trace, row=row, col=1)
 
 
-def _finished(figure: go.Figure, title: str, height: int) -> go.Figure:
-    return finished(figure, title, height).update_layout(showlegend=True)  # one curve alone has a name, too
+def _finished(figure: go.Figure, title: str, height: int, made: FineTuning) -> go.Figure:
+    figure = finished(figure, title, height, _about(made))
+    return figure.update_layout(showlegend=True)  # one curve alone has a name, too
 
 
 def _trained(made: FineTuning) -> int:

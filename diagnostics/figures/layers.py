@@ -40,9 +40,9 @@ def layer_curves(run: Run, recommendation: Recommendation | None = None) -> go.F
     figure.update_xaxes(title_text="layer", dtick=tick(run.n_layers), row=len(CURVES), col=1)
     if recommendation is not None:
         _mark_regions(figure, recommendation)
-    figure = finished(figure, f"What each layer does with the prompt: {about(run)}", height=980)
+    figure = finished(figure, "What each layer does with the prompt", 980, about(run))
     # Below: so many names would run into the title.
-    return figure.update_layout(legend={"y": -0.07, "yanchor": "top"}, margin={"t": 50, "b": 160})
+    return figure.update_layout(legend={"y": -0.07, "yanchor": "top"}, margin={"t": 66, "b": 160})
 
 
 def head_map(run: Run, column: str = "selectivity") -> go.Figure:
@@ -60,7 +60,7 @@ def head_map(run: Run, column: str = "selectivity") -> go.Figure:
     )
     figure.update_xaxes(title_text="head", dtick=tick(values.shape[2]))
     figure.update_yaxes(title_text="layer", dtick=tick(values.shape[1]))
-    return finished(figure, f"{column} of every head: {about(run)}", height=640)
+    return finished(figure, f"{column} of every head", 640, about(run))
 
 
 def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.Figure:
@@ -105,8 +105,8 @@ def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.
     labels = [_shortened(token) for token in following]
     figure.update_xaxes(title_text="next token of the reference", tickvals=columns, ticktext=labels, tickangle=0)
     figure.update_yaxes(title_text="after layer", dtick=tick(run.n_layers))
-    title = f"Logit lens: {literal(run.manifest['model'])}, prompt {literal(prompt_id)}"
-    return finished(figure, title, height=160 + 20 * run.n_layers)
+    subject = f"{literal(run.manifest['model'])}, prompt {literal(prompt_id)}"
+    return finished(figure, "Logit lens", 160 + 20 * run.n_layers, subject)
 
 
 def _visible(text: str) -> str:

@@ -15,6 +15,7 @@ from diagnostics.runs.run import Run
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY = (
     *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#8A8A8A"),
 )
+TITLE_PLACE = {"x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}}
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY)
 
 
@@ -83,13 +84,19 @@ def faint(colour: str) -> str:
     return f"rgba({red}, {green}, {blue}, 0.15)"
 
 
-def finished(figure: go.Figure, title: str, height: int) -> go.Figure:
-    """Give a figure its title, height in pixels, and the layout that all share."""
+def finished(figure: go.Figure, title: str, height: int, subject: str = "") -> go.Figure:
+    """Give a figure its title, height in pixels, and the layout that all share.
+
+    ``subject`` says what was measured; it has a line of its own, since plotly cuts a line that the window cannot hold.
+    """
+    if subject:
+        title = f'{title}<br><span style="font-size: 13px">{subject}</span>'
     return (
         figure.update_layout(
-            title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 17}},
+            # At the top, whatever is below it: a legend of two rows has room between title and curves.
+            title={"text": title, "font": {"size": 17}} | TITLE_PLACE,
             height=height,
-            margin={"l": 70, "r": 20, "t": 90, "b": 60},
+            margin={"l": 70, "r": 20, "t": 110, "b": 60},
             paper_bgcolor="rgba(0, 0, 0, 0)",
             plot_bgcolor="rgba(0, 0, 0, 0)",
             legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},

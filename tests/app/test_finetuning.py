@@ -69,7 +69,7 @@ def test_given_answers_have_no_drift_but_a_likelihood(tmp_path, open_app):
 
 def test_the_figures_are_those_of_the_package(runs, made, open_app):
     at = open_app(runs, "finetuning")
-    titles = [figure(at, number)["layout"]["title"]["text"].partition(":")[0] for number in range(3)]
+    titles = [figure(at, number)["layout"]["title"]["text"].partition("<br>")[0] for number in range(3)]
     assert titles == ["Loss of every cutoff", "Training", "By kind of prompt"]
     (after,) = [trace for trace in figure(at)["data"] if trace["name"] == "after"]
     same(numbers(after["y"])[:-1], made.curve().to_numpy()[:-1])

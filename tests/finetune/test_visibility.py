@@ -445,7 +445,7 @@ def test_lora(adapted, inside):
     trained = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
     assert all(torch.equal(p, base[name]) for name, p in adapted.named_parameters() if name in base)
-    assert_close(teacher, tiny_model("llama").model(**BATCH).logits, 1e-5)
+    assert_close(teacher, tiny_model("llama").model(**BATCH).logits, 5e-6)
 
 
 def test_a_call_past_the_hooks_is_refused():

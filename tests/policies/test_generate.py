@@ -34,7 +34,7 @@ from diagnostics import (
 )
 from diagnostics.runs.places import RECOMMENDATION
 from tests.support import policy_reference
-from tests.support.policy_cases import reference_logits
+from tests.support.policy_cases import assert_close, reference_logits
 from tests.support.runs import FALLING, make_run, region_layers, spread, write_prompts
 from tests.support.tiny import N_LAYERS, random_ids, tiny_model
 
@@ -44,7 +44,6 @@ POLICIES = [FullPolicy(), SpeedPolicy(3), ProjectedPolicy(3), FASTKV]
 STOCK = [FullPolicy(), SpeedPolicy(N_LAYERS), ProjectedPolicy(N_LAYERS), FastKVPolicy(tsp_rate=1, retention_rate=1)]
 FAMILIES = ["llama", "gemma2", "gpt2", "gpt_neox", "gpt_oss"]
 SLIDING = ("gemma2", "gpt_oss")
-TOLERANCE = 1e-4
 
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=str)
 like_stock = pytest.mark.parametrize("policy", STOCK, ids=str)
@@ -108,8 +107,8 @@ def test_greedy_equals_the_second_implementation(family, policy):
     tokens = out.sequences[0].tolist()
     expected = reference_logits(slow(family), policy, tokens[:-1], n_prompt=N)
     assert tokens[N:] == expected.argmax(-1).tolist()
-    torch.testing.assert_close(torch.cat(out.logits).double(), expected, atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(torch.cat(out.scores).double(), expected, atol=TOLERANCE, rtol=0)
+    assert_close(torch.cat(out.logits), expected)
+    assert_close(torch.cat(out.scores), expected)
     assert out.past_key_values.get_seq_length() == N + NEW - 1
 
 
@@ -372,8 +371,8 @@ def test_peft_wrapper_equals_the_merged_model(model, adapted, policy):
         assert torch.equal(generate(wrapper, ids, max_new_tokens=NEW).token_ids, own)
         every = wrapper(input_ids=ids).logits[:, -1:]
     assert logits.shape == expected.shape
-    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(every, expected, atol=TOLERANCE, rtol=0)
+    assert_close(logits, expected)
+    assert_close(every, expected)
     with policy(model), torch.no_grad():
         assert (model(ids, logits_to_keep=1).logits - expected).abs().max() > 0.1
 
@@ -401,11 +400,11 @@ def test_direct_call_has_nan_where_nothing_ran(family, policy):
     assert logits.isfinite().all(-1).nonzero()[:, 0].tolist() == sorted(chosen)
     assert states.isfinite().all(-1)[0].tolist() == logits.isfinite().all(-1).tolist()
     expected = reference_logits(slow(family), policy, ids[0].tolist(), n_prompt=N)
-    torch.testing.assert_close(logits[-1].double(), expected[0], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(later.double(), expected[1:], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(last[0], logits[-1:], atol=1e-5, rtol=0)
+    assert_close(logits[-1], expected[0])
+    assert_close(later, expected[1:])
+    assert_close(last[0], logits[-1:], 5e-6)
     head = model.get_output_embeddings()(states[0, -1])
-    torch.testing.assert_close(head, logits[-1], atol=1e-5, rtol=0)
+    assert_close(head, logits[-1], 5e-6)
 
 
 @pytest.mark.parametrize("way", ["logits_to_keep", "boundary", "cache"])
@@ -429,7 +428,7 @@ def test_loss_of_what_follows_the_prompt(model, policy, way):
     expected = reference_logits(slow(), policy, ids[0].tolist(), letters, n_prompt=N)[:-1]
     expected = torch.nn.functional.cross_entropy(expected, ids[0, N:])
     assert loss.isfinite()
-    assert float(loss) == pytest.approx(float(expected), abs=TOLERANCE)
+    assert float(loss) == pytest.approx(float(expected), rel=5e-5)
 
 
 def test_labels_of_tokens_that_did_not_run_are_refused(model):

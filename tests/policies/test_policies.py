@@ -15,9 +15,10 @@ from diagnostics import (
     save_cache,
 )
 from tests.support import policy_reference
+from tests.support.policy_cases import assert_close
 from tests.support.tiny import FAMILIES, N_LAYERS, random_ids, tiny_model
 
-P, NEW, TOLERANCE = 40, 6, 1e-4
+P, NEW = 40, 6
 FASTKV = {"tsp_rate": 0.5, "retention_rate": 0.3, "window": 4, "kernel": 3}
 ALL = [
     FullPolicy(),
@@ -43,10 +44,6 @@ def run(lm, ids, policy, chunk_size=None):
     return torch.cat([first, decode(lm, tokens[:, P:], cache)[0]]), cache
 
 
-def close(found, expected):
-    torch.testing.assert_close(found.double(), expected.double(), atol=TOLERANCE, rtol=0)
-
-
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, 39])
 @pytest.mark.parametrize(("anchors", "boundary"), [(1, 1), (0, 1), (3, 4)])
 def test_speed_is_the_masked_pass(case, anchors, boundary, chunk_size):
@@ -54,7 +51,7 @@ def test_speed_is_the_masked_pass(case, anchors, boundary, chunk_size):
     for cutoff in range(1, N_LAYERS + 1) if chunk_size in (None, 7) else (2,):
         found, cache = run(lm, ids, SpeedPolicy(cutoff, anchors, boundary), chunk_size)
         letters = policy_reference.labels(P, NEW, anchors, boundary)
-        close(found, policy_reference.speed(slow, ids, letters, cutoff)[P - 1 :])
+        assert_close(found, policy_reference.speed(slow, ids, letters, cutoff)[P - 1 :])
         if "sliding_attention" not in lm.anatomy.layer_types:
             held = sum(layer.n_slots for layer in cache.layers) - N_LAYERS * NEW
             assert held == cutoff * P + (N_LAYERS - cutoff) * (anchors + boundary)
@@ -66,7 +63,7 @@ def test_projected_is_its_definition(case, chunk_size):
     for cutoff in range(1, N_LAYERS + 1):
         found, _ = run(lm, ids, ProjectedPolicy(cutoff), chunk_size)
         letters = policy_reference.labels(P, NEW, 0, 1)
-        close(found, policy_reference.projected(slow, ids, letters, cutoff)[P - 1 :])
+        assert_close(found, policy_reference.projected(slow, ids, letters, cutoff)[P - 1 :])
 
 
 @pytest.mark.parametrize("tsp_layer", [1, 2, 4])
@@ -79,7 +76,7 @@ def test_fastkv_is_its_definition(case, tsp_layer):
         return
     found, cache = run(lm, ids, policy)
     logits, kept, _ = policy_reference.fastkv(slow, ids, P, tsp_layer, **FASTKV)
-    close(found, logits[P - 1 :])
+    assert_close(found, logits[P - 1 :])
     for layer, heads in enumerate(kept):
         columns = cache.columns(layer)[0].columns
         assert [sorted(head) for head in columns[0].tolist()] == heads
@@ -107,8 +104,8 @@ def test_rows_of_a_padded_batch_are_as_alone(case, chunk_size):
         then = [decode(lm, more[:, :4], cache), decode(lm, more[:, 4:5], cache), decode(lm, more[:, 5:], cache)]
         for index, row in enumerate(rows):
             alone, own = prefill(lm, torch.tensor([row]), policy=policy)
-            close(first[index], alone[0])
-            close(torch.cat(then, dim=1)[index], decode(lm, more[index : index + 1], own)[0])
+            assert_close(first[index], alone[0])
+            assert_close(torch.cat(then, dim=1)[index], decode(lm, more[index : index + 1], own)[0])
 
 
 @pytest.mark.parametrize("policy", [*ALL, FastKVPolicy(2, **FASTKV)], ids=str)
@@ -139,10 +136,10 @@ def test_one_document_serves_many_questions():
     for question in questions:
         ids = [*document, *question]
         shallow, _ = prefill(lm, torch.tensor([question]), cache=cache.copy())
-        close(shallow[0], policy_reference.speed(slow, ids, policy_reference.labels(len(ids), 0), 3)[-1])
+        assert_close(shallow[0], policy_reference.speed(slow, ids, policy_reference.labels(len(ids), 0), 3)[-1])
         deep = decode(lm, torch.tensor([question]), cache.copy())[0]
         letters = ["a", *"p" * (P - 1), *"d" * len(question)]
-        close(deep, policy_reference.speed(slow, ids, letters, 3)[P:])
+        assert_close(deep, policy_reference.speed(slow, ids, letters, 3)[P:])
 
 
 @pytest.mark.parametrize("policy", ALL, ids=str)

@@ -72,8 +72,10 @@ def masked_pass(family, policy, ids, letters):
     raise NotImplementedError(policy)
 
 
-def assert_close(found, wanted, tolerance=1e-4):
-    torch.testing.assert_close(found.double(), wanted.double(), atol=tolerance, rtol=0)
+def assert_close(found, wanted, relative=5e-5):
+    """Nothing differs by more than a share of the largest number: rounding grows with what a layer adds up."""
+    scale = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(found.double(), wanted.double(), atol=relative * scale, rtol=0)
 
 
 def reference_logits(slow, policy, ids, letters=None, *, n_prompt):
