@@ -452,7 +452,7 @@ def test_odd_names(runs, stand_in, name):
     assert contents(runs) == {JOBS: None}
 
 
-# --- FAILING: bugs found while writing these tests ---
+# --- Odd values and other dashboards ---
 
 
 @pytest.mark.parametrize(

@@ -554,7 +554,7 @@ def test_no_name_leads_out_of_the_folder(files, top, extra, whole):
         assert contents(place) == before
 
 
-# --- FAILING: bugs found while writing these tests ---
+# --- Odd files ---
 
 
 @pytest.mark.parametrize("size", [230, 253, 255, 256, 300, 5000])
