@@ -11,7 +11,7 @@ from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FineTuning, lo
 from diagnostics.report import finetuning_data
 from diagnostics.runs.places import RECOMMENDATION
 from diagnostics.support.errors import UserError
-from tests.support.figures import assert_whole
+from tests.support.figures import assert_complete_figure
 from tests.support.finetunings import DAMAGE, N_LAYERS, TRAINED, make_finetuning, save_finetuning
 from tests.support.runs import run_command
 
@@ -33,7 +33,7 @@ def named(figure, name):
 
 def test_cutoffs_before_and_after_are_means_over_prompts(made):
     figure = figures.finetuning_cutoffs(made, 0.2)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     for name, step in (("before", 0), ("after", 40)):
         line = named(figure, name)
         mean = made.sweeps[made.sweeps["step"] == step].groupby("cutoff")["kl"].mean()
@@ -64,7 +64,7 @@ def test_measurements_on_the_way_darken(made):
 def test_of_many_measurements_few_are_drawn():
     made = make_finetuning(n_steps=100, every=1, n_prompts=2)
     figure = figures.finetuning_cutoffs(made)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     between = [trace.hovertemplate.partition("<")[0] for trace in figure.data if trace.legendgroup == "between"]
     assert len(between) == len(set(between)) == 8
     assert (between[0], between[-1]) == ("step 1", "step 99")
@@ -91,7 +91,7 @@ def test_one_measurement_is_drawn_alone(made, n_steps):
     part = FineTuning(made.manifest | {"status": "running"}, made.steps[:n_steps], made.sweeps.query("step == 0"))
     drawn = [figures.finetuning_cutoffs(part), figures.finetuning_steps(part), figures.finetuning_categories(part)]
     for figure in drawn:
-        assert_whole(figure)
+        assert_complete_figure(figure)
     assert [trace.name for trace in drawn[0].data] == ["before"]
     assert {trace.name for trace in drawn[2].data} == {"before"}
     assert list(drawn[2].data[0].y) == [0, 1]
@@ -114,7 +114,7 @@ def test_nothing_measured_is_no_figure(made):
 
 def test_the_loss_of_every_step_its_mean_and_held_out_prompts(made):
     figure = figures.finetuning_steps(made)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     loss = made.steps["loss"].to_numpy()
     np.testing.assert_allclose(named(figure, "training loss").y, loss)
     assert list(named(figure, "training loss").x) == list(range(1, 41))
@@ -130,7 +130,7 @@ def test_the_loss_of_every_step_its_mean_and_held_out_prompts(made):
 def test_a_cutoff_that_is_lowered_has_a_panel():
     made = make_finetuning(start=5)
     figure = figures.finetuning_steps(made)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     line = named(figure, "cutoff of the step")
     assert (line.yaxis, line.line.shape) == ("y2", "hv")
     assert list(line.y) == list(made.steps["cutoff"])
@@ -152,7 +152,7 @@ def test_few_steps_have_points_and_no_mean():
 @pytest.mark.parametrize("cutoff", [None, 5])
 def test_categories_are_means_with_their_prompts(made, cutoff):
     figure = figures.finetuning_categories(made, cutoff, 0.2)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     assert list(figure.layout.yaxis.ticktext) == ["a", "b"]
     at = made.sweeps[made.sweeps["cutoff"] == (cutoff or TRAINED)]
     for name, step in (("before", 0), ("after", 40)):

@@ -43,7 +43,7 @@ def trace(figure, name):
     return found
 
 
-def assert_whole(figure):
+def assert_complete_figure(figure):
     """It is JSON, without NaN, has a title, titled axes and hover texts; nothing is drawn in black or white."""
     text = figure.to_json()
     json.loads(text, parse_constant=lambda constant: pytest.fail(constant))
@@ -58,7 +58,7 @@ def assert_whole(figure):
 
 def test_layer_curves_are_means_between_quartiles(run, recommendation):
     figure = figures.layer_curves(run, recommendation)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     drift = run.array("drift_prompt_centred")
     np.testing.assert_allclose(trace(figure, "drift: prompt, centred").y, drift.mean(axis=0))
     bands = [t for t in figure.data if t.legendgroup == "drift: prompt, centred" and t.hoverinfo == "skip"]
@@ -81,7 +81,7 @@ def test_regions_and_cutoff_are_marked_between_layers(run, recommendation):
 
 def test_head_map(run):
     figure = figures.head_map(run, "mass_prompt")
-    assert_whole(figure)
+    assert_complete_figure(figure)
     np.testing.assert_allclose(figure.data[0].z, run.array("mass_prompt").mean(axis=0))
     with pytest.raises(ValueError, match="not measured per head"):
         figures.head_map(run, "drift_prompt")
@@ -89,7 +89,7 @@ def test_head_map(run):
 
 def test_loss_tolerance_bound_and_savings(run, recommendation):
     figure = figures.cutoff_loss(run, recommendation, n_prompt=4096)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     shown = trace(figure, "KL from full depth")
     kl = run.array("kl").mean(axis=0)
     np.testing.assert_allclose(np.array(shown.y, float)[:-1], kl[:-1])
@@ -113,13 +113,13 @@ def test_without_a_bound_there_is_no_band():
     run = make_run(falling(n_prompts=2))
     run.manifest["shape"] = llama_8b_shape()
     figure = figures.cutoff_loss(run, recommend(run))
-    assert_whole(figure)
+    assert_complete_figure(figure)
     assert not [t for t in figure.data if t.fill == "tonexty"]
 
 
 def test_retention_ends_at_one_and_passes_the_recommendations_number(run, recommendation):
     figure = figures.retention(run, recommendation)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     curve = trace(figure, "attention mass").y
     assert curve[-1] == pytest.approx(1)
     assert (np.diff(curve) >= 0).all()
@@ -141,7 +141,7 @@ def test_small_and_large_runs(n_prompts, n_layers):
         figures.compare_runs([run]),
     ]
     for figure in made:
-        assert_whole(figure)
+        assert_complete_figure(figure)
     for axis in made[0].select_xaxes():
         assert axis.dtick is None or n_layers / axis.dtick <= 20
 
@@ -171,7 +171,7 @@ def test_benchmark_ratios():
         for repeat in range(2)
     ]
     figure = figures.benchmark_ratios(Benchmark({"model": "m", "hardware": "h"}, pd.DataFrame(rows)))
-    assert_whole(figure)
+    assert_complete_figure(figure)
     measured = [t for t in figure.data if t.name == "speed:3"]
     assert [list(t.y) for t in measured] == [[0.5, 0.5]] * 3
     assert [list(t.x) for t in measured] == [[512, 2048]] * 3
@@ -182,7 +182,7 @@ def test_benchmark_ratios():
 def test_runs_compared_on_relative_depth():
     runs = [make_run(falling(3, n), model=f"m{n}") for n in (4, 8)]
     figure = figures.compare_runs(runs)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     for run, drawn in zip(runs, figure.data, strict=True):
         assert drawn.name == run.name
         np.testing.assert_allclose(drawn.x, np.arange(1, run.n_layers + 1) / run.n_layers)
@@ -207,7 +207,7 @@ def test_what_is_missing_or_infinite_leaves_a_gap():
     run = make_run(falling(4, 8), layers={"prompt_contribution": curve, "selectivity": curve})
     run.manifest["shape"] = llama_8b_shape() | {"layer_parameters": [1] * 8, "layer_types": ["full_attention"] * 8}
     for figure in (figures.layer_curves(run), figures.retention(run)):
-        assert_whole(figure)
+        assert_complete_figure(figure)
     drawn = np.array(trace(figures.layer_curves(run), "taken from the prompt: contribution").y, float)
     np.testing.assert_allclose(drawn[:7], 0.2)
     assert np.isnan(drawn[7])

@@ -13,7 +13,7 @@ from diagnostics.evaluate.evaluation_folder import EVALUATION, ITEMS, Evaluation
 from diagnostics.evaluate.score_table import AVERAGE, cell, summarize
 from diagnostics.figures.quality import policy_label
 from tests.support.evaluations import CHOICE, POLICIES, WRITTEN, make_evaluation, save_evaluation
-from tests.support.figures import assert_whole
+from tests.support.figures import assert_complete_figure
 from tests.support.runs import run_command
 
 MARKUP = "<b>x</b> & $y$"
@@ -54,7 +54,7 @@ def test_policies_have_names_for_readers(spec, label):
 
 def test_scores_are_dots_between_their_bounds(summary):
     figure = figures.quality_scores(summary)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     tasks = list(figure.layout.yaxis.ticktext)
     assert tasks == ["arc_easy", "boolq", "gsm8k", f"<b>{AVERAGE}</b>"]
     for policy in POLICIES:
@@ -83,7 +83,7 @@ def test_more_policies_than_colours_differ_in_their_marks():
 
 def test_differences_are_drawn_beside_zero_and_the_margin(summary):
     figure = figures.quality_differences(summary, 0.03)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     assert {shape.x0 for shape in figure.layout.shapes if shape.x0 == shape.x1} == {0, -3}
     assert figure.layout.annotations[0].text == "margin 3"
     significant = 0
@@ -105,14 +105,14 @@ def test_differences_are_drawn_beside_zero_and_the_margin(summary):
 
 def test_full_depth_alone_has_nothing_to_compare():
     summary = summarize(make_evaluation(policies={"full": 1.0}, n=5))
-    assert_whole(figures.quality_scores(summary))
+    assert_complete_figure(figures.quality_scores(summary))
     assert figures.quality_differences(summary, 0.02) is None
     assert figures.quality_by_cutoff(summary) is None
 
 
 def test_cutoffs_are_shares_of_full_depth_in_order(summary):
     figure = figures.quality_by_cutoff(summary)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     assert [a.text for a in figure.layout.annotations] == ["SPEED"]  # the other kinds have one cutoff each
     full = rows_of(summary, "full").set_index("task")["score"]
     for task in (*CHOICE, *WRITTEN, AVERAGE):
@@ -144,13 +144,13 @@ def test_a_cutoff_figure_needs_full_depth_to_compare_with():
     assert figures.quality_by_cutoff(summarize(evaluation)) is None
     # Of full depth that has nothing right there is no share; of the other tasks there is.
     nothing = summarize(make_evaluation(choice=CHOICE | {"hard": 0.0}, n=30))
-    assert_whole(figures.quality_by_cutoff(nothing))
+    assert_complete_figure(figures.quality_by_cutoff(nothing))
     assert {t.name for t in figures.quality_by_cutoff(nothing).data} == {*CHOICE, *WRITTEN, f"<b>{AVERAGE}</b>"}
 
 
 def test_failures_are_means_over_generation_tasks(summary):
     figure = figures.quality_failures(summary)
-    assert_whole(figure)
+    assert_complete_figure(figure)
     assert [bars.name for bars in figure.data] == ["empty"]  # what never happens has no bars
     rates = dict(zip(figure.data[0].y, figure.data[0].x, strict=True))
     assert list(rates) == [policy_label(policy) for policy in POLICIES]
@@ -173,7 +173,7 @@ def test_what_did_not_finish_leaves_a_gap():
     summary = summarize(Evaluation(evaluation.manifest, items[~gone]))
     scores, differences = figures.quality_scores(summary), figures.quality_differences(summary, 0.02)
     for figure in (scores, differences, figures.quality_by_cutoff(summary), figures.quality_failures(summary)):
-        assert_whole(figure)
+        assert_complete_figure(figure)
     assert [told[0] for told in trace(scores, "SPEED 24").customdata] == ["arc_easy"]
     assert [told[0] for told in trace(differences, "SPEED 24").customdata] == ["arc_easy"]
     assert list(np.isnan(trace(figures.quality_by_cutoff(summary), "boolq").y)) == [False, True, False]
@@ -182,7 +182,7 @@ def test_what_did_not_finish_leaves_a_gap():
 def test_one_item_has_no_interval():
     summary = summarize(make_evaluation(n=1))
     for figure in (figures.quality_scores(summary), figures.quality_differences(summary, 0.02)):
-        assert_whole(figure)
+        assert_complete_figure(figure)
 
 
 def test_names_are_text():

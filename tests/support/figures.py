@@ -5,7 +5,7 @@ import json
 import pytest
 
 
-def assert_whole(figure):
+def assert_complete_figure(figure):
     """It is JSON without NaN; has a title, a titled axis, hover texts, and the house's background."""
     text = figure.to_json()
     json.loads(text, parse_constant=lambda constant: pytest.fail(constant))

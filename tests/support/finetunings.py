@@ -50,15 +50,15 @@ def make_finetuning(
     return FineTuning(manifest, steps, pd.DataFrame(rows))
 
 
-def save_finetuning(folder, made, *, goals=None, runs=(BEFORE, AFTER)):
+def save_finetuning(folder, finetuning, *, goals=None, runs=(BEFORE, AFTER)):
     """Write the folder of a fine-tuning, with its runs before and after; their losses are those of the sweeps."""
     folder.mkdir(parents=True)
-    (folder / FINETUNING).write_text(json.dumps(made.manifest))
-    made.steps.to_parquet(folder / STEPS, index=False)
-    made.sweeps.to_parquet(folder / SWEEPS, index=False)
+    (folder / FINETUNING).write_text(json.dumps(finetuning.manifest))
+    finetuning.steps.to_parquet(folder / STEPS, index=False)
+    finetuning.sweeps.to_parquet(folder / SWEEPS, index=False)
     for name in runs:
-        step = 0 if name == BEFORE else made.sweeps["step"].max()
-        at = made.sweeps[made.sweeps["step"] == step]
+        step = 0 if name == BEFORE else finetuning.sweeps["step"].max()
+        at = finetuning.sweeps[finetuning.sweeps["step"] == step]
         run = make_run(at.pivot(index="prompt_id", columns="cutoff", values="kl").to_numpy(), model=name)
         (folder / name).mkdir()
         (folder / name / MANIFEST).write_text(json.dumps(run.manifest))

@@ -22,11 +22,11 @@ def go(at, page):
 
 
 def calm(at):
-    """Nothing was raised, and what went wrong is said in a line each; returns these lines, as they are read."""
+    """Nothing was raised, and every error is one line; returns these lines, as they are read."""
     assert [(e.value, e.proto.stack_trace[-4:]) for e in at.exception] == []
-    said = [literal(error.value) for error in at.error]
-    assert all("\n" not in line and len(line) < 500 for line in said)
-    return said
+    errors = [literal(error.value) for error in at.error]
+    assert all("\n" not in line and len(line) < 500 for line in errors)
+    return errors
 
 
 def literal(markdown):

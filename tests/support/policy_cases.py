@@ -72,10 +72,10 @@ def masked_pass(family, policy, ids, letters):
     raise NotImplementedError(policy)
 
 
-def assert_close(found, wanted, relative=5e-5):
+def assert_close(actual, expected, relative=5e-5):
     """Nothing differs by more than a share of the largest number: rounding grows with what a layer adds up."""
-    scale = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
-    torch.testing.assert_close(found.double(), wanted.double(), atol=relative * scale, rtol=0)
+    scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(actual.double(), expected.double(), atol=relative * scale, rtol=0)
 
 
 def reference_logits(slow, policy, ids, letters=None, *, n_prompt):

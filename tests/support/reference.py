@@ -120,8 +120,8 @@ class Reference:
         written = heads @ matrix.detach()
         kind = self.model.config.model_type
         if kind in ("gemma2", "gemma3_text", "olmo2"):
-            whole = self.attention_out[layer][self.decode]
-            variance = whole.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps
+            output = self.attention_out[layer][self.decode]
+            variance = output.pow(2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps
             gain = block.post_attention_layernorm.weight.detach()
             written = written / variance.sqrt() * (gain if kind == "olmo2" else 1 + gain)
         if kind == "granite":

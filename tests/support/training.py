@@ -23,11 +23,11 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(found, wanted, relative):
-    assert found.keys() == wanted.keys()
-    scale = max(gradient.abs().max() for gradient in wanted.values())
-    for name, gradient in wanted.items():
-        error = (found[name] - gradient).abs().max()
+def assert_same_gradients(actual, expected, relative):
+    assert actual.keys() == expected.keys()
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).abs().max()
         assert error <= relative * max(gradient.abs().max(), 1e-3 * scale), name
 
 
