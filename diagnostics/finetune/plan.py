@@ -1,4 +1,4 @@
-"""Which tokens of a training batch run above the cutoff, read from its labels, and how they are picked and put back."""
+"""Which tokens of a training batch run above the cutoff, read from its labels, and how they are taken and spread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKED = (
 
 
 def decode_phase(labels: Tensor, attention_mask: Tensor | None = None, boundary: int = 1) -> Tensor:
-    """Find the decode-phase tokens of conversations by their labels; bool [batch, tokens].
+    """Return the decode-phase tokens of conversations, read from their labels: bool [batch, tokens].
 
     A token is decode phase if it is a target (``labels`` [batch, tokens] is not -100 there) or predicts one: the last
     token before each answer does. ``boundary`` counts the tokens before each answer that are, 1 or more. Padding, 0 in
@@ -37,8 +37,8 @@ def decode_phase(labels: Tensor, attention_mask: Tensor | None = None, boundary:
 class Plan:
     """The deep tokens of one forward pass.
 
-    ``columns``: int64 [batch, slots], ascending places in the row. Unused slots hold columns past the end, so that
-    causal order alone hides them from tokens, and yet they see something: a softmax over nothing would be NaN.
+    ``columns``: int64 [batch, slots], ascending columns of the row. Unused slots hold columns past the end: causal
+    order hides them from tokens, and yet they see something, since a softmax over nothing would be NaN.
     ``padding``: columns before the first token of each row, int64 [batch], None where there are none.
     """
 
@@ -53,7 +53,7 @@ class Plan:
         self._masks: dict[Any, Tensor | None] = {}
 
     def mask(self, deep: bool, window: int | None, like: Tensor) -> Tensor | None:
-        """Return the mask of a layer for a residual ``like``, or None where causal order of its slots says it all."""
+        """Return the mask of a layer for a residual ``like``, or None where causal order of its slots is enough."""
         same = deep, window, like.dtype, like.device
         if same not in self._masks:
             slots = (Piece(0, self.n_columns, self.columns),) if deep else span(0, self.n_columns)
@@ -75,7 +75,7 @@ class Plan:
 
     def spread(self, values: Tensor) -> Tensor:
         """Put values [batch, slots, width] back to columns of deep tokens, [batch, tokens, width], zeros elsewhere."""
-        # Not NaN: a loss weighs these places with 0, and 0 times NaN would reach every gradient.
+        # Not NaN: a loss weighs these columns with 0, and 0 times NaN would reach every gradient.
         return spread_rows(values, self.columns, self.n_columns, 0.0)
 
 
@@ -89,7 +89,7 @@ def make_plan(
     position_ids: Tensor | None,
     implementation: str,
 ) -> tuple[Plan, bool]:
-    """Find the deep tokens of a batch: those of its decode phase and the first ``anchors`` of each row.
+    """Plan a forward pass from the deep tokens of its batch: the decode phase and the first ``anchors`` of each row.
 
     Parameters
     ----------
@@ -100,14 +100,14 @@ def make_plan(
     anchors
         Leading tokens of each row that run through all layers.
     labels, position_ids
-        What came with the batch, [batch, tokens], or None.
+        Those of the batch, [batch, tokens], or None.
     implementation
-        Of the attention.
+        The attention implementation, ``sdpa`` or ``eager``.
 
     Returns
     -------
     plan, shallow
-        And whether any token stays below the cutoff.
+        The plan, and whether any token stays below the cutoff.
 
     Raises
     ------

@@ -1,9 +1,9 @@
 """Training under SPEED: every token sees in each layer what it will see in inference, and no layer runs more tokens.
 
-A batch comes whole, prompt and targets of all turns in one forward pass without a KV cache. Below the cutoff the layers
-run as they are. Before the layer at the cutoff the anchors and decode-phase tokens of each row, its *deep* tokens, are
-gathered; the layers above run these alone, and after the last one they are put back to their places. What is then
-wanted of visibility is plain causal order among deep tokens, with sliding windows by original position.
+Prompt and targets of all turns run in one forward pass without a KV cache. Below the cutoff the layers run as they are.
+Before the layer at the cutoff the anchors and decode-phase tokens of each row, its *deep* tokens, are gathered; the
+layers above run only these, and after the last one they go back to their columns. Among deep tokens visibility is plain
+causal order, with sliding windows by original position.
 
 Layers under gradient checkpointing may run again in the backward pass, their hooks too, when the model has begun
 another forward pass. So a layer's hook reads nothing but its arguments: the plan of a pass travels among them.
@@ -83,7 +83,7 @@ def full_depth(model: Any) -> Iterator[None]:
 
 
 class _Training:
-    """Holds a model's place among those that run under a policy; whoever wants to use it is turned away."""
+    """Holds a model that is being trained; whoever wants to run it under a policy is turned away."""
 
     def __init__(self, visibility: Visibility) -> None:
         self.visibility = visibility
@@ -104,9 +104,9 @@ class Visibility:
     Attributes
     ----------
     policy
-        May be changed between steps, such as to lower the cutoff.
+        May change between steps, for example to lower the cutoff.
     n_positions, n_deep
-        Positions that ran below and above the cutoff so far, padding and unused slots included: what was computed.
+        Positions computed below and above the cutoff so far, padding and unused slots included.
     at_full_depth
         Whether forward passes are those of the stock model at present.
     """

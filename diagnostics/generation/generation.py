@@ -1,7 +1,7 @@
 """Prefill, decode and generate, phase by phase: for long prompts in chunks, documents with many questions, and timing.
 
 ``model.generate()`` inside ``with policy(model):`` needs none of this. These functions enter the block themselves,
-say which tokens are prompt and which are decode phase, and give the KV cache out of hand.
+say which tokens are prompt and which are decode phase, and return the KV cache.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A wrapped attention function is registered under its own name together with the mask of the implementation it
 wraps, and the model's configuration points to it only inside the ``with`` block. The model's own fused attention
-still does the work. Nothing of transformers or of the model is patched; on exit every configuration is as it was.
+still does the work. Neither transformers nor the model is patched; on exit every configuration is as it was.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Attention masks from columns, for layers that hold different tokens.
 
-transformers builds one mask per forward pass for all layers of a kind, sized by one of them. Under a policy every layer
-gets its own, in the form its attention implementation takes: none where causal order says it all, so that fused
-kernels stay in use; boolean for ``sdpa``; added to the scores for ``eager``.
+transformers builds one mask per forward pass for all layers of a kind, with the size of one of them. Under a policy
+every layer gets its own, in the form that its attention implementation takes: none where causal order is enough, so
+that fused kernels stay in use; boolean for ``sdpa``; added to the scores for ``eager``.
 """
 
 from collections.abc import Sequence
