@@ -29,10 +29,6 @@ ROOF = "diagnostics"
 CIRCLES = {
     # A policy opens the block that runs a model, which first has the model tested under two policies.
     frozenset(f"diagnostics.policies.{name}" for name in ("base", "block", "full", "self_test", "speed")),
-    # A command's messages name its options, which the group of all commands knows.
-    frozenset(
-        ["diagnostics.cli", *(f"diagnostics.cli.{name}" for name in ("diagnosis", "evaluation", "finetuning", "flags"))]
-    ),
 }
 
 
