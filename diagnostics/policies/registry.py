@@ -12,13 +12,14 @@ import re
 import warnings
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from importlib.resources import files
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from diagnostics.policies.base import Policy
-from diagnostics.support.errors import UserError, one_line
+from diagnostics.support.errors import UserError
+from diagnostics.support.plugins import load_plugin, plugins, unusable
 
 GROUP = "speed_diagnostics.policies"
 PACKAGE = __name__.rpartition(".")[0]
@@ -31,7 +32,7 @@ def all_policies() -> dict[str, type[Policy]]:
     A policy of another distribution that cannot be used is left out with a warning; `find_policy` says why.
     """
     policies = {policy.name: policy for policy in Policy.__subclasses__()}  # also what the process itself defines
-    for point in _entry_points():
+    for point in plugins(GROUP):
         try:
             policies[point.name] = _load(point)
         except UserError as error:
@@ -58,7 +59,7 @@ def find_policy(name: str) -> type[Policy]:
     """Return the policy class of this name; raise UserError, with the names that exist, where there is none."""
     if (policy := _built_in().get(name)) is not None:
         return policy
-    for point in _entry_points():
+    for point in plugins(GROUP):
         if point.name == name:
             return _load(point)
     policies = all_policies()
@@ -120,28 +121,15 @@ def _built_in() -> dict[str, type[Policy]]:
 # --- Policies of other distributions ---
 
 
-def _entry_points() -> list[EntryPoint]:
-    return sorted(entry_points(group=GROUP), key=lambda point: point.name)
-
-
 def _load(point: EntryPoint) -> type[Policy]:
     """Load the policy class that an entry point names; raise UserError, which names the plugin, where it is none."""
-    distribution = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
-    plugin = f"the policy plugin {point.name!r}{distribution}"
-    try:
-        policy = point.load()
-    except Exception as error:  # the plugin's own code
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{plugin} cannot be loaded ({reason}): mend or uninstall it") from None
-    problem = None
+    policy = load_plugin(point)
     if not (isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)):
-        problem = f"{point.value} is no dataclass derived from diagnostics.Policy"
-    elif getattr(policy, "name", None) != point.name:
-        problem = f"{point.value} has another name, {getattr(policy, 'name', None)!r}"
-    elif point.name in _built_in():
-        problem = f"{PACKAGE} has a policy of this name"
-    elif abstract := getattr(policy, "__abstractmethods__", None):
-        problem = f"{point.value} lacks {', '.join(sorted(abstract))}"
-    if problem is not None:
-        raise UserError(f"{plugin} cannot be used: {problem}")
-    return policy
+        raise unusable(point, f"{point.value} is no dataclass derived from diagnostics.Policy")
+    if getattr(policy, "name", None) != point.name:
+        raise unusable(point, f"{point.value} has another name, {getattr(policy, 'name', None)!r}")
+    if point.name in _built_in():
+        raise unusable(point, f"{PACKAGE} has a policy of this name")
+    if abstract := getattr(policy, "__abstractmethods__", None):
+        raise unusable(point, f"{point.value} lacks {', '.join(sorted(abstract))}")
+    return cast(type[Policy], policy)
