@@ -120,7 +120,7 @@ def finetune(
 
     try:
         with progress(f"fine-tuning {lm.name}") as advance:
-            made = run_finetuning(
+            finetuning = run_finetuning(
                 lm,
                 source,
                 measured,
@@ -135,11 +135,11 @@ def finetune(
         fail(f"interrupted; what is finished is kept, continue with --out {out} --resume", INTERRUPTED)
     from diagnostics.finetune.cutoff_comparison import compare_cutoffs
 
-    table = compare_cutoffs(made)
+    table = compare_cutoffs(finetuning)
     if json:
         print(table.to_json(orient="records", indent=1))
     else:
         from diagnostics.terminal.finetuning import show_finetuning
 
-        show_finetuning(made, table, Console(highlight=False), phrase=with_flags)
+        show_finetuning(finetuning, table, Console(highlight=False), phrase=with_flags)
         print(f"Adapter, recommendation and measurements: {out}")

@@ -18,7 +18,7 @@ ContextLength = Annotated[
 DecodeTokens = Annotated[int, typer.Option(help="reference tokens per prompt")]
 Anchors = Annotated[int, typer.Option(help="leading tokens that keep their KV in all layers")]
 LensPositions = Annotated[int, typer.Option(help="decode positions per prompt that the logit lens reads")]
-DetailPrompts = Annotated[int, typer.Option(help="prompts, from the first on, whose tokens are kept for a close look")]
+DetailPrompts = Annotated[int, typer.Option(help="how many of the first prompts also keep their tokens")]
 Seed = Annotated[int, typer.Option(min=0, help="seed of the built-in prompts and of the bootstrap")]
 Backend = Annotated[str, typer.Option(help="how activations are read: hooks, transformer-lens or nnsight")]
 Device = Annotated[str, typer.Option(help="auto, map (spread over GPUs), cpu, cuda, cuda:1, mps")]

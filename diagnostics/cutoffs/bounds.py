@@ -41,7 +41,7 @@ def upper_bound(
 def resample_counts(rng: np.random.Generator, n: int, n_resamples: int) -> Iterator[np.ndarray]:
     """Yield how often each of ``n`` items is drawn in each resample, a block of resamples at a time: [block, n].
 
-    Of a mean the counts say all, in n numbers per resample whatever is averaged; the draws are those of
+    The counts determine a mean, in n numbers per resample whatever is averaged; the draws are those of
     `scipy.stats.bootstrap` with the same generator.
     """
     block = max(1, BLOCK // n)

@@ -70,8 +70,8 @@ def diagnose(
     lens_positions
         Decode positions per prompt, evenly spaced, that the logit lens reads at most, 1 or more.
     detail_prompts
-        Prompts, from the first on, of which also the tokens are kept, with the attention that each gets in each layer
-        and the logit lens token by token: 4 bytes per token and layer. 0 for none.
+        How many of the first prompts also keep their tokens, with the attention that each receives in each layer and
+        the logit lens token by token: 4 bytes per token and layer. 0 for none.
     backend
         How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
     remote

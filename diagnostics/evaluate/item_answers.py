@@ -65,8 +65,8 @@ def _choose(lm: LoadedModel, task: Task, item: ChoiceItem, policy: Policy, query
             values[place] = one.log_likelihood / length[task.metric]
             gold = one.log_likelihood if place == item.gold else gold
     chosen = int(values.argmax())
-    made = {"n_prompt": n_prompt, "score": float(chosen == item.gold), "chosen": chosen, "gold": item.gold}
-    return made | {"gold_log_likelihood": gold}
+    row = {"n_prompt": n_prompt, "score": float(chosen == item.gold), "chosen": chosen, "gold": item.gold}
+    return row | {"gold_log_likelihood": gold}
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, qu
         positions = lm.anatomy.max_positions
         raise UserError(f"item {item.id!r} has {len(encoded.ids)} tokens: too many for the {positions} positions")
     logits, cache = prefill_context(lm, policy, encoded, query=query, shared=shared)
-    said, rope = Continuation(lm.tokenizer, encoded.ids), rope_lengths(lm.anatomy.stack)
+    continuation, rope = Continuation(lm.tokenizer, encoded.ids), rope_lengths(lm.anatomy.stack)
     ends = set(end_tokens(lm.model).tolist())
     ids: list[int] = []
     text, finished = "", False
@@ -88,21 +88,21 @@ def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, qu
             finished = True
             break
         ids.append(token)
-        text, finished = cut_at_stop(said.text(ids), task.stop)
+        text, finished = cut_at_stop(continuation.text(ids), task.stop)
         if not finished and len(ids) < task.max_new_tokens:
             new = [token]
             if outgrown(cache, rope):  # context and answer so far anew, with the rotary frequencies of longer texts
                 length, new = len(encoded.ids) + len(ids), ids
                 _, cache = prefill_context(lm, policy, encoded, query=query, shared=shared, length=length)
             logits = decode(lm, torch.tensor([new], device=lm.device), cache)[:, -1]
-    made = {"n_prompt": len(encoded.ids), "score": _score(task, item, text), "answer": text}
+    row = {"n_prompt": len(encoded.ids), "score": _score(task, item, text), "answer": text}
     if task.metric != PASSES:
-        made["accepted"] = " | ".join(item.answers)
+        row["accepted"] = " | ".join(item.answers)
     # Where nothing stops an answer but its length, reaching that is no failure.
     ended = finished or not task.stop
     # As numbers, since choice items have none of them: NaN there.
     failed = {name: float(failing) for name, failing in failures(task.metric, text, ids, ended).items()}
-    return made | {"n_tokens": len(ids)} | failed
+    return row | {"n_tokens": len(ids)} | failed
 
 
 def _score(task: Task, item: GenerationItem, text: str) -> float:

@@ -21,21 +21,21 @@ FEW_STEPS, SMOOTHING = 30, 0.1
 BEFORE = "before"
 
 
-def finetuning_cutoffs(made: FineTuning, goal: float | None = None) -> go.Figure | None:
+def finetuning_cutoffs(finetuning: FineTuning, goal: float | None = None) -> go.Figure | None:
     """Draw the loss of every cutoff before training, on the way and after it; None if nothing was measured yet.
 
     Means over the held-out prompts, on a logarithmic axis; of many measurements on the way eight are drawn, later ones
     darker. ``goal`` (nats per token) is dashed, the cutoff that was trained is grey. Full depth has no place where it
     is compared with itself.
     """
-    measured = _measured(made)
+    measured = _measured(finetuning)
     if not measured:
         return None
     figure = go.Figure()
     first, last, between = measured[0], measured[-1], _thinned(measured[1:-1])
     shades = np.linspace(0.2, 0.6, len(between) + 1)[1:]
     for step, shade in zip(between, shades, strict=True):
-        figure.add_trace(_curve(made, step, f"step {step}"))
+        figure.add_trace(_curve(finetuning, step, f"step {step}"))
         figure.data[-1].update(
             mode="lines",
             line={"color": BLUE, "width": 1.5},
@@ -44,16 +44,16 @@ def finetuning_cutoffs(made: FineTuning, goal: float | None = None) -> go.Figure
             name=f"steps {between[0]} to {between[-1]}" if len(between) > 1 else f"step {step}",
             showlegend=step == between[-1],
         )
-    figure.add_trace(_curve(made, first, BEFORE).update(line={"color": ORANGE}))
+    figure.add_trace(_curve(finetuning, first, BEFORE).update(line={"color": ORANGE}))
     if last != first:
-        figure.add_trace(_curve(made, last, _last_name(made)).update(line={"color": BLUE, "width": 3}))
-    n_layers = int(made.manifest["n_layers"])
+        figure.add_trace(_curve(finetuning, last, _last_name(finetuning)).update(line={"color": BLUE, "width": 3}))
+    n_layers = int(finetuning.manifest["n_layers"])
     if goal:  # 0 has no place on a logarithmic axis
         figure.add_hline(goal, line={"dash": "dash", "color": VERMILION})
         # plotly places annotations, unlike lines, by the logarithm
         place = {"x": 0, "xref": "x domain", "xanchor": "left", "y": np.log10(goal), "yanchor": "top"}
         figure.add_annotation(text=f"goal {goal:g}", showarrow=False, **place)
-    trained = _trained(made)
+    trained = _trained(finetuning)
     figure.add_vline(
         trained,
         line={"color": GREY, "width": 2},
@@ -63,18 +63,18 @@ def finetuning_cutoffs(made: FineTuning, goal: float | None = None) -> go.Figure
         annotation_xshift=-4,
     )
     figure.update_xaxes(title_text="cutoff: layers that prompt tokens run through", dtick=tick(n_layers))
-    of = "own full depth" if _against_itself(made) else "full depth before training"
+    of = "own full depth" if _against_itself(finetuning) else "full depth before training"
     figure.update_yaxes(title_text=f"KL from {of},<br>nats per token", type="log", exponentformat="power", dtick=1)
-    return _finished(figure, "Loss of every cutoff", 480, made)
+    return _finished(figure, "Loss of every cutoff", 480, finetuning)
 
 
-def finetuning_steps(made: FineTuning) -> go.Figure | None:
+def finetuning_steps(finetuning: FineTuning) -> go.Figure | None:
     """Draw the loss of every training step with its moving mean, and the KL of held-out prompts at the trained cutoff.
 
     Both are in nats per token. The moving mean is over the last tenth of the steps that there are. A cutoff that
     changes on the way has a panel of its own. None where there is neither a step nor a measurement.
     """
-    steps, measured, trained = made.steps, _measured(made), _trained(made)
+    steps, measured, trained = finetuning.steps, _measured(finetuning), _trained(finetuning)
     if steps.empty and not measured:
         return None
     lowers = steps["cutoff"].nunique() > 1
@@ -90,7 +90,7 @@ def finetuning_steps(made: FineTuning) -> go.Figure | None:
         _add(figure, y=mean, name=f"its mean over {window} steps", colour=BLUE, mode="lines", width=2.5, x=x)
     if measured:
         # Of a schedule, too: what counts is the cutoff that it ends with.
-        kl = [made.curve(step).get(trained, np.nan) for step in measured]
+        kl = [finetuning.curve(step).get(trained, np.nan) for step in measured]
         name = f"KL at cutoff {trained}, held-out prompts"
         add_line(figure, measured, kl, name, VERMILION, "{}<br>step %{{x}}: %{{y:.4f}} nats/token")
         figure.data[-1].update(line={"width": 2.5}, marker={"size": 9})
@@ -103,29 +103,31 @@ def finetuning_steps(made: FineTuning) -> go.Figure | None:
     figure.update_xaxes(title_text="training step", row=1 + lowers, col=1)
     if max([*steps["step"], *measured]) <= FEW_STEPS:
         figure.update_xaxes(dtick=2)  # there are no half steps
-    figure = _finished(figure, "Training", 460 + 140 * lowers, made)
+    figure = _finished(figure, "Training", 460 + 140 * lowers, finetuning)
     # Below: in a narrow window so many names would run into the title.
     return figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 66, "b": 150})
 
 
-def finetuning_categories(made: FineTuning, cutoff: int | None = None, goal: float | None = None) -> go.Figure | None:
+def finetuning_categories(
+    finetuning: FineTuning, cutoff: int | None = None, goal: float | None = None
+) -> go.Figure | None:
     """Draw the loss at a cutoff by category of held-out prompts, before and after: bars for means, a dot per prompt.
 
     The trained cutoff unless given; ``goal`` (nats per token) is dashed. None if nothing was measured yet. Raises
     UserError for a cutoff that the model does not have.
     """
-    cutoff = _trained(made) if cutoff is None else cutoff
-    if not 1 <= cutoff <= int(made.manifest["n_layers"]):
-        raise UserError(f"cutoff {cutoff} was not measured: give 1 to {made.manifest['n_layers']}")
-    measured = _measured(made)
+    cutoff = _trained(finetuning) if cutoff is None else cutoff
+    if not 1 <= cutoff <= int(finetuning.manifest["n_layers"]):
+        raise UserError(f"cutoff {cutoff} was not measured: give 1 to {finetuning.manifest['n_layers']}")
+    measured = _measured(finetuning)
     if not measured:
         return None
-    at = made.sweeps[made.sweeps["cutoff"] == cutoff]
+    at = finetuning.sweeps[finetuning.sweeps["cutoff"] == cutoff]
     categories = list(dict.fromkeys(at["category"]))
     figure = go.Figure()
     sides = {measured[0]: (BEFORE, ORANGE, 0.0)}
     if len(measured) > 1:
-        sides = {measured[0]: (BEFORE, ORANGE, -0.2), measured[-1]: (_last_name(made), BLUE, 0.2)}
+        sides = {measured[0]: (BEFORE, ORANGE, -0.2), measured[-1]: (_last_name(finetuning), BLUE, 0.2)}
     for step, (name, colour, shift) in sides.items():
         rows = at[at["step"] == step]
         grouped = rows.groupby("category")["kl"].agg(["mean", "size"]).reindex(categories)
@@ -164,12 +166,12 @@ def finetuning_categories(made: FineTuning, cutoff: int | None = None, goal: flo
     figure.update_xaxes(title_text=f"KL at cutoff {cutoff}, nats per token ({marks})", rangemode="tozero")
     figure.update_yaxes(tickvals=list(range(len(categories))), ticktext=[*map(literal, categories)], automargin=True)
     figure.update_yaxes(range=[len(categories) - 0.5, -0.5])
-    return _finished(figure, "By kind of prompt", 170 + 64 * len(categories), made)
+    return _finished(figure, "By kind of prompt", 170 + 64 * len(categories), finetuning)
 
 
-def _measured(made: FineTuning) -> list[int]:
+def _measured(finetuning: FineTuning) -> list[int]:
     """Steps at which all cutoffs were measured, in order."""
-    return sorted(int(step) for step in made.sweeps["step"].unique())
+    return sorted(int(step) for step in finetuning.sweeps["step"].unique())
 
 
 def _thinned(steps: list[int]) -> list[int]:
@@ -177,11 +179,11 @@ def _thinned(steps: list[int]) -> list[int]:
     return [steps[place] for place in places]
 
 
-def _curve(made: FineTuning, step: int, name: str) -> go.Scatter:
+def _curve(finetuning: FineTuning, step: int, name: str) -> go.Scatter:
     """The mean loss by cutoff at a measured step; what is nothing but rounding has no place on a logarithmic axis."""
-    kl, same = made.curve(step), made.curve(step, "top1_agreement")
-    is_itself = step == 0 or _against_itself(made)
-    shown = kl.where((kl > 1e-6) & ~(is_itself & (kl.index == made.manifest["n_layers"])))
+    kl, same = finetuning.curve(step), finetuning.curve(step, "top1_agreement")
+    is_itself = step == 0 or _against_itself(finetuning)
+    shown = kl.where((kl > 1e-6) & ~(is_itself & (kl.index == finetuning.manifest["n_layers"])))
     return go.Scatter(
         x=shown.index,
         y=shown,
@@ -200,23 +202,23 @@ def _add(figure: go.Figure, *, name: str, colour: str, row: int = 1, width: floa
     figure.add_trace(trace, row=row, col=1)
 
 
-def _finished(figure: go.Figure, title: str, height: int, made: FineTuning) -> go.Figure:
-    figure = finished(figure, title, height, _about(made))
+def _finished(figure: go.Figure, title: str, height: int, finetuning: FineTuning) -> go.Figure:
+    figure = finished(figure, title, height, _about(finetuning))
     return figure.update_layout(showlegend=True)  # one curve alone has a name, too
 
 
-def _trained(made: FineTuning) -> int:
-    return int(made.manifest["settings"]["cutoff"])
+def _trained(finetuning: FineTuning) -> int:
+    return int(finetuning.manifest["settings"]["cutoff"])
 
 
-def _against_itself(made: FineTuning) -> bool:
-    return bool(made.manifest["settings"].get("against") == "itself")
+def _against_itself(finetuning: FineTuning) -> bool:
+    return bool(finetuning.manifest["settings"].get("against") == "itself")
 
 
-def _last_name(made: FineTuning) -> str:
-    return "after" if made.complete else f"step {_measured(made)[-1]}"
+def _last_name(finetuning: FineTuning) -> str:
+    return "after" if finetuning.complete else f"step {_measured(finetuning)[-1]}"
 
 
-def _about(made: FineTuning) -> str:
-    n = made.sweeps["prompt_id"].nunique()
-    return f"{literal(made.manifest['model'])}, {n} held-out prompt{'' if n == 1 else 's'}"
+def _about(finetuning: FineTuning) -> str:
+    n = finetuning.sweeps["prompt_id"].nunique()
+    return f"{literal(finetuning.manifest['model'])}, {n} held-out prompt{'' if n == 1 else 's'}"

@@ -146,7 +146,7 @@ def _measure(
     batch, length = ids.shape
     shape, n_layers = lm.anatomy.shape, lm.anatomy.n_layers
     with peak_memory(lm.device) as peak:
-        made = generate(
+        generation = generate(
             lm,
             ids,
             policy=policy,
@@ -154,7 +154,7 @@ def _measure(
             chunk_size=chunk_size if policy.chunked else None,
             eos_token_id=(),
         )
-        ttft, tpot, held_bytes = made.ttft_s, made.tpot_s, made.kv_bytes
+        ttft, tpot, held_bytes = generation.ttft_s, generation.tpot_s, generation.kv_bytes
     work, full = policy.workload(length, n_layers), FullPolicy().workload(length, n_layers)
     flops = prefill_flops(shape, work.run, work.projected)
     # On average a step reads what half of the new tokens have added.

@@ -65,7 +65,7 @@ def prefill(
     more: bool = False,
     length: int | None = None,
 ) -> tuple[Tensor | None, PolicyCache]:
-    """Take prompt tokens into a KV cache.
+    """Run prompt tokens and put them into a KV cache.
 
     Parameters
     ----------

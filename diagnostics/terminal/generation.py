@@ -18,31 +18,31 @@ from diagnostics.policies.full import FullPolicy
 from diagnostics.terminal.units import readable_bytes
 
 
-def summary_line(lm: LoadedModel, prompt_ids: Tensor, made: Generation, policy: Policy) -> str:
+def summary_line(lm: LoadedModel, prompt_ids: Tensor, generation: Generation, policy: Policy) -> str:
     """Say in one line what a generation took."""
-    tpot = "" if math.isnan(made.tpot_s) else f"TPOT {1000 * made.tpot_s:.1f} ms, "
+    tpot = "" if math.isnan(generation.tpot_s) else f"TPOT {1000 * generation.tpot_s:.1f} ms, "
     return (
-        f"[{policy}: {prompt_ids.shape[1]} prompt tokens, {made.token_ids.shape[1]} generated, "
-        f"TTFT {made.ttft_s:.3f} s, {tpot}KV {readable_bytes(made.kv_bytes)}]"
+        f"[{policy}: {prompt_ids.shape[1]} prompt tokens, {generation.token_ids.shape[1]} generated, "
+        f"TTFT {generation.ttft_s:.3f} s, {tpot}KV {readable_bytes(generation.kv_bytes)}]"
     )
 
 
 def as_json(lm: LoadedModel, prompt_ids: Tensor, results: dict[str, Generation]) -> str:
     """Return token ids, text and timings; of several generations, an object by policy."""
-    described = {name: _describe(lm, prompt_ids, made) for name, made in results.items()}
+    described = {name: _describe(lm, prompt_ids, generation) for name, generation in results.items()}
     return json.dumps(described if len(described) > 1 else next(iter(described.values())), indent=1)
 
 
-def _describe(lm: LoadedModel, prompt_ids: Tensor, made: Generation) -> dict[str, Any]:
+def _describe(lm: LoadedModel, prompt_ids: Tensor, generation: Generation) -> dict[str, Any]:
     return {
         "model": lm.name,
-        "policy": made.cache.policy.spec,
+        "policy": generation.cache.policy.spec,
         "n_prompt": prompt_ids.shape[1],
-        "token_ids": made.token_ids[0].tolist(),
-        "text": lm.tokenizer.decode(made.token_ids[0], skip_special_tokens=True),
-        "ttft_s": made.ttft_s,
-        "tpot_s": None if math.isnan(made.tpot_s) else made.tpot_s,
-        "kv_bytes": made.kv_bytes,
+        "token_ids": generation.token_ids[0].tolist(),
+        "text": lm.tokenizer.decode(generation.token_ids[0], skip_special_tokens=True),
+        "ttft_s": generation.ttft_s,
+        "tpot_s": None if math.isnan(generation.tpot_s) else generation.tpot_s,
+        "kv_bytes": generation.kv_bytes,
     }
 
 
@@ -66,8 +66,10 @@ def show_comparison(
     figures = Table(title=f"{prompt_ids.shape[1]} prompt tokens", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "TTFT, s", "TPOT, ms", "KV"):
         figures.add_column(heading, justify="left" if not heading else "right")
-    for name, made in ((str(full.cache.policy), full), (str(policy), other)):
-        figures.add_row(name, f"{made.ttft_s:.3f}", _number(1000 * made.tpot_s, 1), readable_bytes(made.kv_bytes))
+    for name, generation in ((str(full.cache.policy), full), (str(policy), other)):
+        figures.add_row(
+            name, f"{generation.ttft_s:.3f}", _number(1000 * generation.tpot_s, 1), readable_bytes(generation.kv_bytes)
+        )
     figures.add_row(
         "ratio",
         f"{other.ttft_s / full.ttft_s:.2f}",
