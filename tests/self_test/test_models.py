@@ -236,8 +236,8 @@ def test_a_norm_that_is_overlooked_is_noticed(monkeypatch):
 
 
 def test_a_policy_that_shows_a_prompt_token_is_noticed(monkeypatch):
-    kept = call.Call.kept_columns
-    monkeypatch.setattr(call.Call, "kept_columns", lambda self, anchors: kept(self, anchors + 1))
+    kept = call.Call.deep_columns
+    monkeypatch.setattr(call.Call, "deep_columns", lambda self, anchors: kept(self, anchors + 1))
     assert "masked pass of the stock model" in found(tiny_model("llama"), "policies")["policies"]
 
 
@@ -264,8 +264,8 @@ def test_a_sweep_that_branches_off_too_late_is_noticed(monkeypatch):
 
 def kept_wrongly(monkeypatch, when):
     """Let policies keep one prompt token above the cutoff as well, in the calls that ``when`` is true of."""
-    kept = call.Call.kept_columns
-    monkeypatch.setattr(call.Call, "kept_columns", lambda self, anchors: kept(self, anchors + when(self)))
+    kept = call.Call.deep_columns
+    monkeypatch.setattr(call.Call, "deep_columns", lambda self, anchors: kept(self, anchors + when(self)))
 
 
 @pytest.mark.parametrize(
