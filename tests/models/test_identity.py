@@ -60,8 +60,10 @@ def test_pieces_of_large_tensors_and_their_order_count(monkeypatch):
     seen = {weights(Bare(values)), weights(Bare(values.flip(0)))}
     swapped = values.reshape(10, 10).clone()
     swapped[[0, 9]] = swapped[[9, 0]]
-    seen |= {weights(Bare(swapped.reshape(-1))), weights(Bare(values.reshape(10, 10)))}
-    assert len(seen) == 4
+    last = values.clone()
+    last[-1] = 0  # beyond the first piece
+    seen |= {weights(Bare(swapped.reshape(-1))), weights(Bare(values.reshape(10, 10))), weights(Bare(last))}
+    assert len(seen) == 5
     assert weights(Bare(values.reshape(10, 10).T.contiguous().T)) == weights(Bare(values.reshape(10, 10)))
 
 
@@ -71,6 +73,11 @@ def test_types(dtype):
     other = values.clone()
     other.view(torch.uint8)[-1] = 1
     assert len({weights(Bare(values)), weights(Bare(other)), weights(Bare(torch.zeros(33)))}) == 3
+
+
+def test_types_of_the_same_bytes():
+    zeros = [torch.zeros(33, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.int16)]
+    assert len({weights(Bare(values)) for values in zeros}) == 3
 
 
 def test_what_is_set_on_a_module_counts_and_says_so():

@@ -153,6 +153,13 @@ def test_a_cache_belongs_to_the_adapters_that_were_active(adapted, tmp_path):
         load_cache(path, adapted)
 
 
+def test_what_a_manifest_keeps_names_the_active_adapters(adapted):
+    names = ModelIdentity.of(adapted).entries()["adapters"]
+    assert [name.partition(",")[0] for name in names] == ["one"]
+    with adapted.disable_adapter():
+        assert ModelIdentity.of(adapted).entries()["adapters"] == []
+
+
 def test_adapters_that_take_no_part_are_not_asked_for(adapted, tmp_path):
     with adapted.disable_adapter():
         path = saved(adapted, tmp_path / "c.safetensors")
