@@ -230,6 +230,17 @@ def test_a_document_is_asked_after_copying_loading_and_cropping(family, policy, 
     assert_close(prefill(lm, question, cache=cache)[0], wanted)
 
 
+@each([case for case in CHUNKED if case[1].boundary == 1])
+def test_the_turn_after_a_loaded_answer(family, policy, tmp_path):
+    """Its first token ends the answer and is decode phase, in a saved cache as in one that was kept."""
+    lm, cache = load(family), filled(family, policy)
+    decode(lm, tokens(4, 1), cache)
+    save_cache(cache, tmp_path / "a", lm)
+    for step in (cache, loaded := load_cache(tmp_path / "a", lm)):
+        prefill(lm, tokens(9, 2), cache=step, more=True)
+    assert state(loaded) == state(cache)
+
+
 @pytest.mark.parametrize("policy", ON_SLIDING, ids=str)
 def test_a_loaded_cache_can_be_cropped_as_far_as_it_holds_tokens(policy, tmp_path):
     lm, cache = load("mistral"), filled("mistral", policy)
