@@ -645,6 +645,13 @@ def test_little_files_that_hold_much(files, runs, bomb):
     refused_in_little_memory(packed, runs, megabytes=100)
 
 
+def test_files_that_hold_much_are_refused_before_they_are_read(folders, monkeypatch):
+    """By the count in their footers, where memory would hold them."""
+    assert untrusted.describe_problem(folders / "whole") is None
+    monkeypatch.setattr(untrusted, "MAX_CELLS", 10)
+    assert "million values" in untrusted.describe_problem(folders / "whole")
+
+
 def test_texts_that_repeat_are_a_run_like_any_other(files, folders, runs):
     """Dictionary-encoded, as other writers leave them."""
     name = import_zip(pack(check_faults._one_category(files)), "upload.zip", runs)
