@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
-# Said twice in a row at the end, so much text is a loop.
+# An answer that ends in a repetition of at least this many tokens is a loop.
 LOOP_TOKENS = 20
 FAILURES = ("empty", "unfinished", "repeating", "unparseable")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Return text without what does not matter for an answer."""
+    """Return text in lower case, without punctuation and articles, white space joined."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
@@ -37,20 +37,20 @@ def f1(answer: str, gold: str) -> float:
 
 
 def contains(answer: str, gold: str) -> float:
-    """Return 1 if the accepted answer occurs in the given one, whatever the case."""
+    """Return 1 if the accepted answer occurs in ``answer``, in upper or lower case."""
     return float(gold.lower() in answer.lower())
 
 
 def number(answer: str, gold: str) -> float:
     """Return 1 if the last number of the answer is the right one."""
-    found = last_number(answer)
-    return float(found is not None and found == last_number(gold))
+    last = last_number(answer)
+    return float(last is not None and last == last_number(gold))
 
 
 def last_number(text: str) -> float | None:
     """Return the last number in a text; None if there is none."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "").replace("$", "")) if found else None
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "").replace("$", "")) if numbers else None
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {
@@ -62,18 +62,18 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def score_answer(metric: str, answer: str, accepted: Sequence[str]) -> float:
-    """Return the best score of an answer over the accepted ones; of ``share`` the share of them that it contains."""
+    """Return the best score of an answer over the accepted ones; for ``share``, the share of them that it contains."""
     if metric == "share":
         return sum(contains(answer, gold) for gold in accepted) / len(accepted)
     return max(METRICS[metric](answer, gold) for gold in accepted)
 
 
 def failures(metric: str, answer: str, token_ids: Sequence[int], finished: bool) -> dict[str, bool]:
-    """Say how an answer fails, apart from being wrong.
+    """Return the ways in which an answer can fail, apart from being wrong, and whether it does.
 
     ``empty``: nothing but white space. ``unfinished``: neither a stop string nor the end of text was reached.
-    ``repeating``: it ends in a piece of up to `LOOP_TOKENS` tokens said over and over, that many tokens at least.
-    ``unparseable``: a number is asked for and there is none.
+    ``repeating``: it ends in a repeated piece of up to `LOOP_TOKENS` tokens, at least that many tokens in all.
+    ``unparseable``: the metric needs a number and the answer has none.
     """
     return {
         "empty": not answer.strip(),
@@ -95,5 +95,5 @@ def is_loop(token_ids: Sequence[int]) -> bool:
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """Return the text before the first stop string, and whether there was one."""
-    ends = [place for word in stop if (place := text.find(word)) >= 0]
+    ends = [end for word in stop if (end := text.find(word)) >= 0]
     return (text[: min(ends)], True) if ends else (text, False)

@@ -1,7 +1,7 @@
 """Tasks x policies -> scores of every item: resumable, and a task that fails leaves the others alone.
 
 Every policy answers the same items, drawn once from the task with the seed; an item is answered under all policies
-before the next, so that they can share what full depth computed of its context.
+before the next, so that they can share the full-depth prefill of its context.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -67,15 +67,15 @@ def evaluate(
     run_code
         Whether tasks may run code that the model wrote; see `diagnostics.evaluate.sandbox`.
     margin
-        Of non-inferiority in the summary, as a share of the score, 0..1.
+        Margin of non-inferiority in the summary, as a share of the score, 0..1.
     seed
-        Of the draw of items, and of the summary's bootstrap.
+        Seed of the draw of items and of the summary's bootstrap.
     out, resume
-        Folder to write, the summary included, and whether to continue an evaluation there that asked for the same.
+        Folder to write, with the summary, and whether to continue the same evaluation in it.
     progress
         Called as ``progress(done, total, what)`` before each item and at the end.
     arguments
-        What the user asked for, kept in the manifest as it is.
+        What the user asked for; the manifest keeps it unchanged.
 
     Returns
     -------
@@ -85,8 +85,8 @@ def evaluate(
     Raises
     ------
     UserError
-        For names given twice, code to run without leave, a policy that does not fit the model, a folder that holds
-        something else, or if nothing could be evaluated.
+        If a name comes twice, code would run without permission, a policy does not fit the model, the folder holds
+        something else, or nothing could be evaluated.
     """
     if query not in QUERIES:
         raise UserError(f"query is {query!r}: give one of {', '.join(QUERIES)}")
@@ -98,15 +98,15 @@ def evaluate(
     if not names or len(set(names)) < len(names):
         raise UserError("name one task or more, each once")
     require_allowed(tasks, run_code)
-    every = list(dict.fromkeys([FullPolicy(), *policies]))
-    for policy in every:
+    compared = list(dict.fromkeys([FullPolicy(), *policies]))
+    for policy in compared:
         policy.check(lm.anatomy)
     drawn = [draw(task, limit, seed) for task in tasks]
-    manifest = _manifest(lm, drawn, every, query, seed, margin, arguments)
+    manifest = _manifest(lm, drawn, compared, query, seed, margin, arguments)
     if run_code:
         manifest["sandbox"] = isolation()
     store = EvaluationWriter(Path(out), manifest, resume=resume) if out is not None else None
-    total, done = sum(len(task.items) for task in drawn) * len(every), 0
+    total, done = sum(len(task.items) for task in drawn) * len(compared), 0
     parts: list[pd.DataFrame] = []
     errors: list[str] = []
     for task in drawn:
@@ -114,7 +114,7 @@ def evaluate(
         with AnsweredItems(task, store) as rows:
             for item in task.items:
                 shared = SharedPrefill(lm, chunk_size)
-                for policy in every:
+                for policy in compared:
                     step = f"{task.name}, {policy.spec}"
                     if progress:
                         progress(done, total, step)
@@ -123,12 +123,12 @@ def evaluate(
                         continue
                     try:
                         row = answer(lm, task, item, policy, query=query, shared=shared)
-                    except Exception as error:  # one task's trouble is not the others'
+                    except Exception as error:  # a failure does not stop other tasks
                         failed.add(policy)
                         errors.append(f"{step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
                     else:
                         rows.add(policy, item, row)
-        parts += [rows.of(policy) for policy in every if policy not in failed]
+        parts += [rows.of(policy) for policy in compared if policy not in failed]
     if progress:
         progress(total, total, "")
     if not parts:
@@ -175,13 +175,13 @@ def _manifest(
 
 
 def _asked(lm: LoadedModel, task: Task) -> dict[str, Any]:
-    """Return all of a task that decides answers and scores."""
+    """Return everything in a task that decides answers and scores."""
 
     def rows() -> Iterator[Any]:
         for item in task.items:
             try:
                 yield token_ids(lm, task, item)
-            except Exception as error:  # said where the item is answered, and other tasks go on
+            except Exception as error:  # reported where the item is answered; other tasks go on
                 yield str(error)
 
     return {

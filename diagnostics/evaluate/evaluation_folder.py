@@ -1,9 +1,9 @@
-"""The folder of an evaluation: what it left behind, and how it goes on after a kill.
+"""The folder of an evaluation: its files, and how it resumes after a kill.
 
 - ``evaluation.json``: what was asked, on what, with which versions; what failed
 - ``items.parquet``: one row per task, policy and item
 - ``summary.parquet``, ``summary.md``: the table of scores, at the margin asked for
-- ``parts/TASK.parquet``: the rows that there are of a task, until all tasks are finished
+- ``parts/TASK.parquet``: the rows of a task so far, until all tasks are finished
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diagnostics.policies import Policy
 
 ITEMS, EVALUATION, SUMMARY, SUMMARY_TEXT = "items.parquet", "evaluation.json", "summary.parquet", "summary.md"
-# What is answered within so many seconds is lost in a kill at most.
+# A kill loses at most the answers of this many seconds.
 WRITE_EVERY_S = 20.0
 
 
@@ -53,9 +53,9 @@ EVALUATION_FOLDER: FolderKind[EvaluationManifest] = FolderKind("evaluation", EVA
 class Evaluation:
     """Scores of one model: ``items`` has one row per task, policy and item.
 
-    Columns: task, policy, item_id, category, n_prompt (tokens of the prompt), score (0..1); of choice items ``chosen``,
-    ``gold`` and ``gold_log_likelihood`` (nats, of the right continuation whole); of generated answers ``answer``,
-    ``accepted``, ``n_tokens`` and the ways to fail. NaN where a column does not apply.
+    Columns: task, policy, item_id, category, n_prompt (tokens of the prompt), score (0..1); for choice items
+    ``chosen``, ``gold`` and ``gold_log_likelihood`` (nats, of the whole right continuation); for generated answers
+    ``answer``, ``accepted``, ``n_tokens`` and the ways to fail. NaN where a column does not apply.
     """
 
     manifest: EvaluationManifest
@@ -64,7 +64,7 @@ class Evaluation:
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
-    """Read an evaluation; raise UserError where there is none, or policies did not answer the same items once each."""
+    """Read an evaluation; raise UserError if there is none, or if policies did not answer the same items once each."""
     manifest = EVALUATION_FOLDER.read(path)
     if not (Path(path) / ITEMS).exists():
         raise UserError(f"evaluation {str(path)!r} is not finished: continue it with `resume=True`")
@@ -119,7 +119,7 @@ class EvaluationWriter:
             write_table(self._part(task), rows)
 
     def finish(self, evaluation: Evaluation, summary: pd.DataFrame, text: str) -> Evaluation:
-        """Join the parts into one table, and write the summary of it; the parts stay until then."""
+        """Write the table of all items and its summary, then remove the parts."""
         with EVALUATION_FOLDER.writing(self.path):
             write_table(self.path / ITEMS, evaluation.items)
             write_table(self.path / SUMMARY, summary)
@@ -133,7 +133,7 @@ class EvaluationWriter:
 
 
 class AnsweredItems:
-    """The rows of one task, as they come; as a context manager it writes those that it has when the block is left."""
+    """Collects the rows of one task; as a context manager it writes them when the block is left."""
 
     def __init__(self, task: Task, store: EvaluationWriter | None) -> None:
         self.task, self.store = task, store
@@ -146,13 +146,13 @@ class AnsweredItems:
         return (policy.spec, item.id) in self.rows
 
     def add(self, policy: Policy, item: ChoiceItem | GenerationItem, row: Mapping[str, Any]) -> None:
-        """Take a row, and write all from time to time."""
+        """Add a row; write all rows from time to time."""
         self.rows[policy.spec, item.id] = row
         if time.monotonic() - self.at > WRITE_EVERY_S:
             self._write()
 
     def of(self, policy: Policy) -> pd.DataFrame:
-        """Return the rows of a policy, in the order of the task's items; each of them has to be there."""
+        """Return the rows of a policy, in the order of the task's items; every item must have one."""
         return pd.DataFrame([self.rows[policy.spec, item.id] for item in self.task.items])
 
     def __enter__(self) -> AnsweredItems:

@@ -42,7 +42,7 @@ def answer(
 
 
 def token_ids(lm: LoadedModel, task: Task, item: ChoiceItem | GenerationItem) -> list[Sequence[int]]:
-    """Return all that the model reads of an item: contexts and continuations as tokens, in order."""
+    """Return the tokens that the model reads for an item: its contexts and continuations, in order."""
     if isinstance(item, GenerationItem):
         return [_encode(lm, item.context, task.chat).ids]
     pairs = zip(item.contexts, item.continuations, strict=True)
@@ -51,19 +51,19 @@ def token_ids(lm: LoadedModel, task: Task, item: ChoiceItem | GenerationItem) ->
 
 
 def _choose(lm: LoadedModel, task: Task, item: ChoiceItem, policy: Policy, query: str, shared: SharedPrefill) -> Row:
-    """Take the most likely continuation: one prefill for all that share a context."""
+    """Choose the most likely continuation, with one prefill per distinct context."""
     values = np.full(len(item.continuations), np.nan)
     gold, n_prompt = np.nan, 0
     for context in dict.fromkeys(item.contexts):
-        places = [i for i, c in enumerate(item.contexts) if c == context]
-        pairs = [encode_pair(lm.tokenizer, context, item.continuations[i], special=True) for i in places]
+        indices = [i for i, c in enumerate(item.contexts) if c == context]
+        pairs = [encode_pair(lm.tokenizer, context, item.continuations[i], special=True) for i in indices]
         encoded = pairs[0][0]
         scored = score(lm, policy, encoded, [ids for _, ids in pairs], query=query, shared=shared)
         n_prompt = max(n_prompt, len(encoded.ids))
-        for place, one in zip(places, scored, strict=True):
-            length = {"acc": 1, "acc_per_char": len(item.continuations[place]), "acc_per_token": one.n_tokens}
-            values[place] = one.log_likelihood / length[task.metric]
-            gold = one.log_likelihood if place == item.gold else gold
+        for index, one in zip(indices, scored, strict=True):
+            length = {"acc": 1, "acc_per_char": len(item.continuations[index]), "acc_per_token": one.n_tokens}
+            values[index] = one.log_likelihood / length[task.metric]
+            gold = one.log_likelihood if index == item.gold else gold
     chosen = int(values.argmax())
     row = {"n_prompt": n_prompt, "score": float(chosen == item.gold), "chosen": chosen, "gold": item.gold}
     return row | {"gold_log_likelihood": gold}
@@ -91,16 +91,16 @@ def _write(lm: LoadedModel, task: Task, item: GenerationItem, policy: Policy, qu
         text, finished = cut_at_stop(continuation.text(ids), task.stop)
         if not finished and len(ids) < task.max_new_tokens:
             new = [token]
-            if outgrown(cache, rope):  # context and answer so far anew, with the rotary frequencies of longer texts
+            if outgrown(cache, rope):  # recomputed with the rotary frequencies of longer texts
                 length, new = len(encoded.ids) + len(ids), ids
                 _, cache = prefill_context(lm, policy, encoded, query=query, shared=shared, length=length)
             logits = decode(lm, torch.tensor([new], device=lm.device), cache)[:, -1]
     row = {"n_prompt": len(encoded.ids), "score": _score(task, item, text), "answer": text}
     if task.metric != PASSES:
         row["accepted"] = " | ".join(item.answers)
-    # Where nothing stops an answer but its length, reaching that is no failure.
+    # Without stop strings, reaching the length limit is no failure.
     ended = finished or not task.stop
-    # As numbers, since choice items have none of them: NaN there.
+    # As floats: choice items have NaN here.
     failed = {name: float(failing) for name, failing in failures(task.metric, text, ids, ended).items()}
     return row | {"n_tokens": len(ids)} | failed
 

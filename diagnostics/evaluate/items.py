@@ -16,7 +16,7 @@ from diagnostics.support.errors import UserError
 from diagnostics.support.fields import check_name, check_text, kind, wrong
 from diagnostics.support.jsonl import read_records
 
-# Where a summary has the mean over tasks, in place of a task's name.
+# In a summary, the task name of the mean over tasks.
 AVERAGE = "average"
 CHOICE_METRICS = ("acc", "acc_per_char", "acc_per_token")
 GENERATION_METRICS = ("exact_match", "f1", "contains", "number", "share", "passes")
@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 2**20
 
 @dataclass(frozen=True)
 class Context:
-    """A prompt in its two parts, which join without anything between them."""
+    """A prompt in two parts, joined without a separator."""
 
     query: str
     document: str = ""
@@ -40,7 +40,7 @@ class Context:
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """One right answer among several: the most likely of ``continuations``, each after its context.
+    """A question with several ``continuations``, one of them right; the model chooses the most likely one.
 
     ``contexts`` has one entry per continuation; in most tasks they are all the same. ``gold`` is the index of the right
     continuation.
@@ -117,9 +117,9 @@ def read_jsonl(path: Path, *, metric: str | None = None, **settings: Any) -> Tas
 
     Choice items have ``query`` (or ``queries``, one per choice), ``continuations`` and ``gold``; generation items
     ``query`` and ``answers``; both may have ``id``, ``document`` and ``category``. The first line may be
-    ``{"task": {...}}`` with the fields of `Task` but ``name`` and ``items``; what is given here as ``metric`` and
-    ``settings`` goes before it. The metric is ``acc`` or ``exact_match`` if nothing says so. Raises UserError, with the
-    line, for what is wrong.
+    ``{"task": {...}}`` with the fields of `Task` but ``name`` and ``items``; the arguments ``metric`` and ``settings``
+    override it. The default metric is ``acc`` for choice items, else ``exact_match``. Raises UserError that names the
+    wrong line.
     """
     items: list[Any] = []
     header: dict[str, Any] = {}
@@ -144,19 +144,19 @@ def read_jsonl(path: Path, *, metric: str | None = None, **settings: Any) -> Tas
         _check_fit(header, is_choice)
     except UserError as error:
         raise UserError(f"{path}:{header_line}: {error}") from None
-    given = {"source": str(path), "metric": "acc" if is_choice else "exact_match"} | header | settings
+    fields = {"source": str(path), "metric": "acc" if is_choice else "exact_match"} | header | settings
     if metric is not None:
-        given["metric"] = metric
-    return Task(path.name.removesuffix(".gz").removesuffix(".jsonl"), tuple(items), **given)
+        fields["metric"] = metric
+    return Task(path.name.removesuffix(".gz").removesuffix(".jsonl"), tuple(items), **fields)
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file's first line; null stands for what is not given."""
-    given = record["task"]
+    """Return the settings of a file's first line; a null counts as absent."""
+    fields = record["task"]
     if len(record) > 1:
         raise UserError('a line with "task" has no other fields')
-    if not isinstance(given, dict):
-        raise wrong("task", f"must be an object, not {kind(given)}")
+    if not isinstance(fields, dict):
+        raise wrong("task", f"must be an object, not {kind(fields)}")
     checks: dict[str, Callable[[str, Any], None]] = {
         "metric": _check_metric,
         "max_new_tokens": _check_tokens,
@@ -165,12 +165,12 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
         "source": check_text,
         "licence": check_name,
     }
-    for name, value in given.items():
+    for name, value in fields.items():
         if name not in checks:
             raise UserError(f"unknown field {name!r:.60} of the task; the fields are {', '.join(checks)}")
         if value is not None:
             checks[name](name, value)
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in fields.items() if value is not None}
     return settings | ({"stop": tuple(settings["stop"])} if "stop" in settings else {})
 
 
@@ -198,7 +198,7 @@ def _check_flag(field: str, value: Any) -> None:
 
 
 def _check_fit(header: dict[str, Any], is_choice: bool) -> None:
-    """Raise UserError for settings that are not for items of this kind."""
+    """Raise UserError for settings that do not apply to items of this kind."""
     metrics, what = (CHOICE_METRICS, "continuations") if is_choice else (GENERATION_METRICS, "answers")
     if "metric" in header and header["metric"] not in metrics:
         raise wrong("metric", f"must be one of {', '.join(metrics)} for items with {what}")

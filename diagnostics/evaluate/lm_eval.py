@@ -1,12 +1,12 @@
 """EleutherAI's lm-evaluation-harness with the model under a policy: its tasks, its prompts, its metrics.
 
 The whole context of a request is prompt, its last token the first decode-phase token; continuations and generated
-tokens are decode phase. In Python, and from lm-eval's own command, which this module starts with the model known:
+tokens are decode phase. In Python, or by lm-eval's own command, which this module starts with the model registered:
 
     lm_eval.simple_evaluate(model=PolicyLM("path/to/model", cutoff=24), tasks=["arc_easy"])
     python -m diagnostics.evaluate.lm_eval run --model speed-diagnostics --model_args cutoff=24 --tasks arc_easy
 
-Releases of lm-eval after 0.4.13 find the model through this package's entry point: then ``lm_eval run`` does as well.
+Releases of lm-eval after 0.4.13 find the model through this package's entry point: there ``lm_eval run`` works too.
 
 Texts become tokens as with lm-eval's own ``hf``, so that scores compare. The anchor is a context's first token: BoS
 where the tokenizer or the chat template puts it, else the first of the text.
@@ -38,9 +38,9 @@ from diagnostics.support.errors import UserError, require_integer
 from diagnostics.support.sameness import difference
 from diagnostics.support.versions import versions
 
-# What lm-eval asks for where the user says nothing, and whether there is a GPU or not.
+# The device that lm-eval passes when the user names none, with or without a GPU.
 UNASKED_DEVICE = "cuda:0"
-# Arguments of lm-eval's `hf` that mean the same here; the others load a model, or say how it is called.
+# Arguments of lm-eval's `hf` that mean the same here; the others load a model, or set how it is called.
 PASSED_ON = (
     "add_bos_token",
     "chat_template_args",
@@ -50,7 +50,7 @@ PASSED_ON = (
     "prefix_token_id",
     "think_end_token",
 )
-# Key of a response cache under which it keeps whose responses it holds; its other keys are hashes.
+# Key under which a response cache names the owner of its responses; its other keys are hashes.
 OWNER = "speed-diagnostics"
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -117,12 +117,12 @@ class PolicyLM(HFLM):
             self.loaded = pretrained
         else:
             missing = device == UNASKED_DEVICE and not torch.cuda.is_available()
-            place = "auto" if device is None or missing else device
+            chosen_device = "auto" if device is None or missing else device
             self.loaded = load_model(
-                pretrained, device=place, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+                pretrained, device=chosen_device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
             )
         with self.policy(self.loaded.model):
-            pass  # refused here if at all, before tasks are made
+            pass  # refuses a policy that does not fit, before tasks load
         self.settings = settings
         super().__init__(
             self.loaded.model,
@@ -137,22 +137,22 @@ class PolicyLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Score continuations: one prefill for all that share a context; answers in the order of the requests."""
-        places: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, (texts, context, continuation) in enumerate(requests):
+        """Score continuations in the order of the requests, with one prefill per distinct context."""
+        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (texts, context, continuation) in enumerate(requests):
             self._require_scorable(texts, context, continuation)
-            places[tuple(context)].append(place)
+            by_context[tuple(context)].append(index)
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc=f"Log-likelihoods under {self.policy}") as bar:
             # The longest first: too little memory shows at once.
-            for ids in sorted(places, key=len, reverse=True):
-                continuations = [requests[place][2] for place in places[ids]]
+            for ids in sorted(by_context, key=len, reverse=True):
+                continuations = [requests[index][2] for index in by_context[ids]]
                 scored = score(self.loaded, self.policy, Encoded((), ids), continuations, chunk_size=self.chunk_size)
-                for place, one in zip(places[ids], scored, strict=True):
-                    answers[place] = (one.log_likelihood, one.is_greedy)
-                    self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
+                for index, one in zip(by_context[ids], scored, strict=True):
+                    answers[index] = (one.log_likelihood, one.is_greedy)
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
                 bar.update(len(continuations))
-        return [answers[place] for place in range(len(requests))]
+        return [answers[index] for index in range(len(requests))]
 
     def _require_scorable(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> None:
         for ids, what in ((context, "context"), (continuation, "continuation")):
@@ -202,26 +202,26 @@ class PolicyLM(HFLM):
         )
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Take lm-eval's response cache, which knows requests only, if its responses are of this model and policy."""
-        held = cache_hook.dbdict
-        mine = {"policy": self.policy.spec, "settings": self.settings} | self._identity()
-        if held is not None:
-            if len(held) and held.get(OWNER) != mine:
+        """Use lm-eval's response cache, whose keys know requests only, if its owner is this model and policy."""
+        responses = cache_hook.dbdict
+        own = {"policy": self.policy.spec, "settings": self.settings} | self._identity()
+        if responses is not None:
+            if len(responses) and responses.get(OWNER) != own:
                 raise UserError(
-                    f"{held.filename} has responses of {_described(held.get(OWNER), mine)}, not of this model under "
-                    f"{self.policy}: give each its own use_cache"
+                    f"{responses.filename} has responses of {_described(responses.get(OWNER), own)}, not of this model "
+                    f"under {self.policy}: give each its own use_cache"
                 )
-            held[OWNER] = mine
+            responses[OWNER] = own
         super().set_cache_hook(cache_hook)
 
     def _identity(self) -> dict[str, Any]:
         """What decides a response besides the request: lm-eval's cache knows requests as texts."""
-        lm, found = self.loaded, self.loaded.identity()
-        where = {"device": lm.device.type, "tokenizer": tokenizer_digest(lm.tokenizer)}
-        return {"configuration": found.configuration, "identity": found.entries() | where}
+        lm, identity = self.loaded, self.loaded.identity()
+        runtime = {"device": lm.device.type, "tokenizer": tokenizer_digest(lm.tokenizer)}
+        return {"configuration": identity.configuration, "identity": identity.entries() | runtime}
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval's results say of the model, and the policy; asks no hub."""
+        """Return the description of model and policy for lm-eval's results, without asking the hub."""
         lm = self.loaded
         return {
             "model_num_parameters": sum(parameter.numel() for parameter in lm.model.parameters()),
@@ -241,9 +241,9 @@ def chosen_policy(
     anchors: int | None = None,
     recommendation: str | Path | None = None,
 ) -> Policy:
-    """Make the policy out of one of the ways to name it; full depth if there is none.
+    """Return the policy that one of the arguments names; full depth if none does.
 
-    Raises UserError for several ways at once, and for what the policy itself refuses.
+    Raises UserError if several name one, and for what the policy itself refuses.
     """
     if sum(way is not None for way in (policy, cutoff, recommendation)) > 1:
         raise UserError("policy, cutoff and recommendation each say how the model runs: give one")
@@ -261,7 +261,7 @@ def chosen_policy(
 
 
 def main() -> None:
-    """Run lm-eval's command; what is wrong with the input is one line on stderr and exit status 2."""
+    """Run lm-eval's command; bad input gives one line on stderr and exit status 2."""
     try:
         cli_evaluate()
     except UserError as error:
@@ -273,13 +273,13 @@ def _beginning(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def _described(owner: dict[str, Any] | None, mine: dict[str, Any]) -> str:
+def _described(owner: dict[str, Any] | None, present: dict[str, Any]) -> str:
     if not owner or "identity" not in owner:
         return "another model"
-    if differs := difference(owner, mine):
+    if differs := difference(owner, present):
         return f"{owner['policy']} ({differs})"
-    same = owner["settings"] == mine["settings"]
-    return str(owner["policy"]) if same else f"{owner['policy']} with other settings ({owner['settings']})"
+    same_settings = owner["settings"] == present["settings"]
+    return str(owner["policy"]) if same_settings else f"{owner['policy']} with other settings ({owner['settings']})"
 
 
 if __name__ == "__main__":

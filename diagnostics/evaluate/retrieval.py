@@ -1,8 +1,8 @@
 """Finding things in long text, at any length: needles, variable tracking and common words, after RULER.
 
 The tasks are those of RULER (Hsieh et al., 2024, arXiv 2404.06654) in our own words, over the language reference that
-comes with Python. What is to be found stands at a known relative depth, spread evenly over the items. The document
-comes first and the question last, so that the two can be prefilled apart.
+comes with Python. The target stands at a known relative depth; depths are spread evenly over the items. The document
+comes first and the question last, so that the two can be prefilled separately.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ N_DEPTHS = 10
 N_DISTRACTORS = 3
 CHAIN = 4
 N_COMMON = 5
-# Every common word is there so many times as often as a rare one.
+# How many times as often a common word occurs as a rare one.
 COMMON_RATE = 10
 MAX_NEW_TOKENS = {"needle": 16, "needle_multikey": 16, "variables": 16, "common_words": 48}
 
@@ -48,10 +48,10 @@ def retrieval_task(
 ) -> Task:
     """Make one task whose prompts have ``length`` tokens, to within 0.5%; the same for the same seed and tokenizer.
 
-    ``needle``: one number hidden in the text. ``needle_multikey``: the same among three others that are asked for
-    otherwise. ``variables``: a value handed on from variable to variable. ``common_words``: the five words that occur
-    ten times as often as all others. An answer is right if it contains what is asked for; of common words the share
-    found counts. Raises UserError for an unknown name, and where the length leaves no room.
+    ``needle``: one number hidden in the text. ``needle_multikey``: the same among three distractors with other keys.
+    ``variables``: a value passed from variable to variable. ``common_words``: the five words that occur ten times as
+    often as all others. An answer is right if it contains the target; for common words the score is the share that it
+    contains. Raises UserError for an unknown name, and for a length that leaves no room.
     """
     if name not in MAKERS:
         raise UserError(f"task {name!r} is not one of: {', '.join(MAKERS)}")
@@ -65,18 +65,18 @@ def retrieval_task(
     return Task(f"{name}@{length}", tuple(items), metric, MAX_NEW_TOKENS[name], stop, source="made here", licence="PSF")
 
 
-Made = tuple[str, str, str, tuple[Insert, ...], tuple[str, ...]]
+Draft = tuple[str, str, str, tuple[Insert, ...], tuple[str, ...]]
 
 
-def _needle(rng: Random, depth: float, length: int) -> Made:
+def _needle(rng: Random, depth: float, length: int) -> Draft:
     return _codes(rng, depth, length, 0)
 
 
-def _needle_multikey(rng: Random, depth: float, length: int) -> Made:
+def _needle_multikey(rng: Random, depth: float, length: int) -> Draft:
     return _codes(rng, depth, length, N_DISTRACTORS)
 
 
-def _codes(rng: Random, depth: float, length: int, others: int) -> Made:
+def _codes(rng: Random, depth: float, length: int, others: int) -> Draft:
     cities = rng.sample(CITIES, 1 + others)
     codes = [str(rng.randrange(100_000, 10**6)) for _ in cities]
     depths = [depth, *(rng.random() for _ in range(others))]
@@ -93,7 +93,7 @@ def _codes(rng: Random, depth: float, length: int, others: int) -> Made:
     )
 
 
-def _variables(rng: Random, depth: float, length: int) -> Made:
+def _variables(rng: Random, depth: float, length: int) -> Draft:
     names, value = rng.sample(VARIABLES, CHAIN), rng.randrange(10_000, 100_000)
     inserts = [Insert((step + depth) / CHAIN, line) for step, line in enumerate(assignments(names, value))]
     return (
@@ -105,16 +105,16 @@ def _variables(rng: Random, depth: float, length: int) -> Made:
     )
 
 
-def _common_words(rng: Random, depth: float, length: int) -> Made:
+def _common_words(rng: Random, depth: float, length: int) -> Draft:
     words = sorted({f"{verb}{thing}" for verb in VERBS for thing in THINGS})
     rng.shuffle(words)
     common, rare = words[:N_COMMON], words[N_COMMON:]
-    # As many as fit, in proportion wherever the text is cut: in rounds, each in a new order.
+    # In rounds, each in a new order, so that the proportions hold wherever the text is cut.
     rounds: list[str] = []
     while sum(map(len, rounds)) < length * CHARACTERS_PER_TOKEN:
-        one = common * COMMON_RATE + rare[:: max(1, len(rare) // (N_COMMON * COMMON_RATE))]
-        rng.shuffle(one)
-        rounds.append(" ".join(one))
+        round_words = common * COMMON_RATE + rare[:: max(1, len(rare) // (N_COMMON * COMMON_RATE))]
+        rng.shuffle(round_words)
+        rounds.append(" ".join(round_words))
     return (
         "Here is a list of words.",
         " ".join(rounds),
@@ -124,7 +124,7 @@ def _common_words(rng: Random, depth: float, length: int) -> Made:
     )
 
 
-MAKERS: dict[str, Callable[[Random, float, int], Made]] = {
+MAKERS: dict[str, Callable[[Random, float, int], Draft]] = {
     "needle": _needle,
     "needle_multikey": _needle_multikey,
     "variables": _variables,
@@ -132,9 +132,9 @@ MAKERS: dict[str, Callable[[Random, float, int], Made]] = {
 }
 
 
-def _item(made: Made, index: int, depth: float, length: int, tokenizer: PreTrainedTokenizerBase) -> GenerationItem:
+def _item(draft: Draft, index: int, depth: float, length: int, tokenizer: PreTrainedTokenizerBase) -> GenerationItem:
     """Cut the document to the length, and split the prompt where the question begins."""
-    opening, document, question, inserts, answers = made
+    opening, document, question, inserts, answers = draft
     query = f"\n\n{question}"
     prompt = Prompt(
         id=str(index), text=f"{opening}\n\n{PLACEHOLDER}{query}", document=document, inserts=inserts, evidence=()

@@ -1,4 +1,4 @@
-"""Runs Python that a model wrote: in a process of its own that is bounded, cut off and always killed.
+"""Runs Python that a model wrote in a separate process that is limited, isolated and always killed.
 
 What holds on every system: an isolated interpreter without site-packages (``-I -S``) in its own session, an empty
 temporary folder, no environment but that folder's name, no input, no output, and limits on time, memory, file size,
@@ -6,12 +6,12 @@ open files and core dumps; no further process or thread may be started. On Linux
 system calls: no sockets, no other program, no memory beside the address space, no new namespaces (`seccomp`). On Linux,
 where namespaces may be made: no other process in sight, no files but the system's and Python's, and these read-only, a
 small file system in memory over the folder, and nothing survives the program. Root first becomes nobody. `isolation`
-says what is in force on this machine, tried out; a step that is not permitted is left out.
+tries out and returns what is in force on this machine; a step that is not permitted is left out.
 
-What it is not: a substitute for a container or a virtual machine. The program talks to the same kernel; where the files
+It is no substitute for a container or a virtual machine. The program talks to the same kernel; where the files
 are not covered it can read every file that its user can. Nor is a verdict proof against an adversary: tests run in the
 program's own interpreter, so a program that sets out to cheat them can, say with objects that equal everything. It is
-made for what models write, which crashes, hangs, exits early and deletes things.
+meant for the code of models, which crashes, hangs, exits early and deletes things.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 TIMEOUT_S = 10.0
 MEMORY_BYTES = 512 * 2**20
 FILE_BYTES = 16 * 2**20
-# That a program may start itself, threads included.
+# Processes and threads that a program may start.
 N_PROCESSES = 0
 # Enough for a token and a reason; less than a pipe holds, so that writing it never waits.
 MESSAGE_BYTES = 4096
@@ -65,12 +65,12 @@ def run_python(
     timeout_s
         Seconds of wall time, the start of the interpreter (about 0.05 s) included.
     memory_bytes
-        Of address space.
+        Limit of the address space.
 
     Raises
     ------
     UserError
-        On Windows, which has none of the means.
+        On Windows, which lacks these means.
     """
     message, status = _run(program, tests, timeout_s, memory_bytes)
     if message is not None:
@@ -86,7 +86,7 @@ def run_python(
 
 @functools.cache
 def isolation() -> dict[str, bool]:
-    """Return what is in force on this machine, tried out once: each thing that is given up or limited, and whether."""
+    """Return each restriction and whether it is in force on this machine; it is tried out once."""
     message, status = _run(None, "", TIMEOUT_S, MEMORY_BYTES)
     if message is None:
         raise RuntimeError(f"the sandbox does not start here: it ended with status {status}")
@@ -103,19 +103,19 @@ def check_supported() -> None:
 def _run(
     program: str | None, tests: str, timeout_s: float, memory_bytes: int
 ) -> tuple[tuple[bool, str] | None, int | None]:
-    """Return what the harness in the child told, if it told anything, and the exit status; None if time ran out.
+    """Return the message of the harness in the child, None without one, and the exit status, None if time ran out.
 
-    The harness proves itself by a token, which the program is not given: exiting early or writing to every descriptor
-    gives no verdict.
+    The harness authenticates itself by a token that the program does not get: exiting early or writing to every
+    descriptor gives no verdict.
     """
     check_supported()
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="sandbox-") as outer:
         folder, witness = os.path.join(outer, "folder"), os.path.join(outer, "witness")
         os.mkdir(folder, 0o700)
-        if program is None:  # to try whether it can be read and something written beside it
+        if program is None:  # the child tries to read it, and to write beside it
             os.close(os.open(witness, os.O_CREAT | os.O_WRONLY, 0o600))
-        # Another user, nobody, must get to the folder; to write beside it is what is tried.
+        # User nobody must reach the folder, and in a trial may write beside it.
         os.chmod(outer, 0o777 if program is None else 0o711)
         task = {
             "token": token,
@@ -148,13 +148,13 @@ def _run(
             status = _wait(process, json.dumps(task).encode(), timeout_s)
             os.set_blocking(reading, False)
             try:
-                told = os.read(reading, MESSAGE_BYTES)
+                message = os.read(reading, MESSAGE_BYTES)
             except BlockingIOError:
-                told = b""
+                message = b""
         finally:
             os.close(reading)
-    head, body = told[: len(token)], told[len(token) :].decode(errors="replace")
-    # What came after the time was up counts no more, whatever it says.
+    head, body = message[: len(token)], message[len(token) :].decode(errors="replace")
+    # A message after the time limit does not count.
     if status is None or head != token.encode() or body[:1] not in ("+", "-"):
         return None, status
     return (body[0] == "+", body[1:]), status
@@ -168,7 +168,7 @@ def _wait(process: subprocess.Popen[bytes], task: bytes, timeout_s: float) -> in
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # macOS does not permit signals to a group of which all are dead.
+        # macOS permits no signal to a group without live processes.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

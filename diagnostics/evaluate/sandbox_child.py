@@ -1,9 +1,9 @@
 """The inner side of the sandbox: run as a script by `diagnostics.evaluate.sandbox`, never imported by it.
 
 It gives up what it can (`isolate`), forks, and in the child runs the program and then the tests, each compiled on its
-own, so that nothing left open in the program can swallow the tests. Uses the standard library alone: it is started
-without site-packages. Order matters throughout: every step needs rights that a later one gives up. What is in force is
-tried out at the end (`probe`), by doing what must fail, and never concluded from a step that went well.
+own, so that nothing left open in the program can swallow the tests. It uses the standard library alone, since it is
+started without site-packages. Order matters: every step needs rights that a later one gives up. At the end `probe`
+tests what is in force by trying what must fail; a step that succeeded proves nothing.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 
 CAPABILITY_VERSION_3 = 0x20080522
 SIGKILL, MFD_CLOEXEC, IPC_PRIVATE = 9, 1, 0
 # All that a program sees of the machine, beside Python and its own folder: the rest has private files, sockets of
-# services, other processes. (Nix and Guix keep the system's libraries in places of their own.)
+# services, other processes. (Nix and Guix keep the system's libraries in folders of their own.)
 SHOWN = ("bin", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "sbin", "usr")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
@@ -37,20 +37,20 @@ LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 def isolate(folder: str, folder_bytes: int) -> None:
     """Give up the network, other processes and the files outside ``folder``, as far as this is permitted.
 
-    Other processes are out of sight for children alone: the program must be run in one.
+    Only children lose sight of other processes: the program must run in one.
     """
     root = os.geteuid() == 0
     uid, gid = (NOBODY, NOBODY) if root else (os.geteuid(), os.getegid())
     if root:
-        _tried(lambda: os.chown(folder, uid, gid))
-    # A user may make the other namespaces in a namespace of users alone; root needs none, and could not leave it.
+        _succeeds(lambda: os.chown(folder, uid, gid))
+    # Without root the other namespaces need a user namespace; root needs none, and could not leave it.
     flags = CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWNS | (0 if root else CLONE_NEWUSER)
-    if LIBC is None or LIBC.unshare(flags) or not (root or _tried(lambda: _map_user(uid, gid))):
+    if LIBC is None or LIBC.unshare(flags) or not (root or _succeeds(lambda: _map_user(uid, gid))):
         return
-    _tried(lambda: _cover_files(folder, f"size={folder_bytes},mode=700,uid={uid},gid={gid}"))
+    _succeeds(lambda: _cover_files(folder, f"size={folder_bytes},mode=700,uid={uid},gid={gid}"))
 
 
-def _tried(step: Callable[[], None]) -> bool:
+def _succeeds(step: Callable[[], None]) -> bool:
     try:
         step()
     except OSError:
@@ -69,40 +69,40 @@ def _cover_files(folder: str, options: str) -> None:
 
     Raises OSError at the first step that is not permitted.
     """
-    _done(LIBC.mount(None, b"/", None, MS_PRIVATE_RECURSIVE, None))
+    _require(LIBC.mount(None, b"/", None, MS_PRIVATE_RECURSIVE, None))
     prefixes = {os.path.realpath(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix)}
     covered = [f"/{name}" for name in os.listdir("/") if name not in SHOWN]
-    covered = [place for place in covered if os.path.isdir(place) and not os.path.islink(place)]
-    # What lies under a cover is found by a descriptor from before.
-    shown = [place for place in (*prefixes, *DEVICES) if os.path.exists(place) and place.split("/")[1] not in SHOWN]
-    held = {place: os.open(place, os.O_PATH) for place in shown}
-    for place in covered:
-        if place != "/proc":  # through which descriptors are mounted; last
-            _mount_memory(place, "size=64k,mode=755")
-    for place, descriptor in held.items():
+    covered = [path for path in covered if os.path.isdir(path) and not os.path.islink(path)]
+    # A descriptor opened now still reaches what a cover will hide.
+    kept = [path for path in (*prefixes, *DEVICES) if os.path.exists(path) and path.split("/")[1] not in SHOWN]
+    descriptors = {path: os.open(path, os.O_PATH) for path in kept}
+    for path in covered:
+        if path != "/proc":  # descriptors are mounted through it, so it comes last
+            _mount_memory(path, "size=64k,mode=755")
+    for path, descriptor in descriptors.items():
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            os.makedirs(place, exist_ok=True)
+            os.makedirs(path, exist_ok=True)
         else:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            os.close(os.open(place, os.O_CREAT))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.close(os.open(path, os.O_CREAT))
         source = f"/proc/self/fd/{descriptor}".encode()
-        _done(LIBC.mount(source, place.encode(), None, MS_BIND_RECURSIVE, None))
+        _require(LIBC.mount(source, path.encode(), None, MS_BIND_RECURSIVE, None))
         os.close(descriptor)
     # struct mount_attr: to set, to clear, propagation, user namespace
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     if os.path.isdir("/proc"):
         _mount_memory("/proc", "size=4k,mode=555")
     os.makedirs(folder, exist_ok=True)
-    _done(LIBC.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.sizeof(attributes)))
+    _require(LIBC.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.sizeof(attributes)))
     _mount_memory(folder, options)
     os.chdir(folder)
 
 
-def _mount_memory(place: str, options: str) -> None:
-    _done(LIBC.mount(b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID_NODEV_NOEXEC, options.encode()))
+def _mount_memory(path: str, options: str) -> None:
+    _require(LIBC.mount(b"tmpfs", path.encode(), b"tmpfs", MS_NOSUID_NODEV_NOEXEC, options.encode()))
 
 
-def _done(status: int) -> None:
+def _require(status: int) -> None:
     if status:
         raise OSError("not permitted")
 
@@ -110,11 +110,11 @@ def _done(status: int) -> None:
 def drop_rights() -> None:
     """Give up root's rights, and those that a namespace of users grants, such as to undo its mounts.
 
-    Root becomes nobody: it is bound by no limit on processes, and owns what matters. Where the files are not covered,
-    a Python in root's own folder can then import no more than it has; so it stays root, and `probe` says so.
+    Root becomes nobody, since no limit on processes binds root and it owns what matters. Where the files are not
+    covered, nobody could not import from a Python in root's own folder; then it stays root, and `probe` reports that.
     """
-    if os.geteuid() == 0 and not (_readable_by_nobody() and _tried(_become_nobody)):
-        _tried(lambda: os.chown(".", 0, 0))  # it loses the right to write everywhere
+    if os.geteuid() == 0 and not (_readable_by_nobody() and _succeeds(_become_nobody)):
+        _succeeds(lambda: os.chown(".", 0, 0))  # it loses the right to write everywhere
     if LIBC is not None:
         LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         # Two sets of 32 bits, the lower ones first: effective, permitted, inheritable.
@@ -132,7 +132,7 @@ def _readable_by_nobody() -> bool:
             pass
 
     try:
-        return _tried(read)
+        return _succeeds(read)
     finally:
         os.seteuid(0)
         os.setegid(0)
@@ -158,7 +158,7 @@ def filter_calls(program: bytes) -> None:
 
 
 def limits(memory_bytes: int, cpu_s: int, file_bytes: int, n_processes: int) -> dict[str, tuple[int, int]]:
-    """Return by name which bound there is to set and its value."""
+    """Return the limits by name: the resource to bound and its value."""
     return {
         "memory": (resource.RLIMIT_AS, memory_bytes),
         "processor time": (resource.RLIMIT_CPU, cpu_s),
@@ -170,7 +170,7 @@ def limits(memory_bytes: int, cpu_s: int, file_bytes: int, n_processes: int) -> 
 
 
 def set_limit(which: int, value: int) -> None:
-    """Bound what this process may use, if that is permitted."""
+    """Bound what this process may use of a resource, if that is permitted."""
     hard = resource.getrlimit(which)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     with contextlib.suppress(ValueError, OSError):
@@ -178,20 +178,20 @@ def set_limit(which: int, value: int) -> None:
 
 
 def probe(bounds: dict[str, tuple[int, int]], witness: str, parent: int) -> dict[str, bool]:
-    """Try what must not be possible, and return what is not.
+    """Try what must be impossible, and return for each attempt whether it failed.
 
     ``witness`` is a file outside that the starting user alone may read, in a folder where all may write; ``parent`` is
-    the process outside. For a process that ends thereafter: it changes itself.
+    the process outside. The process must end afterwards, since the attempts change it.
     """
     in_force = {f"limit: {name}": _is_bound(*bound) for name, bound in bounds.items()}
-    in_force["limit: new processes"] &= not _tried(_fork)
+    in_force["limit: new processes"] &= not _succeeds(_fork)
     return in_force | {
-        "limit: memory outside the address space": not (_tried(_share_memory) or _tried(_make_memory_file)),
-        "no network": not _tried(_reach_network),
-        "no sockets of services": not _tried(lambda: socket.socket(socket.AF_UNIX).close()),
+        "limit: memory outside the address space": not (_succeeds(_share_memory) or _succeeds(_make_memory_file)),
+        "no network": not _succeeds(_reach_network),
+        "no sockets of services": not _succeeds(lambda: socket.socket(socket.AF_UNIX).close()),
         "no sight of other processes": not _is_alive(parent),
-        "no writing outside its folder": not _tried(lambda: open(witness + ".new", "w").close()) and _is_read_only(),
-        "no reading of private files": not _tried(lambda: open(witness).close()),
+        "no writing outside its folder": not _succeeds(lambda: open(witness + ".new", "w").close()) and _is_read_only(),
+        "no reading of private files": not _succeeds(lambda: open(witness).close()),
         "no root rights": os.geteuid() != 0 and not _rights(),
         "no other programs": _starts_no_program(),
         "no further namespaces": LIBC is not None and LIBC.unshare(CLONE_NEWUSER) != 0,
@@ -222,8 +222,8 @@ def _make_memory_file() -> None:
 
 
 def _reach_network() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as there:
-        there.connect(("127.0.0.1", 9))  # nothing is sent; even that fails in a network without devices
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram:
+        datagram.connect(("127.0.0.1", 9))  # nothing is sent; even that fails in a network without devices
 
 
 def _is_alive(process: int) -> bool:
@@ -237,7 +237,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _is_read_only() -> bool:
-    """Whether Python's files are, which may be of the starting user and are in sight."""
+    """Whether Python's files, which the starting user may own, are read-only."""
     return bool(os.statvfs(os.__file__).f_flag & os.ST_RDONLY)
 
 
@@ -258,7 +258,7 @@ def _rights() -> bool:
 
 def run(parts: list[str], tell: Callable[[bool, str], None]) -> None:
     """Run sources one after the other in one module, and tell whether they came to their end."""
-    # Not "__main__", as in the original harness of HumanEval: what a script does when started is not asked for.
+    # Not "__main__", as in the original harness of HumanEval: what a script does when started must not run.
     module = types.ModuleType("program")
     sys.modules["program"] = module
     del sys.modules["__main__"]

@@ -1,4 +1,4 @@
-"""Scores of items -> the table of an evaluation: per task and policy, beside full depth, and on average over tasks."""
+"""Scores of items -> the table of an evaluation: per task and policy, against full depth, and averaged over tasks."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
     """Return one row per policy and task, and one per policy for the average over tasks.
 
     Columns: policy, task, n, score, standard_error, low, high (95% bootstrap interval); ``retention``, the score as a
-    share of that of full depth, NaN where that is 0 or missing; difference to full depth with its interval
+    share of full depth's, NaN where that is 0 or missing; difference to full depth with its interval
     (``difference``, ``difference_low``, ``difference_high``) and one-sided 95% ``lower_bound``; ``p_value`` and
     ``p_holm``, corrected over the tasks of a policy; ``non_inferior``, whether by that bound the score is at most
     ``margin`` below that of full depth; and the rates of each way to fail, NaN for choice tasks. A task that a policy
@@ -33,40 +33,40 @@ def summarize(evaluation: Evaluation, *, margin: float = MARGIN, seed: int = 0) 
     }
     rows = []
     for policy in items["policy"].unique():
-        mine: dict[str, np.ndarray] = {}
+        own_scores: dict[str, np.ndarray] = {}
         of_policy = []
         for task, table in wide.items():
             if policy not in table:
                 continue
             scores = table[policy].to_numpy(float)
-            mine[task] = scores
+            own_scores[task] = scores
             row = {"policy": policy, "task": task} | _estimated(estimate(scores, seed=seed))
             row["retention"] = _share(scores, table[FULL]) if FULL in table else np.nan
             if policy != FULL and FULL in table:
-                found = difference(scores, table[FULL].to_numpy(float), seed=seed)
+                gap = difference(scores, table[FULL].to_numpy(float), seed=seed)
                 row |= {
-                    "difference": found.mean,
-                    "difference_low": found.low,
-                    "difference_high": found.high,
-                    "lower_bound": found.lower_bound,
-                    "p_value": found.p_value,
-                    "test": found.test,
-                    "non_inferior": found.non_inferior(margin),
+                    "difference": gap.mean,
+                    "difference_low": gap.low,
+                    "difference_high": gap.high,
+                    "lower_bound": gap.lower_bound,
+                    "p_value": gap.p_value,
+                    "test": gap.test,
+                    "non_inferior": gap.non_inferior(margin),
                 }
             of_policy.append(row | _failure_rates(items, policy, task))
         for row, corrected in zip(of_policy, holm([row.get("p_value", np.nan) for row in of_policy]), strict=True):
             row["p_holm"] = corrected
         rows += of_policy
-        if set(mine) == {task for task, table in wide.items() if FULL in table}:
-            rows.append({"policy": policy, "task": AVERAGE} | _averaged(mine, wide, policy, margin, seed))
+        if set(own_scores) == {task for task, table in wide.items() if FULL in table}:
+            rows.append({"policy": policy, "task": AVERAGE} | _averaged(own_scores, wide, policy, margin, seed))
     return pd.DataFrame(rows)
 
 
 def texts(summary: pd.DataFrame, *, spread: bool = True) -> pd.DataFrame:
-    """Return the table as texts: policies in rows; tasks, the average, what is kept of it, and ways to fail in columns.
+    """Return the table as texts: policies in rows; tasks, the average, its retention, and ways to fail in columns.
 
     A score is in percent, with ``spread`` also the half-width of its interval; ``*`` marks a difference to full depth
-    that is significant at 5% after correction over tasks. Ways to fail are there if answers were generated.
+    that is significant at 5% after correction over tasks. Ways to fail appear if answers were generated.
     """
     tasks = sorted(dict.fromkeys(summary["task"]), key=lambda task: task == AVERAGE)
     failing = [name for name in FAILURES if name in summary and summary[name].notna().any()]
@@ -94,41 +94,41 @@ def markdown(summary: pd.DataFrame) -> str:
 def cell(row: pd.Series, spread: bool = True) -> str:
     """Return a score of the table in percent, as `texts` has it."""
     half = (row["high"] - row["low"]) / 2 if spread else np.nan
-    said = "" if np.isnan(half) else f" ± {100 * half:.1f}"
+    interval = "" if np.isnan(half) else f" ± {100 * half:.1f}"
     significant = row.get("p_holm", np.nan) < 0.05
-    return f"{100 * row['score']:.1f}{said}{'*' if significant else ''}"
+    return f"{100 * row['score']:.1f}{interval}{'*' if significant else ''}"
 
 
 def _share(scores: Any, full: Any) -> float:
     return float(np.mean(scores) / np.mean(full)) if np.mean(full) > 0 else np.nan
 
 
-def _estimated(found: Estimate) -> dict[str, Any]:
+def _estimated(score: Estimate) -> dict[str, Any]:
     return {
-        "n": found.n,
-        "score": found.mean,
-        "standard_error": found.standard_error,
-        "low": found.low,
-        "high": found.high,
+        "n": score.n,
+        "score": score.mean,
+        "standard_error": score.standard_error,
+        "low": score.low,
+        "high": score.high,
     }
 
 
 def _averaged(
-    mine: dict[str, np.ndarray], wide: dict[str, pd.DataFrame], policy: str, margin: float, seed: int
+    own_scores: dict[str, np.ndarray], wide: dict[str, pd.DataFrame], policy: str, margin: float, seed: int
 ) -> dict[str, Any]:
     """The mean over tasks, and its paired difference to full depth: items are drawn within tasks."""
-    row = _estimated(average(mine, seed=seed))
-    means = [[scores.mean(), wide[task][FULL].mean()] for task, scores in mine.items()]
+    row = _estimated(average(own_scores, seed=seed))
+    means = [[scores.mean(), wide[task][FULL].mean()] for task, scores in own_scores.items()]
     row["retention"] = _share(*np.transpose(means)) if means else np.nan
     if policy != FULL:
-        paired = {task: scores - wide[task][FULL].to_numpy(float) for task, scores in mine.items()}
-        found = average(paired, seed=seed)
-        row |= {"difference": found.mean, "difference_low": found.low, "difference_high": found.high}
-        row |= {"lower_bound": found.lower_bound, "non_inferior": found.lower_bound > -margin}
+        paired = {task: scores - wide[task][FULL].to_numpy(float) for task, scores in own_scores.items()}
+        gap = average(paired, seed=seed)
+        row |= {"difference": gap.mean, "difference_low": gap.low, "difference_high": gap.high}
+        row |= {"lower_bound": gap.lower_bound, "non_inferior": gap.lower_bound > -margin}
     return row
 
 
 def _failure_rates(items: pd.DataFrame, policy: str, task: object) -> dict[str, Any]:
     rows = items[(items["policy"] == policy) & (items["task"] == task)]
-    there = [name for name in FAILURES if name in rows and rows[name].notna().any()]
-    return {name: float(rows[name].astype(float).mean()) for name in there}
+    measured = [name for name in FAILURES if name in rows and rows[name].notna().any()]
+    return {name: float(rows[name].astype(float).mean()) for name in measured}

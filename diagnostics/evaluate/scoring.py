@@ -7,8 +7,8 @@ one prefill serves all those policies (`SharedPrefill`).
 Where a context has a document, its query may be placed in three ways (``QUERIES``):
 
 - ``prompt``: document and query are one prompt, prefilled together.
-- ``later``: the document is prefilled alone, before the query is known; the query follows as prompt. For SPEED the same
-  numbers, since its choice does not depend on the prompt; for FastKV not.
+- ``later``: the document is prefilled alone, before the query is known; the query follows as prompt. SPEED gives
+  the same numbers, since its choice does not depend on the prompt; FastKV does not.
 - ``decode``: the document is prefilled alone; the query is decode phase and runs at full depth.
 """
 
@@ -47,7 +47,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A context as tokens: those of its document, which may be none, and those of its query."""
+    """The tokens of a context: those of its document, which may be empty, and those of its query."""
 
     document: tuple[int, ...]
     query: tuple[int, ...]
@@ -61,15 +61,15 @@ class Encoded:
 def encode_context(tokenizer: Any, context: Context, *, special: bool) -> Encoded:
     """Tokenize a context as it is, to generate from.
 
-    ``special`` adds what the tokenizer puts before a text, such as BoS. A token that holds the document's end and the
-    query's beginning is the query's.
+    ``special`` adds what the tokenizer puts before a text, such as BoS. A token that spans the document's end and
+    the query's beginning belongs to the query.
     """
-    whole, document = (
+    ids, document_ids = (
         tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) if text else ()
         for text in (context.text, context.document)
     )
-    shared = next((i for i, (a, b) in enumerate(zip(document, whole, strict=False)) if a != b), len(document))
-    return Encoded(whole[:shared], whole[shared:])
+    shared = next((i for i, (a, b) in enumerate(zip(document_ids, ids, strict=False)) if a != b), len(document_ids))
+    return Encoded(ids[:shared], ids[shared:])
 
 
 def encode_pair(
@@ -89,10 +89,10 @@ def encode_pair(
 
 
 class SharedPrefill:
-    """Prompts that full depth has taken, from whose caches policies take their own where those follow.
+    """Full-depth caches of prompts, from which policies derive their own where that is possible.
 
-    SPEED does: below the cutoff it holds what full depth holds, above it the anchors, which saw only each other. So all
-    its cutoffs cost one prefill. Caches are kept as long as the object.
+    SPEED can: below the cutoff it holds what full depth holds, above it the anchors, which saw only each other. So all
+    its cutoffs cost one prefill. Caches live as long as the object.
     """
 
     def __init__(self, lm: LoadedModel, chunk_size: int | None = None) -> None:
@@ -100,9 +100,9 @@ class SharedPrefill:
         self._caches: dict[tuple[int, tuple[int, ...]], PolicyCache] = {}
 
     def cache(self, policy: Policy, ids: Sequence[int], length: int) -> PolicyCache | None:
-        """Return the policy's cache of prompt tokens, none of them decode phase; None if it has to make its own.
+        """Return the policy's cache of prompt tokens, none of them decode phase; None if it must be prefilled.
 
-        ``length`` is the number of tokens that the text is to have in all.
+        ``length`` is the number of tokens that the text will have in all.
         """
         if type(policy).from_full is Policy.from_full or not ids:
             return None
@@ -133,7 +133,7 @@ def score(
     """Score every continuation after one context: one prefill, then all of them as decode phase.
 
     ``query`` places the query about a document; ``chunk_size`` bounds the prompt tokens of a forward pass; ``shared``
-    has what full depth computed of the context, and a chunk size of its own.
+    holds the context's full-depth cache, and its own chunk size.
 
     Raises UserError for a continuation without tokens, and for what does not fit the model's positions.
     """
@@ -149,18 +149,18 @@ def score(
     # Texts on both sides of a length at which rotary frequencies change share no keys.
     rope, groups = rope_lengths(lm.anatomy.stack), dict[int, list[int]]()
     lengths = [len(context.ids) + len(continuation) - 1 for continuation in continuations]
-    for place, length in enumerate(lengths):
-        groups.setdefault(rope.factors(length), []).append(place)
+    for index, length in enumerate(lengths):
+        groups.setdefault(rope.factors(length), []).append(index)
     scored: dict[int, Scored] = {}
-    for places in groups.values():
-        length, rows = max(lengths[place] for place in places), [continuations[place][:-1] for place in places]
+    for indices in groups.values():
+        length, rows = max(lengths[index] for index in indices), [continuations[index][:-1] for index in indices]
         first, cache = prefill_context(
             lm, policy, context, query=query, chunk_size=chunk_size, shared=shared, length=length
         )
-        for place, more in zip(places, _later_logits(lm, cache, rows, first.shape[-1]), strict=True):
-            ids = torch.tensor(list(continuations[place]))
-            scored[place] = _scored(first if more is None else torch.cat([first, more]), ids)
-    return [scored[place] for place in range(len(continuations))]
+        for index, more in zip(indices, _later_logits(lm, cache, rows, first.shape[-1]), strict=True):
+            ids = torch.tensor(list(continuations[index]))
+            scored[index] = _scored(first if more is None else torch.cat([first, more]), ids)
+    return [scored[index] for index in range(len(continuations))]
 
 
 def _later_logits(
@@ -173,10 +173,10 @@ def _later_logits(
         return
     at_once = max(1, BATCH_BYTES // (cache.kv_bytes + width * n_vocabulary * lm.dtype.itemsize))
     for start in range(0, len(rows), at_once):
-        some = rows[start : start + at_once]
-        # Any token fills up shorter rows: it comes after all that is looked at.
-        filled = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in some], device=lm.device)
-        for ids, logits in zip(some, decode(lm, filled, cache.repeated(len(some))), strict=True):
+        batch = rows[start : start + at_once]
+        # Shorter rows are padded with any token: it comes after all that is read.
+        filled = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch], device=lm.device)
+        for ids, logits in zip(batch, decode(lm, filled, cache.repeated(len(batch))), strict=True):
             yield logits[: len(ids)] if ids else None
 
 
@@ -190,10 +190,10 @@ def prefill_context(
     shared: SharedPrefill | None = None,
     length: int = 0,
 ) -> tuple[Tensor, PolicyCache]:
-    """Take a context into a cache, and return the logits [1, vocabulary] of the token after it, and the cache.
+    """Prefill a context; return the logits [1, vocabulary] for the token after it, and the cache.
 
-    With ``shared``, what full depth computed is used where the policy's cache follows from it. ``length`` is the number
-    of tokens of the text in all, where what follows the context is known.
+    With ``shared``, the cache is derived from that of full depth where the policy can. ``length`` is the number of
+    tokens of the text in all, where what follows the context is known.
     """
     if query not in QUERIES:
         raise UserError(f"query is {query!r}: give one of {', '.join(QUERIES)}")
@@ -204,7 +204,7 @@ def prefill_context(
     chunk = chunk_size if policy.chunked else None
     apart = bool(context.document) and bool(context.query) and query != "prompt"
     in_decode = apart and query == "decode"
-    # What is prompt for all policies alike, and the decode phase after it.
+    # Tokens before the decode phase.
     n_prompt = len(context.document) if in_decode else len(context.ids) - policy.boundary
     cache = shared.cache(policy, context.ids[: max(n_prompt, 0)], length) if shared else None
     if cache is not None:

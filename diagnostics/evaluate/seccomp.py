@@ -1,6 +1,6 @@
-"""A filter of system calls for the sandbox: what a program has no use for, and what leads out of it or past its limits.
+"""A filter of system calls for the sandbox: it refuses those that lead out of it, past its limits, or to no use.
 
-The filter is a list of refusals, made here for the machine at hand and installed by the child (`sandbox_child`), which
+The filter is a list of refusals, built here for this machine and installed by the child (`sandbox_child`), which
 cannot take it off again. It needs no rights, so it also works where namespaces are not permitted.
 """
 
@@ -12,7 +12,7 @@ import sys
 LOAD, EQUAL, GREATER_OR_EQUAL, ANY_BIT, MASK, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 # Of <linux/seccomp.h>; EPERM and ENOSYS are error numbers, of which the second makes libc fall back to ``clone``.
 ALLOW, KILL_PROCESS, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050000 | 1, 0x00050000 | 38
-# Places in struct seccomp_data; the lower half of the first and second argument (both machines are little-endian).
+# Offsets in struct seccomp_data; the lower half of the first and second argument (both machines are little-endian).
 NUMBER, ARCHITECTURE, FIRST, SECOND = 0, 4, 16, 24
 X32_BIT = 0x40000000  # of x86_64's second table of calls, with 32-bit pointers
 NEW_NAMESPACES = 0x7E020080  # every CLONE_NEW* that `clone` takes

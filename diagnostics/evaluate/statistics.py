@@ -1,10 +1,10 @@
-"""What scores of items say about a task, and about two policies on the same items.
+"""Estimates from scores of items: the mean of a task, and the difference of two policies on the same items.
 
 Every policy answers the same items, so policies are compared item by item: the interval is that of the mean paired
 difference, never of two independent means. Tests: McNemar's exact test (1947) for right or wrong, Wilcoxon's
 signed-rank test (1945) for other scores, Holm's correction (1979) over tasks. Non-inferiority: the one-sided lower
-bound of the mean difference is above minus a margin; for right or wrong the bound is Tango's (1998), since resampling
-cannot doubt what did not happen: among items without a single loss it finds none.
+bound of the mean difference is above minus a margin; for right or wrong the bound is Tango's (1998), since
+resamples of items without a single loss contain none, and their bound would be too high.
 """
 
 import math
@@ -17,7 +17,7 @@ from scipy import optimize, stats
 from diagnostics.support.defaults import CONFIDENCE
 
 N_RESAMPLES = 9999
-# Resamples drawn at once: they need this many numbers per different score.
+# Resamples drawn at once: they take this many numbers per distinct score.
 BLOCK = 500
 
 Scores = Sequence[float] | np.ndarray
@@ -74,7 +74,7 @@ def average(tasks: Mapping[str, Scores], *, confidence: float = CONFIDENCE, seed
     values = [np.asarray(scores, dtype=float) for scores in tasks.values()]
     if not values or not all(len(v) for v in values):
         return Estimate(0, *[np.nan] * 5)
-    # Of a task with one item the spread is unknown, and so is that of the average.
+    # The spread of a task with one item is unknown, and so is that of the average.
     variance = sum(v.var(ddof=1) / len(v) if len(v) > 1 else np.nan for v in values)
     mean = float(np.mean([v.mean() for v in values]))
     error = float(np.sqrt(variance)) / len(values)
@@ -100,21 +100,21 @@ def difference(scores: Scores, baseline: Scores, *, confidence: float = CONFIDEN
 
 
 def tango_lower_bound(wins: int, losses: int, n: int, *, confidence: float = CONFIDENCE) -> float:
-    """Return the one-sided lower bound of a difference of paired shares, ``(wins - losses) / n``, by its score.
+    """Return the one-sided lower bound of a difference of paired shares, ``(wins - losses) / n``.
 
-    The difference at which the score statistic of Tango (1998), Statistics in Medicine 17, 891-908, is the quantile of
-    ``confidence``; -1 if none is.
+    It is the difference at which the score statistic of Tango (1998), Statistics in Medicine 17, 891-908, equals the
+    quantile of ``confidence``; -1 if there is none.
     """
 
     def excess(difference: float) -> float:
-        # The share of losses that is most likely if the difference is this one.
+        # The maximum-likelihood share of losses at this difference.
         b = -wins - losses + (2 * n - wins + losses) * difference
         c = -losses * difference * (1 - difference)
-        lost = (math.sqrt(b * b - 8 * n * c) - b) / (4 * n)
-        variance = n * (2 * lost + difference * (1 - difference))
+        loss_share = (math.sqrt(b * b - 8 * n * c) - b) / (4 * n)
+        variance = n * (2 * loss_share + difference * (1 - difference))
         return (wins - losses - n * difference) - stats.norm.ppf(confidence) * math.sqrt(max(variance, 0))
 
-    # At what was observed itself the statistic is 0, or undefined where nothing differs.
+    # At the observed difference the statistic is 0, or undefined where nothing differs.
     least, most = -1 + 1e-12, (wins - losses) / n - 1e-9
     return float(optimize.brentq(excess, least, most)) if least < most and excess(least) > 0 else -1.0
 
@@ -148,7 +148,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _resampled(tasks: Sequence[np.ndarray], seed: int) -> np.ndarray | None:
     """Means over tasks of the means of items drawn with replacement within each task; `N_RESAMPLES` of them.
 
-    None where a task has a single item, which says nothing of its spread.
+    None if a task has a single item, whose spread is unknown.
     """
     if any(len(values) < 2 for values in tasks):
         return None

@@ -1,4 +1,4 @@
-"""A name -> a task: from OLMES or HumanEval, made here at a length, or from a file."""
+"""Loads a task by its name: from OLMES or HumanEval, generated at a length, or from a file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MAX_LENGTH = 2**20  # tokens of a retrieval task
 def load_task(name: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, seed: int = 0) -> Task:
     """Load a task by its name.
 
-    ``NAME.jsonl`` or ``NAME.jsonl.gz`` is a file, ``needle@4096`` a retrieval task of so many tokens (``4K`` does as
-    well), with ``limit`` items or 100, ``humaneval`` HumanEval; anything else is a task of OLMES. Raises UserError,
-    with what there is, for anything that is none of them.
+    ``NAME.jsonl`` or ``NAME.jsonl.gz`` is a file, ``needle@4096`` a retrieval task of 4096 tokens (or ``needle@4K``)
+    with ``limit`` items, 100 by default, ``humaneval`` HumanEval; anything else is a task of OLMES. Raises UserError
+    that lists the known names for any other name.
     """
     if name.endswith((".jsonl", ".jsonl.gz")):
         return read_jsonl(Path(name))
@@ -39,6 +39,6 @@ def load_task(name: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
     if name in retrieval_names():
         raise UserError(f"task {name!r} needs a length, such as {name}@4096")
     if name.partition(":")[0] not in olmes_names():
-        there = ", ".join([*olmes_names(), HUMANEVAL, *(f"{kind}@LENGTH" for kind in retrieval_names()), "FILE.jsonl"])
-        raise UserError(f"task {name!r} is not one of: {there}")
+        known = ", ".join([*olmes_names(), HUMANEVAL, *(f"{kind}@LENGTH" for kind in retrieval_names()), "FILE.jsonl"])
+        raise UserError(f"task {name!r} is not one of: {known}")
     return load_olmes(name)
