@@ -1,4 +1,4 @@
-"""Models: loading them, what is known of their parts, and what identifies them."""
+"""Models: loading, parts and identity."""
 
 from typing import TYPE_CHECKING
 

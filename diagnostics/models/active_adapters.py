@@ -1,4 +1,4 @@
-"""Which adapters of PEFT take part in a model, and which of its parameters therefore do not."""
+"""Which PEFT adapters are active in a model, and which of its parameters are therefore unused."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,9 +9,10 @@ from diagnostics.support.digests import json_digest
 
 
 def active_adapters(model: Any, inner: nn.Module) -> tuple[set[int], tuple[str, ...]]:
-    """Return the ids of parameters that take no part, and the adapters that do, readable.
+    """Return the ids of unused adapter parameters, and readable names of the active adapters.
 
-    Layers are told by their attributes: peft need not be installed, and transformers puts them into plain models, too.
+    Layers are recognised by their attributes: peft need not be installed, and transformers also puts adapters into
+    plain models.
     """
     idle: set[int] = set()
     layers: dict[str, set[str]] = {}
@@ -19,23 +20,23 @@ def active_adapters(model: Any, inner: nn.Module) -> tuple[set[int], tuple[str, 
         if not holds_adapters(module):
             continue
         merged = list(getattr(module, "merged_adapters", ()))
-        on = [] if module.disable_adapters else list(module.active_adapters)
+        active = [] if module.disable_adapters else list(module.active_adapters)
         holders = (*getattr(module, "adapter_layer_names", ()), "modules_to_save", "token_adapter")
-        acting = False
+        is_active = False
         for holder in (getattr(module, name, None) for name in holders):
             for name, part in _items(holder):
-                if name in on and name not in merged:
-                    acting = True
+                if name in active and name not in merged:
+                    is_active = True
                     continue
                 idle |= {id(t) for t in _tensors_of(part)}
         scaling = getattr(module, "scaling", {})
-        if acting:
-            for name in on:
+        if is_active:
+            for name in active:
                 scale = scaling.get(name) if isinstance(scaling, dict) else None
                 layers.setdefault(f"{name}, scale {scale:g}" if scale is not None else name, set()).add(path)
         for name in merged:
             layers.setdefault(f"{name}, merged", set()).add(path)
-    described = [f"{what} in {len(where)} layers ({json_digest(sorted(where))[:8]})" for what, where in layers.items()]
+    described = [f"{name} in {len(paths)} layers ({json_digest(sorted(paths))[:8]})" for name, paths in layers.items()]
     if hasattr(model, "prompt_encoder"):
         state = "off" if "forward" in vars(model) else model.active_adapter
         described.append(f"prompt of {state}")
@@ -43,7 +44,7 @@ def active_adapters(model: Any, inner: nn.Module) -> tuple[set[int], tuple[str, 
 
 
 def holds_adapters(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's layers: they are told by their attributes."""
+    """Whether a module is one of PEFT's layers, recognised by their attributes."""
     # In transformers' own models `disable_adapters` is a method.
     return isinstance(getattr(module, "disable_adapters", None), bool) and hasattr(module, "active_adapters")
 

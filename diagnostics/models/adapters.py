@@ -1,8 +1,8 @@
-"""LoRA adapter folders as peft writes them -> the base model with the adapter merged into its weights.
+"""Reads LoRA adapter folders as peft writes them, and merges the adapter into the weights of its base model.
 
-peft never sees the folder: of ``adapter_config.json`` it gets settings known to be plain LoRA and nothing else, and
-tensors come from safetensors. So no file names code to import or a pickle to read. Of an adapter on the hub these two
-files are fetched, and ``config.json``, which tells of a model beside it.
+peft never sees the folder: from ``adapter_config.json`` it gets only settings known to be plain LoRA, and tensors come
+from safetensors. So no file can name code to import or a pickle to read. From an adapter on the hub these two files
+are fetched, and ``config.json``, which shows that the repository also holds a model.
 """
 
 import os
@@ -24,12 +24,12 @@ MERGED = (
     *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern"),
 )
-# Who wrote the file, for which model class, and what matters in training only.
+# Origin of the file, model class, and settings that matter only in training.
 IGNORED = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("inference_mode", "lora_dropout", "init_lora_weights", "eva_config"),
 }
-# All others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights as training begins.
+# All others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights at the start of training.
 INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -44,14 +44,14 @@ class Adapter:
 
 
 def is_adapter(name: str) -> bool:
-    """Say whether a name is a folder with an adapter and no model."""
+    """Whether a name is a folder with an adapter and no model."""
     folder = os.path.expanduser(name)
     alone = os.path.isfile(os.path.join(folder, CONFIG)) and not os.path.isfile(os.path.join(folder, "config.json"))
     return alone and name.lower() != EMBEDDED_MODEL
 
 
 def holds_adapter(source: str, revision: str | None = None) -> bool:
-    """Say whether a folder or a repository on the hub has an adapter, with or without a model; errors are the hub's."""
+    """Whether a folder or a hub repository has an adapter, with or without a model; raises the hub's errors."""
     from transformers.utils import find_adapter_config_file
 
     return find_adapter_config_file(source, revision=revision) is not None
@@ -68,8 +68,8 @@ def fetch_adapter(name: str, revision: str | None = None) -> Path | None:
 def read_adapter(name: str, folder: Path) -> Adapter:
     """Read the settings of an adapter folder; errors name the adapter.
 
-    A base that is a relative path is looked up from the working folder, then from the adapter's. Raises UserError
-    without peft, and for damaged files, pickled weights, a base that is itself an adapter, and anything but plain LoRA
+    A relative path to the base is resolved from the working folder, then from the adapter's. Raises UserError if peft
+    is missing, and for damaged files, pickled weights, a base that is itself an adapter, and anything but plain LoRA
     for causal models; other errors are peft's.
     """
     try:
@@ -89,9 +89,9 @@ def read_adapter(name: str, folder: Path) -> Adapter:
         raise UserError(f"adapter {name!r} cannot be merged: its method is {method!r}, and only 'LORA' is served")
     if task not in (None, "CAUSAL_LM"):
         raise UserError(f"adapter {name!r} is for another task: {task!r}, not 'CAUSAL_LM'")
-    if (begun := settings.get("init_lora_weights")) not in INITIALISATIONS:
+    if (initialisation := settings.get("init_lora_weights")) not in INITIALISATIONS:
         raise UserError(
-            f"adapter {name!r} changes the weights of its base (init_lora_weights={begun!r}): convert it first"
+            f"adapter {name!r} changes the weights of its base (init_lora_weights={initialisation!r}): convert it first"
         )
     for key, value in settings.items():
         default = getattr(LoraConfig.__dataclass_fields__.get(key), "default", None)
@@ -101,12 +101,12 @@ def read_adapter(name: str, folder: Path) -> Adapter:
         pickled = (folder / PICKLE).exists()
         problem = "has pickled weights only; convert them to safetensors first" if pickled else f"has no {WEIGHTS}"
         raise UserError(f"adapter {name!r} {problem}")
-    here = os.path.expanduser(base)
-    # A folder of that name in the working folder may be anything.
-    is_base = os.path.isfile(here) or os.path.isfile(os.path.join(here, "config.json")) or is_adapter(here)
-    beside = os.path.join(folder, here)
-    if base.lower() != EMBEDDED_MODEL and not is_base and os.path.exists(beside):
-        base = beside
+    path = os.path.expanduser(base)
+    # A folder of that name in the working folder need not be a model.
+    is_base = os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json")) or is_adapter(path)
+    from_adapter = os.path.join(folder, path)
+    if base.lower() != EMBEDDED_MODEL and not is_base and os.path.exists(from_adapter):
+        base = from_adapter
     if is_adapter(base):
         raise UserError(f"adapter {name!r} cannot be merged: its base {base!r} is itself an adapter")
     config = LoraConfig(init_lora_weights=False, **{key: settings[key] for key in MERGED if key in settings})
@@ -116,42 +116,42 @@ def read_adapter(name: str, folder: Path) -> Adapter:
 def merge(adapter: Adapter, model: Any) -> Any:
     """Merge an adapter into its base model, in place, and return the plain transformers model.
 
-    What is added is computed in float32, and a weight in half precision is rounded once, after the addition. Logits
-    differ from those of the adapter beside its base by 4e-5 in float32 (tiny models; 1e-4 for the embedded one). In
-    bfloat16 (embedded model, root mean squares) they differ by 0.2; merged and unmerged are 0.18 and 0.19 from float32,
-    and a merge in float32 that is rounded afterwards is no nearer. Raises UserError for tensors that the adapter lacks
-    or that have no place, and for a base that is quantised or offloaded; other errors are the libraries'.
+    The update is computed in float32, and a weight in half precision is rounded once, after the addition. Logits differ
+    from those of the unmerged adapter by 4e-5 in float32 (tiny models; 1e-4 for the embedded one). In bfloat16
+    (embedded model, root mean squares) they differ by 0.2; merged and unmerged are 0.18 and 0.19 from float32, and a
+    merge in float32 that is rounded afterwards is no closer. Raises UserError for tensors that the adapter lacks or
+    that do not fit the base, and for a base that is quantised or offloaded; other errors are the libraries'.
     """
     from peft import get_peft_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from safetensors.torch import load_file
 
-    who = f"adapter {str(adapter.folder)!r}"
+    label = f"adapter {str(adapter.folder)!r}"
     if getattr(model, "is_quantized", False):
-        raise UserError(f"{who} cannot be merged: the weights of its base are quantised")
+        raise UserError(f"{label} cannot be merged: the weights of its base are quantised")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"{who} cannot be merged: its base does not fit the device and is offloaded")
+        raise UserError(f"{label} cannot be merged: its base does not fit the device and is offloaded")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns of what is checked or put right here
+        warnings.simplefilter("ignore")  # peft warns of problems that are checked or corrected here
         wrapped: Any = get_peft_model(model, adapter.config)
         try:
             report: Any = set_peft_model_state_dict(wrapped, load_file(adapter.folder / WEIGHTS))
         except KeyError as error:
-            raise UserError(f"{who} lacks weights: {error.args[0]}") from None
-        # Of the rest of the model the file says nothing; whatever was trained must come from it.
+            raise UserError(f"{label} lacks weights: {error.args[0]}") from None
+        # The file does not contain the rest of the model, but it must contain every trained weight.
         missing = {name for name, p in wrapped.named_parameters() if p.requires_grad}.intersection(report.missing_keys)
         if missing:
-            raise UserError(f"{who} lacks {len(missing)} of its weights ({min(missing)}, ...)")
+            raise UserError(f"{label} lacks {len(missing)} of its weights ({min(missing)}, ...)")
         if report.unexpected_keys:
             excess = report.unexpected_keys
             raise UserError(
-                f"{who} does not fit its base: {len(excess)} of its weights have no place ({min(excess)}, ...)"
+                f"{label} does not fit its base: {len(excess)} of its weights have no place ({min(excess)}, ...)"
             )
-        # Merging adds in place: embedding and head that share one tensor would both get what is meant for one of them.
+        # Merging adds in place: if embedding and head share a tensor, both would get the update meant for one of them.
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             if isinstance(part, BaseTunerLayer):
                 layer: Any = part.get_base_layer()
                 layer.weight = nn.Parameter(layer.weight.detach().clone())
         merged = wrapped.merge_and_unload()
-    return merged.requires_grad_(True)  # as every other model that is loaded: peft had frozen it
+    return merged.requires_grad_(True)  # like every other loaded model: peft had frozen it

@@ -1,9 +1,9 @@
-"""Where the parts of a transformers decoder are, and which decoders cannot be served.
+"""Finds the parts of a transformers decoder, and refuses decoders that cannot be served.
 
-Everything else in the package speaks of *layer l*, *its attention*, *its output projection*, *the final
-norm* and *the unembedding*; this file alone knows what a model family calls them. A family is recognised by
-structure, not by a list of names, so that a new one usually works unseen. What is found here is never
-trusted blindly: each capture checks the recomputed attention and the last logit lens against the model's own.
+The rest of the package refers to *layer l*, *its attention*, *its output projection*, *the final norm* and *the
+unembedding*; only this file knows their names in each model family. A family is recognised by structure, not by a list
+of names, so a new one usually works without changes. No result is trusted blindly: each capture checks the recomputed
+attention and the last logit lens against the model's own.
 """
 
 import inspect
@@ -20,9 +20,9 @@ from diagnostics.support.errors import UserError
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 OUTPUT_PROJECTION_NAMES = ("o_proj", "c_proj", "dense", "out_proj", "wo")
 FINAL_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
-# Families whose stack reshapes what its layers return to the shape of its input.
+# Families whose stack reshapes the output of its layers to the shape of its input.
 RESHAPING = {"gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen"}
-# What layers get per position besides their input; anything else unknown fails by its shape.
+# Per-position arguments of layers besides their input; any other one fails by its shape.
 PER_POSITION = {"position_embeddings", "position_ids"}
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 
@@ -31,9 +31,9 @@ SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 class Anatomy:
     """The parts of one decoder-only model, in layer order.
 
-    ``stack`` is the module that runs the layers; ``layers``, ``attentions`` and ``output_projections`` have as many
-    entries as there are. Logits are ``softcap(unembedding(final_norm(h)) * logit_scale)``; ``max_positions`` is None
-    where positions are unbounded. ``reshapes`` says that the stack insists on as many rows after its layers as before.
+    ``stack`` is the module that runs the layers; ``layers``, ``attentions`` and ``output_projections`` have one entry
+    per layer. Logits are ``softcap(unembedding(final_norm(h)) * logit_scale)``. ``max_positions`` is None where
+    positions are unbounded. ``reshapes`` says that the stack requires as many rows after its layers as before.
     ``expert_share`` is the share of a layer's experts that a token runs through, 1 without experts.
     """
 
@@ -56,11 +56,11 @@ class Anatomy:
     expert_share: float = 1.0
 
     def room(self, n_new: int) -> int | None:
-        """Prompt tokens that fit with ``n_new`` tokens after them; see `prompt_room`."""
+        """Number of prompt tokens that fit together with ``n_new`` further tokens; see `prompt_room`."""
         return prompt_room(self.max_positions, n_new)
 
     def window(self, layer: int) -> int | None:
-        """Width of a layer's sliding window in positions, None where it sees everything."""
+        """Width of a layer's sliding window in positions, None for full attention."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
     @property
@@ -70,11 +70,11 @@ class Anatomy:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """Plain numbers that decide compute and memory, for predictions without the model.
+        """Plain numbers that determine compute and memory, for predictions without the model.
 
-        ``layer_parameters``: weights used per token in each layer, of a mixture of experts those of the chosen ones.
+        ``layer_parameters``: weights used per token in each layer; in a mixture of experts, those of the chosen ones.
         ``head_parameters``: weights of the unembedding.
-        ``bytes_per_value``: of weights and cache.
+        ``bytes_per_value``: bytes of a value in weights and cache.
         """
         return {
             "n_heads": self.n_heads,
@@ -121,7 +121,7 @@ def refuse_config(config: object, name: str) -> None:
 
 
 def dissect(model: Any, name: str) -> Anatomy:
-    """Find the parts of a transformers causal language model; raise UserError, naming the model, where it cannot."""
+    """Find the parts of a transformers causal language model; raise UserError, naming the model, if one is missing."""
     config = model.config.get_text_config(decoder=True)
     refuse_config(model.config, name)
 
@@ -162,7 +162,7 @@ def dissect(model: Any, name: str) -> Anatomy:
     try:
         n_heads, n_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    except RuntimeError:  # transformers' way to say that a setting is one of each layer
+    except RuntimeError:  # transformers raises it where the setting differs between layers
         raise refuse("the shape of its attention changes from layer to layer") from None
     return Anatomy(
         stack=parent,
@@ -186,14 +186,14 @@ def dissect(model: Any, name: str) -> Anatomy:
 
 
 def unwrapped(module: Any) -> Any:
-    """Return a module of the model itself where a component of TransformerLens's bridge stands in for it."""
+    """Return the model's own module for a component of TransformerLens's bridge, and any other module unchanged."""
     while (inner := getattr(module, "original_component", None)) is not None:
         module = inner
     return module
 
 
 def parameter_names(module: Any) -> list[str]:
-    """Return the names of a module's forward parameters, as its class declares them: libraries replace the method."""
+    """Return the parameter names of a module's forward, from its class: libraries replace the method of the object."""
     return list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
 
 
@@ -206,13 +206,13 @@ def _expert_share(config: Any) -> float:
 
 
 def _used_parameters(layer: nn.Module, expert_share: float) -> int:
-    """Weights of a layer that one token is multiplied with."""
+    """Number of a layer's weights that one token is multiplied with."""
     shares = ((p, expert_share if ".experts." in f".{name}" else 1.0) for name, p in layer.named_parameters())
     return round(sum(p.numel() * share for p, share in shares))
 
 
 def _only_layer_type(config: Any) -> str:
-    """Attention of all layers where the configuration does not tell them apart."""
+    """Attention type of all layers where the configuration does not list one per layer."""
     slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return "sliding_attention" if slides else "full_attention"
 

@@ -1,8 +1,8 @@
-"""See queries, keys and values after rotary embedding through transformers' public attention interface.
+"""Shows queries, keys and values after rotary embedding, through transformers' public attention interface.
 
 A wrapped attention function is registered under its own name together with the mask of the implementation it
 wraps, and the model's configuration points to it only inside the ``with`` block. The model's own fused attention
-still does the work. Neither transformers nor the model is patched; on exit every configuration is as it was.
+still does the work. Neither transformers nor the model is patched; on exit every configuration is restored.
 """
 
 import sys
@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "speed_diagnostics_"
 
-# module -> its recorder, only while a tap is open. Keyed by module: two models in two threads do not meet.
+# module -> its recorder, only while a tap is open. Keyed by module: models in different threads stay separate.
 _RECORDERS: dict[nn.Module, Callable[..., tuple[Tensor, Any]]] = {}
 
 
@@ -76,17 +76,17 @@ def attention_tap(model: nn.Module, attentions: tuple[nn.Module, ...], handler: 
 
 @contextmanager
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Have all parts of a model use the attention implementation of this name inside the block."""
-    # Each configuration by itself: the public setter would overwrite sub-configurations too, past undoing.
-    held = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    configs = [config for config in held if hasattr(config, "_attn_implementation_internal")]
-    before = [(config, config._attn_implementation_internal) for config in configs]
+    """Make all parts of a model use the attention implementation of this name inside the block."""
+    # Each configuration separately: the public setter would also overwrite sub-configurations, irreversibly.
+    distinct = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs = [config for config in distinct if hasattr(config, "_attn_implementation_internal")]
+    originals = [(config, config._attn_implementation_internal) for config in configs]
     try:
         for config in configs:
             config._attn_implementation_internal = name
         yield
     finally:
-        for config, implementation in before:
+        for config, implementation in originals:
             config._attn_implementation_internal = implementation
 
 
@@ -96,7 +96,7 @@ def _register(inner: str) -> str:
     if tapped not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(tapped, _dispatch)
         masks = AttentionMaskInterface()
-        if inner in masks:  # without a registered mask the model passes none, and so must the tap
+        if inner in masks:  # without a registered mask the model passes none, and the tap must do the same
             AttentionMaskInterface.register(tapped, masks[inner])
     return tapped
 
@@ -114,7 +114,7 @@ def _original(module: nn.Module, inner: str) -> Callable[..., tuple[Tensor, Any]
 
 
 def eager_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
-    """Return the eager attention of a module's family: not in the registry, but in each modelling file by one name."""
+    """Return the eager attention of a module's family: unregistered, but under the same name in all modelling files."""
     for base in type(module).__mro__:
         function = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
         if function is not None:

@@ -1,6 +1,6 @@
 """Models converted once into the cache folder.
 
-A model appears there complete or not at all. If two processes convert the same model, the first to finish wins.
+A converted model is complete or absent. If two processes convert the same model, the first to finish wins.
 """
 
 import os
@@ -22,8 +22,8 @@ def cache_folder() -> Path:
 def convert_once(target: Path, convert: Callable[[Path], None], what: str, room: str) -> Path:
     """Return the folder ``target``, filled by ``convert`` in a scratch folder beside it if it does not exist.
 
-    ``what`` names the model and ``room`` the space that it takes, for messages. Raises UserError where nothing can be
-    written; a UserError of ``convert`` passes unchanged.
+    ``what`` names the model and ``room`` its size on disk, for messages. Raises UserError where nothing can be written;
+    a UserError of ``convert`` passes unchanged.
     """
     if (target / "config.json").is_file():
         return target
@@ -40,7 +40,7 @@ def convert_once(target: Path, convert: Callable[[Path], None], what: str, room:
             convert(scratch)
         except UserError:
             raise
-        except Exception as error:  # a full disk reaches us through several libraries
+        except Exception as error:  # a full disk raises different errors in different libraries
             raise UserError(
                 f"the {what} cannot be converted in {target.parent} ({one_line(error)}); "
                 f"it takes {room} there, or set SPEED_DIAGNOSTICS_CACHE to another folder"

@@ -24,7 +24,7 @@ def embedded_model_folder() -> Path:
     target = cache_folder() / EMBEDDED_MODEL
     if (target / "config.json").is_file():
         return target
-    # find_spec, not import: the package's __init__ imports llama.cpp bindings that nobody needs here.
+    # find_spec, not import: the package's __init__ imports llama.cpp bindings that are not needed here.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
         raise UserError(f"the embedded model is not installed; run: {_INSTALL}")
@@ -33,7 +33,7 @@ def embedded_model_folder() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    # Here, not above: whoever only names the embedded model need not load torch.
+    # Imported here: a caller that only names the embedded model must not load torch.
     from diagnostics.models.gguf import write_converted
 
     write_converted(gguf, folder, EMBEDDED_MODEL)

@@ -1,8 +1,8 @@
-"""What a GGUF file says of its model beyond what transformers reads: rebuilt in the configuration, or refused by name.
+"""Settings of a GGUF file that transformers does not read: added to the configuration, or refused by name.
 
-transformers maps a few keys of each architecture and drops the others without a word, rotary scaling among them, which
-may be a key or a tensor. Here every key of the architecture is used, is checked against the configuration, is neutral,
-or ends the loading; and so is every tensor.
+transformers maps a few keys of each architecture and silently drops the others, including rotary scaling, which may be
+a key or a tensor. Here every key and every tensor of the architecture is used, checked against the configuration, or
+neutral; any other one ends the loading.
 """
 
 import math
@@ -16,7 +16,7 @@ from diagnostics.support.errors import UserError
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 SCALING = "rope.scaling."
-# Names of a key's value in configurations; the first that a configuration has is the one that must agree.
+# Names of a key's value in configurations; the first one that a configuration has must agree with the file.
 SAME = {
     "rope.dimension_count": ("rotary width",),
     "rope.freq_base": ("rope_theta",),
@@ -42,34 +42,34 @@ SAME = {
     "expert_count": ("num_experts", "num_local_experts"),
     "expert_used_count": ("num_experts_per_tok",),
 }
-# Set in the configuration where the file has them: transformers drops them.
+# Keys that transformers drops; they are set in the configuration where the file has them.
 REBUILT = (
     *("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
     *("expert_feed_forward_length", "expert_shared_feed_forward_length"),
 )
-# Values of keys that ask for nothing.
+# Values of keys that have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale"), (0,)),
     **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count"), (0,)),
     **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (0, 1)),
     **{"attention.causal": (True,), "rope.scale_linear": (1,)},
 }
-# About the file, or only about its training.
+# Keys that describe the file or only its training.
 SILENT = ("tensor_data_layout", f"{SCALING}finetuned")
-# llama.cpp's rule: all but the largest of these scale queries by the width of a head.
+# llama.cpp's rule: all models of these families but the largest scale queries by the width of a head.
 LARGEST = {"gemma2": 46, "gemma3": 62}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def rebuild(config: Any, keys: dict[str, Any], tensors: dict[str, Tensor], architecture: str, name: str) -> Any:
-    """Return the configuration with all that a file's keys and rotary tensors say.
+    """Return the configuration with the settings of a file's keys and rotary tensors.
 
-    ``keys`` are those of the architecture, without its name in front; ``tensors`` the rotary ones, float32. Raises
-    UserError, naming the key or tensor, for what cannot be proved to be in the configuration.
+    ``keys`` are those of the architecture, without its name as prefix; ``tensors`` are the rotary ones, float32. Raises
+    a UserError that names the key or tensor if the configuration cannot be shown to agree with it.
     """
     settings = {k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "dtype")}
     for key in (key for key in REBUILT if key in keys):
-        attribute = next((one for one in SAME[key] if one in settings), None)
+        attribute = next((candidate for candidate in SAME[key] if candidate in settings), None)
         if attribute and not (key == "expert_feed_forward_length" and attribute == "intermediate_size"):
             settings[attribute] = keys[key]
     if architecture in LARGEST:
@@ -88,16 +88,16 @@ def rebuild(config: Any, keys: dict[str, Any], tensors: dict[str, Tensor], archi
 
 def require_used(in_file: Collection[str], used: Collection[str], name: str) -> None:
     """Refuse a file with tensors that the model does not use; rotary ones are checked elsewhere."""
-    left = sorted(set(in_file) - set(used) - {FREQUENCIES, LONG, SHORT})
-    if left:
+    unused = sorted(set(in_file) - set(used) - {FREQUENCIES, LONG, SHORT})
+    if unused:
         raise UserError(
-            f"model {name!r} cannot be loaded: {len(left)} of its tensors have no place in the model that transformers "
-            f"makes of it ({left[0]}, ...)"
+            f"model {name!r} cannot be loaded: {len(unused)} of its tensors have no place in the model that "
+            f"transformers makes of it ({unused[0]}, ...)"
         )
 
 
 def require_frequencies(rotary: Any, tensors: dict[str, Tensor], name: str) -> None:
-    """Prove that a model's rotary frequencies are those that the file's tensor scales."""
+    """Raise UserError unless a model's rotary frequencies equal those that the file's tensor defines."""
     if FREQUENCIES not in tensors:
         return
     base = _setting(rotary.config, "rope_theta")
@@ -108,13 +108,13 @@ def require_frequencies(rotary: Any, tensors: dict[str, Tensor], name: str) -> N
 
 
 def _scaling(config: Any, keys: dict[str, Any], tensors: dict[str, Tensor], name: str) -> dict[str, Any] | None:
-    """Return the rotary scaling that keys or tensors ask for, as transformers names it; None if none."""
+    """Return the rotary scaling that keys or tensors define, in transformers' terms; None if none."""
     kind = str(keys.get(f"{SCALING}type", "none"))
     original = keys.get(f"{SCALING}original_context_length", keys.get("context_length"))
     factor = float(keys.get(f"{SCALING}factor", 1.0))
     known = {f"{SCALING}{key}" for key in ("type", "factor", "original_context_length", "finetuned", "attn_factor")}
-    if odd := sorted(key for key in keys if key.startswith(SCALING) and key not in known):
-        raise UserError(f"model {name!r} cannot be loaded: its key {odd[0]!r} is not understood")
+    if unknown := sorted(key for key in keys if key.startswith(SCALING) and key not in known):
+        raise UserError(f"model {name!r} cannot be loaded: its key {unknown[0]!r} is not understood")
     if (LONG in tensors) != (SHORT in tensors):
         raise UserError(f"model {name!r} cannot be loaded: it has one of {LONG} and {SHORT}, not both")
     if LONG in tensors:
@@ -142,23 +142,23 @@ def _scaling(config: Any, keys: dict[str, Any], tensors: dict[str, Tensor], name
 
 
 def _of_factors(factors: Tensor, config: Any) -> dict[str, Any] | None:
-    """Name the scaling whose factors, one per pair of dimensions, a tensor holds."""
+    """Return the rotary scaling for a tensor of factors, one per pair of dimensions; None where all are 1."""
     if bool((factors == 1).all()):
         return None
     largest = float(factors.max())
     if torch.allclose(factors, llama3_factors(len(factors), _setting(config, "rope_theta"), largest), rtol=1e-4):
         return {"rope_type": "llama3", "factor": largest, **LLAMA3}
-    # Any other: factors that do not depend on the length.
-    every = factors.tolist()
+    # Any other factors: the same for every length.
+    values = factors.tolist()
     limit = config.max_position_embeddings
     return {
-        **{"rope_type": "longrope", "long_factor": every, "short_factor": every, "factor": 1.0},
+        **{"rope_type": "longrope", "long_factor": values, "short_factor": values, "factor": 1.0},
         **{"attention_factor": 1.0, "original_max_position_embeddings": limit},
     }
 
 
 def llama3_factors(n: int, base: float, factor: float) -> Tensor:
-    """What Llama 3.1 divides its ``n`` rotary frequencies by: 1 for short waves, ``factor`` for long ones; float32."""
+    """Return Llama 3.1's divisors of ``n`` rotary frequencies: 1 for short waves, ``factor`` for long ones; float32."""
     low, high, original = (
         LLAMA3["low_freq_factor"],
         LLAMA3["high_freq_factor"],
@@ -173,7 +173,7 @@ def llama3_factors(n: int, base: float, factor: float) -> Tensor:
 
 
 def _into(parameters: Any, scaling: dict[str, Any], name: str) -> dict[str, Any]:
-    """Put a scaling into rotary parameters; where layers have their own, into those of full attention."""
+    """Add a scaling to rotary parameters; where layer types have their own, to those of full attention."""
     if "rope_theta" in (parameters or {}):
         return parameters | scaling
     if "full_attention" in (parameters or {}):
@@ -188,7 +188,8 @@ def _require_same(config: Any, keys: dict[str, Any], name: str) -> None:
         if key in SILENT or key.startswith(SCALING) or value in NEUTRAL.get(key, ()):
             continue
         names = SAME.get(key)
-        setting = next((got for one in names or () if (got := _setting(config, one)) is not None), None)
+        settings = (_setting(config, candidate) for candidate in names or ())
+        setting = next((candidate for candidate in settings if candidate is not None), None)
         if setting is None and key == "attention.sliding_window" and value >= keys.get("context_length", math.inf):
             continue
         if setting is None:
@@ -217,13 +218,13 @@ def _head_dim(config: Any) -> int:
 
 def _equal(setting: Any, value: Any) -> bool:
     if isinstance(setting, list):
-        # As a list, one for each layer, or as a number: of so many layers the last sees all.
+        # The key is a list with an entry per layer, or a period: the last layer of each period has full attention.
         period = (
             [(layer + 1) % value != 0 for layer in range(len(setting))] if isinstance(value, int) and value else value
         )
-        return setting == [bool(one) for one in period] if isinstance(period, list) else False
+        return setting == [bool(slides) for slides in period] if isinstance(period, list) else False
     if isinstance(value, list):
-        return bool(value) and all(_equal(setting, one) for one in value)
+        return bool(value) and all(_equal(setting, entry) for entry in value)
     if isinstance(value, float) or isinstance(setting, float):
         return math.isclose(float(setting), float(value), rel_tol=1e-5)
     return bool(setting == value)

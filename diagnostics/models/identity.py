@@ -1,15 +1,15 @@
-"""What model a number belongs to. What the model reads has digests of its own, in `diagnostics.prompts.digests`.
+"""The identity of the model that produced a number. `diagnostics.prompts.digests` has the identity of its input.
 
-A result may be continued, and a cache loaded, only where both are the same. A model is told apart by
+A result may be continued, and a cache loaded, only where both are the same. A model is identified by
 
-- its **weights**: SHA-256 over every byte of every tensor that takes part, wherever it lies;
-- its **buffers**: tensors made when it was built, such as rotary frequencies;
-- its **configuration**: what its settings and the numbers in its modules say (norm epsilons, scalings, windows);
+- its **weights**: SHA-256 over every byte of every tensor in use, on any device;
+- its **buffers**: tensors computed when it was built, such as rotary frequencies;
+- its **configuration**: its settings and the numbers in its modules (norm epsilons, scalings, windows);
 - its **adapters**: which are active or merged, and at which scale;
 - the **libraries** that run it.
 
-Nothing here is kept from one call to the next: an edit through ``.data`` leaves no trace on a tensor, so there is no
-sign by which an older hash could be trusted.
+Nothing is cached between calls: an edit through ``.data`` leaves no trace on a tensor, so no older hash could be
+trusted.
 """
 
 import json
@@ -26,16 +26,16 @@ from diagnostics.support.digests import json_digest
 from diagnostics.support.versions import versions
 
 LIBRARIES = ("torch", "transformers")
-# Of a configuration: where it comes from, how its files are written, what only training or output formats use.
+# Settings of a configuration that do not affect numbers: its origin, file formats, training, output formats.
 NOT_NUMBERS = {
     *("_name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "architectures", "auto_map"),
     *("dtype", "torch_dtype", "id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
     *("initializer_range", "router_aux_loss_coef", "gradient_checkpointing", "_from_model_config", "model_name"),
 }
-# Of a module: what training, calls and libraries change without changing what it computes.
+# Attributes of a module that training, calls and libraries change without changing its results.
 NOT_SETTINGS = {"training", "gradient_checkpointing", "max_seq_len_cached", "is_loaded_in_8bit", "is_loaded_in_4bit"}
-# Modules of these stand between a model and its own.
+# Packages whose modules wrap those of a model.
 WRAPPERS = {"transformer_lens", "nnsight", "peft", "accelerate"}
 
 
@@ -44,8 +44,8 @@ class ModelIdentity:
     """What tells one model from another.
 
     ``weights`` and ``buffers`` are SHA-256 (hex). ``configuration`` is readable. ``adapters`` names the active and the
-    merged ones with their scale, and is empty where none takes part. ``unseen`` names weights whose values are
-    elsewhere, so that only their names, shapes and types could be hashed.
+    merged ones with their scale; it is empty where there are none. ``unseen`` names weights whose values are not on
+    this machine, so that only their names, shapes and types could be hashed.
     """
 
     weights: str
@@ -57,9 +57,9 @@ class ModelIdentity:
 
     @classmethod
     def of(cls, model: Any) -> "ModelIdentity":
-        """Identify a model as it is now: of transformers, in a PEFT model, a TransformerBridge or an nnsight model.
+        """Identify a transformers model in its present state, also inside a PEFT, TransformerBridge or nnsight model.
 
-        Reads every weight: about a second for a gigabyte and processor core.
+        Reads every weight: about one second per gigabyte on one processor core.
         """
         inner = stock_model(model)
         idle, adapters = active_adapters(model, inner)
@@ -70,11 +70,11 @@ class ModelIdentity:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of all of it."""
+        """SHA-256 (hex) of all `entries`."""
         return json_digest(list(self.entries().values()))
 
     def entries(self) -> dict[str, Any]:
-        """Return what a manifest's ``identity`` keeps: values that must be equal, those that explain others first."""
+        """Return a manifest's ``identity``: values that must all be equal; those that explain others come first."""
         return {
             "libraries": self.libraries,
             "configuration": json_digest(self.configuration),
@@ -85,7 +85,7 @@ class ModelIdentity:
 
     @property
     def notes(self) -> list[str]:
-        """What the identity cannot vouch for, for people."""
+        """What the identity does not cover, as readable sentences."""
         if not self.unseen:
             return []
         return [
@@ -95,10 +95,10 @@ class ModelIdentity:
 
 
 def configuration(model: Any) -> dict[str, Any]:
-    """Return what decides a model's numbers besides its tensors, as plain values: class, settings, numbers in modules.
+    """Return what determines a model's numbers besides its tensors, as plain values: class, settings and modules.
 
-    ``settings`` and ``generation`` are the configurations less what does not matter; ``modules`` is a digest of the
-    class and the plain attributes of every module, since these, not the settings, are what a forward pass reads.
+    ``settings`` and ``generation`` are the configurations without settings that do not affect numbers. ``modules`` is a
+    digest of the class and the plain attributes of every module: a forward pass reads these, not the settings.
     """
     inner = stock_model(model)
     config, generation = inner.config, getattr(inner, "generation_config", None)
@@ -115,7 +115,7 @@ def configuration(model: Any) -> dict[str, Any]:
 def configuration_digest(model: Any) -> str:
     """SHA-256 (hex) of a model without its weights: class, settings, attention implementation, type, libraries.
 
-    Cheap. Two models with the same digest run the same operations.
+    Cheap, since it reads no weights. Two models with the same digest run the same operations.
     """
     inner = stock_model(model)
     _, adapters = active_adapters(model, inner)
@@ -132,7 +132,7 @@ def libraries() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """Make a configuration plain JSON without what does not decide numbers."""
+    """Convert a configuration to plain JSON, without settings that do not affect numbers."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in sorted(value.items(), key=lambda kv: str(kv[0])) if k not in NOT_NUMBERS}
     if isinstance(value, list | tuple):
@@ -143,14 +143,14 @@ def _plain(value: Any) -> Any:
 
 
 def _module_settings(inner: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Path, class and plain public attributes of every module of the model itself, not of what adapters add."""
+    """Path, class and plain public attributes of every module of the model itself, without modules of adapters."""
     added: tuple[str, ...] = ()
     for path, module in inner.named_modules():
         kind = type(module)
         if holds_adapters(module):
             added += tuple(f"{path}.{name}" for name, _ in module.named_children() if name not in WRAPPED)
         foreign = kind.__module__.partition(".")[0] in WRAPPERS
-        if foreign or any(path == one or path.startswith(f"{one}.") for one in added):
+        if foreign or any(path == adapter or path.startswith(f"{adapter}.") for adapter in added):
             continue
         numbers = {
             name: value

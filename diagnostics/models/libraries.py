@@ -1,12 +1,12 @@
 """Objects of other libraries that hold a transformers model: PEFT wrappers, TransformerLens bridges, nnsight models.
 
-Recognised by where their classes come from, so that no library is imported for being asked about.
+They are recognised by the packages of their classes, so that the check imports no library.
 """
 
 import copy
 from typing import Any
 
-# What adapters call the module that they were put around.
+# Attribute names for the module that an adapter wraps.
 WRAPPED = ("base_layer", "original_module")
 TRANSFORMERS, TRANSFORMER_LENS, NNSIGHT = "transformers", "transformer-lens", "nnsight"
 
@@ -22,7 +22,7 @@ def library_of(model: Any) -> str:
 
 
 def stock_model(model: Any) -> Any:
-    """Return the transformers model inside an object, or the object itself where it is one."""
+    """Return the transformers model inside an object, or the object itself if it is one."""
     library = library_of(model)
     if library == TRANSFORMER_LENS:
         model = model.original_model
@@ -32,7 +32,7 @@ def stock_model(model: Any) -> Any:
 
 
 def is_compiled(model: Any) -> bool:
-    """Whether torch.compile stands before a model's own code: what was compiled before leaves out later hooks."""
+    """Whether torch.compile wraps a model's own code: compiled code ignores hooks that are added later."""
     for module in (model, *model.modules()):
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             return True
@@ -42,13 +42,13 @@ def is_compiled(model: Any) -> bool:
 
 
 def twin(model: Any) -> Any:
-    """Copy a model's modules and share its weights: libraries that change modules in place get their own."""
+    """Copy a model's modules and share its weights, for libraries that change modules in place."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def plain_name(name: str) -> str:
-    """Name a tensor as the plain model does: bridges and adapters put components of their own in between."""
+    """Return a tensor's name in the plain model, without the components that bridges and adapters insert."""
     name = name.replace("_original_component.", "")
     for inner in WRAPPED:
         name = name.replace(f".{inner}.", ".")

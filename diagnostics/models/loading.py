@@ -1,4 +1,4 @@
-"""Name, folder, adapter, GGUF file or built-in -> a loaded model with its tokenizer and what is known about it."""
+"""Loads a model, its tokenizer and its parts from a hub id, a folder, an adapter, a GGUF file or the built-in name."""
 
 import os
 from dataclasses import dataclass, replace
@@ -23,12 +23,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A transformers causal language model, its tokenizer, and where its parts are.
+    """A transformers causal language model, its tokenizer and its parts.
 
-    ``model`` is the stock object: nothing is folded, centred or patched. ``revision`` is the hub commit when there
-    is one. ``wrapper`` is the TransformerBridge or
-    nnsight model that holds ``model``, or None; ``library`` says whose it is. ``base`` is what an adapter was merged
-    into, None for any other model.
+    ``model`` is the stock object: nothing is folded, centred or patched. ``revision`` is the hub commit, or None.
+    ``wrapper`` is the TransformerBridge or nnsight model that holds ``model``, or None; ``library`` is the library of
+    the wrapper, or ``transformers``. ``base`` is the model that an adapter was merged into, None for any other model.
     """
 
     name: str
@@ -42,10 +41,10 @@ class LoadedModel:
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any = None, name: str | None = None, *, weights: bool = True) -> "LoadedModel":
-        """Take a model that is already in memory: of transformers, a `TransformerBridge`, or an nnsight model.
+        """Wrap a model that is already in memory: a transformers model, a `TransformerBridge`, or an nnsight model.
 
-        A bridge and an nnsight model bring their tokenizer; a transformers model needs one. Without ``weights`` an
-        nnsight model whose weights are not here stays so. Raises UserError where the model cannot be served.
+        A bridge and an nnsight model have a tokenizer; a transformers model needs one. With ``weights=False`` an
+        nnsight model whose weights are not loaded stays so. Raises UserError if the model cannot be served.
         """
         library = library_of(model)
         wrapper = None if library == TRANSFORMERS else model
@@ -76,16 +75,16 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Device that token ids go to: that of the input embeddings."""
+        """Device for token ids: that of the input embeddings."""
         return self.model.get_input_embeddings().weight.device
 
     def identity(self) -> ModelIdentity:
-        """Return what tells this model, as it is now, from any other; reads every weight."""
+        """Return the identity of this model in its present state; reads every weight."""
         return ModelIdentity.of(self.model)
 
     @property
     def weight_hash(self) -> str:
-        """SHA-256 (hex) of all weights as they are now, wherever they came from."""
+        """SHA-256 (hex) of all weights in their present state."""
         return self.identity().weights
 
     @property
@@ -106,17 +105,19 @@ def load_model(
 
     ``device``: ``auto`` (cuda, else mps, else cpu; spread over all GPUs when one is too small), ``map`` (always
     spread, needs accelerate), or any torch device. ``dtype``: ``auto`` (bfloat16 on cuda and mps, float32 on cpu) or
-    a name. Weights are read from safetensors or GGUF only, never from pickles; remote code is off unless asked for.
-    An adapter is merged into the base that it names: options are for the base, which also gives the tokenizer.
-    ``revision`` is that of the base, before the one that the adapter names; of an adapter on the hub it is its own.
-    Raises UserError for anything that cannot be found, read or served.
+    a name. Weights are read from safetensors or GGUF only, never from pickles; remote code runs only with
+    ``trust_remote_code``.
+
+    An adapter is merged into the base that it names: the options apply to the base, and the tokenizer is the base's.
+    For an adapter in a folder, ``revision`` is that of the base and overrides the one that the adapter names; for an
+    adapter on the hub it is the adapter's own. Raises UserError for anything that cannot be found, read or served.
     """
     name = str(model)
-    for_base = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    base_options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if is_adapter(name):
-        return _load_adapter(name, Path(os.path.expanduser(name)), revision, **for_base)
-    on = _choose_device(device)
-    torch_dtype = _choose_dtype(dtype, on)
+        return _load_adapter(name, Path(os.path.expanduser(name)), revision, **base_options)
+    torch_device = _choose_device(device)
+    torch_dtype = _choose_dtype(dtype, torch_device)
     source, options = _locate(name)
     options |= {"revision": revision} if revision else {}
     options["trust_remote_code"] = trust_remote_code
@@ -124,11 +125,11 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        if holds_adapter(source, revision):  # transformers would load it unmerged, from a pickle too
+        if holds_adapter(source, revision):  # transformers would load it unmerged, and also from a pickle
             fetched = None if os.path.isdir(source) else fetch_adapter(source, revision)
             if fetched is None:
                 raise UserError(f"{name!r} holds an adapter beside a model: copy one of them to a folder of its own")
-            return _load_adapter(name, fetched, None, **for_base)
+            return _load_adapter(name, fetched, None, **base_options)
         if os.path.isdir(source):
             require_sums(Path(source))
         config = AutoConfig.from_pretrained(source, **options)
@@ -146,14 +147,14 @@ def load_model(
         )
         _require_all_weights(report, name)
         if not spread:
-            loaded = loaded.to(on)
+            loaded = loaded.to(torch_device)
     except UserError:
         raise
     except torch.OutOfMemoryError:
         raise UserError(
-            f'model {name!r} does not fit on {on} in {torch_dtype}; try `dtype="bfloat16"` or `device="map"`'
+            f'model {name!r} does not fit on {torch_device} in {torch_dtype}; try `dtype="bfloat16"` or `device="map"`'
         ) from None
-    except Exception as error:  # a damaged file makes each of the libraries involved raise what it likes
+    except Exception as error:  # a damaged file raises different errors in different libraries
         raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
     return LoadedModel.wrap(loaded, tokenizer, name)
 
@@ -177,7 +178,7 @@ def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any)
 
 
 def _own_tokenizer(bridged: Any) -> Any:
-    """Load a model's tokenizer as the model has it: TransformerLens makes every tokenizer add BoS before a text."""
+    """Load a model's own tokenizer: TransformerLens makes every tokenizer add BoS before a text."""
     if bridged.bos_token_id is None:
         return bridged
 
@@ -186,7 +187,7 @@ def _own_tokenizer(bridged: Any) -> Any:
     source = bridged.init_kwargs.get("name_or_path") or bridged.name_or_path
     try:
         own = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # no folder, no hub, a name of the user's own
+    except Exception as error:  # no such folder, no hub, or a name that the user chose
         raise UserError(
             f"the bridge's tokenizer adds BoS, and the model's own cannot be loaded from {source!r}: "
             "use LoadedModel.wrap(bridge, tokenizer)"
@@ -196,7 +197,7 @@ def _own_tokenizer(bridged: Any) -> Any:
 
 
 def _require_all_weights(report: dict[str, Any], name: str) -> None:
-    """Refuse a model if transformers invented some of its weights or left some out: its config.json is another model's.
+    """Refuse a model if transformers initialised or left out some weights: its config.json belongs to another model.
 
     transformers does not report weights that the class of the family declares useless.
     """
@@ -211,18 +212,18 @@ def _require_all_weights(report: dict[str, Any], name: str) -> None:
             f"model {name!r} cannot be loaded: {len(report['missing_keys'])} of its weights are missing "
             f"({min(report['missing_keys'])}, ...)"
         )
-    if left := sorted(key for key in report["unexpected_keys"] if not key.endswith(DERIVED)):
+    if unused := sorted(key for key in report["unexpected_keys"] if not key.endswith(DERIVED)):
         raise UserError(
-            f"model {name!r} cannot be loaded: its config.json leaves out {len(left)} of its weights ({left[0]}, ...), "
-            "as if the model had fewer layers or other parts"
+            f"model {name!r} cannot be loaded: its config.json leaves out {len(unused)} of its weights ({unused[0]}, "
+            "...), as if the model had fewer layers or other parts"
         )
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Turn what the user typed into what transformers' ``from_pretrained`` takes."""
+    """Return the source and options for transformers' ``from_pretrained`` from the name that the user typed."""
     if name.lower() == EMBEDDED_MODEL:
         return str(embedded_model_folder()), {}
-    # os.path, unlike pathlib, takes an impossible name for a missing one.
+    # os.path, unlike pathlib, treats an impossible name as a missing one.
     path = Path(os.path.expanduser(name))
     if path.suffix.lower() == ".gguf":
         if not os.path.isfile(path):
@@ -249,7 +250,7 @@ def _choose_device(device: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.ones(1, device=chosen).item()  # on the meta device there are no numbers
+        torch.ones(1, device=chosen).item()  # the meta device has no values
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device {device!r} cannot be used here: {one_line(error)}") from None
     return chosen
@@ -264,7 +265,7 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _exceeds_one_gpu(config: Any, dtype: torch.dtype) -> bool:
-    """Whether the weights alone would not fit the first GPU while there are others to help."""
+    """Whether the weights alone exceed the first GPU on a machine with several."""
     if torch.cuda.device_count() < 2:
         return False
     from transformers import AutoModelForCausalLM

@@ -1,13 +1,13 @@
-"""Rotary frequencies that depend on how long a text is, and so which lengths may be mixed in one computation.
+"""Rotary frequencies that depend on the length of a text, and the lengths that one computation may mix.
 
-Most rotary embeddings turn position p by the same angles in every text. Two kinds do not: ``longrope`` (Phi-3-128k,
+Most rotary embeddings rotate position p by the same angles in every text. Two kinds do not: ``longrope`` (Phi-3-128k,
 Phi-3.5, Phi-4-mini) has one set of frequencies up to ``original_max_position_embeddings`` and another beyond, for all
-positions of the text; ``dynamic`` has frequencies of its own for every length beyond ``max_position_embeddings``.
-transformers takes the length from the largest position of a *call*. So keys that were cached by a call on one side of
-a switch do not fit queries of a call on the other: the numbers are wrong, and nothing says so.
+positions of the text; ``dynamic`` has different frequencies for every length beyond ``max_position_embeddings``.
+transformers takes the length from the largest position of a *call*. So keys cached by a call on one side of a switch do
+not fit queries of a call on the other: the numbers are silently wrong.
 
-`RopeLengths` answers which lengths share their frequencies; `said_length` has a call use those of another length,
-which makes a prompt that comes in chunks, or a text that is scored in pieces, equal to one call.
+`RopeLengths` says which lengths share their frequencies. `frequencies_of_length` makes a call use the frequencies of
+another length, so that a prompt in chunks, or a text scored in pieces, gives the numbers of one call.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class RopeLengths:
     switches
         Lengths, ascending: texts up to one of them have other frequencies than longer texts.
     longest
-        Length beyond which every length has frequencies of its own, or None.
+        Length beyond which every length has different frequencies, or None.
     modules
-        The rotary embeddings that do so.
+        The rotary embeddings whose frequencies depend on the length.
     """
 
     switches: tuple[int, ...] = ()
@@ -47,9 +47,9 @@ class RopeLengths:
         return bool(self.modules)
 
     def factors(self, length: int) -> int:
-        """Which set of frequencies a text of ``length`` tokens has, counted from 0.
+        """Return the index, from 0, of the set of frequencies for a text of ``length`` tokens.
 
-        Raises UserError for a length that has frequencies of its own.
+        Raises UserError beyond `longest`, where every length has different frequencies.
         """
         if self.longest is not None and length > self.longest:
             raise UserError(
@@ -59,19 +59,19 @@ class RopeLengths:
         return bisect_left(self.switches, length)
 
     def mixes(self, *lengths: int) -> bool:
-        """Whether these lengths do not all share their frequencies; UserError as from `factors`."""
+        """Whether some of these lengths have different frequencies; raises UserError as `factors` does."""
         return len({self.factors(length) for length in lengths}) > 1
 
     @property
     def reason(self) -> str:
-        """Why some lengths do not fit together, as the beginning of a refusal."""
+        """Why some lengths cannot be mixed, as the beginning of an error message."""
         lengths = ", ".join(map(str, self.switches))
         return f"the rotary frequencies of this model change beyond {lengths} positions (longrope)"
 
     def settle(self) -> None:
-        """Bring back the frequencies of short texts after calls of others beyond `longest`, which change the module.
+        """Restore the frequencies of short texts: calls beyond `longest` change the module.
 
-        transformers does so itself in a shorter call, though not in one of exactly `longest` tokens.
+        transformers itself restores them in a shorter call, but not in one of exactly `longest` tokens.
         """
         module: Any
         for module in self.modules if self.longest is not None else ():
@@ -84,7 +84,7 @@ class RopeLengths:
 
 
 def rope_lengths(stack: nn.Module) -> RopeLengths:
-    """Find out which lengths of a text share their rotary frequencies, from those embeddings of a decoder stack."""
+    """Determine which lengths of a text share their rotary frequencies, from a decoder stack's rotary embeddings."""
     switches: set[int] = set()
     longest: int | None = None
     modules: list[nn.Module] = []
@@ -109,18 +109,18 @@ def rope_lengths(stack: nn.Module) -> RopeLengths:
 
 
 @contextmanager
-def said_length(rope: RopeLengths, length: Callable[[], int | None]) -> Iterator[None]:
-    """Have every call inside the block use the frequencies of a text of ``length()`` tokens, where that is not None."""
+def frequencies_of_length(rope: RopeLengths, length: Callable[[], int | None]) -> Iterator[None]:
+    """Make every call inside the block use the frequencies of a text of ``length()`` tokens; None leaves the call's."""
     with ExitStack() as stack:
         for module in rope.modules if rope.switches else ():
-            said = _Said(module, length)
-            stack.callback(module.register_forward_pre_hook(said.before, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(said.after).remove)
+            hooks = _LengthHooks(module, length)
+            stack.callback(module.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(hooks.after).remove)
         yield
 
 
-class _Said:
-    """Hooks of one rotary embedding: they add a position at the end of a text of that length, and drop its angles."""
+class _LengthHooks:
+    """Hooks of one rotary embedding: they add the last position of a text of that length, and drop its angles."""
 
     def __init__(self, module: nn.Module, length: Callable[[], int | None]) -> None:
         self.names, self.length, self.added = parameter_names(module), length, False

@@ -1,4 +1,4 @@
-"""The tensors of a model that decide its numbers, each by its plain name, and a digest over all of their bytes."""
+"""The tensors that determine a model's numbers, each by its plain name, and a digest over all of their bytes."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from diagnostics.models.libraries import plain_name
 
-PIECE = 2**25  # bytes that are hashed as one; a device's tensors come here in such pieces
-# Rotary frequencies that a call may replace by those for its own length.
+PIECE = 2**25  # bytes per hashed piece; tensors are copied from a device in such pieces
+# Kinds of rotary frequencies that a call may replace by those for its own length.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor that takes part: ``get`` fetches its values, None where they are not on this machine."""
+    """A tensor in use; ``get`` returns its values, and is None where they are not on this machine."""
 
     kind: str
     name: str
@@ -27,19 +27,19 @@ class NamedTensor:
 
 
 def named_tensors(model: Any, inner: nn.Module, idle: set[int]) -> list[NamedTensor]:
-    """Return the tensors of a model by their plain names, each once, without those of adapters that are off."""
+    """Return the tensors of a model by their plain names, each once, without those of inactive adapters."""
     tensors: list[NamedTensor] = []
     seen: set[int] = set()
     roots: list[tuple[str, nn.Module]] = [("", inner)]
-    learnt = getattr(model, "prompt_encoder", None)
-    if isinstance(learnt, nn.Module):
-        roots.append(("prompt_encoder.", learnt))
+    prompt_encoder = getattr(model, "prompt_encoder", None)
+    if isinstance(prompt_encoder, nn.Module):
+        roots.append(("prompt_encoder.", prompt_encoder))
     for prefix, root in roots:
         for path, module in root.named_modules():
             offloaded = _offloaded(module)
-            kept_out: set[str] = getattr(module, "_non_persistent_buffers_set", set())
+            not_saved: set[str] = getattr(module, "_non_persistent_buffers_set", set())
             own = [("weight", n, p) for n, p in module._parameters.items()]
-            own += [("buffer" if n in kept_out else "weight", n, b) for n, b in module._buffers.items()]
+            own += [("buffer" if n in not_saved else "weight", n, b) for n, b in module._buffers.items()]
             own += [("weight", n, t) for n, t in _packed(module)]
             for kind, name, tensor in own:
                 if tensor is None or id(tensor) in seen or id(tensor) in idle:
@@ -47,11 +47,11 @@ def named_tensors(model: Any, inner: nn.Module, idle: set[int]) -> list[NamedTen
                 if kind == "buffer" and _changes_with_length(module, name):
                     continue
                 if name == "bias" and name in module._buffers and not tensor.is_meta and not tensor.any():
-                    continue  # TransformerLens gives a head without a bias one of zeros
+                    continue  # TransformerLens adds a bias of zeros to a head without one
                 seen.add(id(tensor))
                 full = prefix + plain_name(f"{path}.{name}" if path else name)
                 tensors.append(NamedTensor(kind, full, tensor, _getter(tensor, offloaded, name)))
-    return sorted(tensors, key=lambda one: (one.kind, one.name))
+    return sorted(tensors, key=lambda named: (named.kind, named.name))
 
 
 def _getter(tensor: Tensor, offloaded: Any, name: str) -> Callable[[], Tensor] | None:
@@ -60,7 +60,7 @@ def _getter(tensor: Tensor, offloaded: Any, name: str) -> Callable[[], Tensor] |
     if offloaded is not None:
         try:
             offloaded[name]
-        except Exception:  # a map of another module, or files that are gone
+        except Exception:  # another module's map, or deleted files
             return None
         return lambda: offloaded[name]
     return None
@@ -68,9 +68,9 @@ def _getter(tensor: Tensor, offloaded: Any, name: str) -> Callable[[], Tensor] |
 
 def _offloaded(module: nn.Module) -> Any:
     """Return accelerate's map from a module's tensors to their values on the CPU or disk; None without one."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    return next((values for one in hooks if (values := getattr(one, "weights_map", None)) is not None), None)
+    outer = getattr(module, "_hf_hook", None)
+    hooks = getattr(outer, "hooks", (outer,))
+    return next((values for hook in hooks if (values := getattr(hook, "weights_map", None)) is not None), None)
 
 
 def _packed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -105,18 +105,18 @@ def tensors_digest(tensors: Sequence[NamedTensor], kind: str) -> tuple[str, tupl
     unseen = []
     # hashlib lets other threads run while it hashes.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for one in (one for one in tensors if one.kind == kind):
-            digest.update(f"{one.name}{tuple(one.tensor.shape)}{one.tensor.dtype}".encode())
-            if one.get is None:
-                unseen.append(one.name)
+        for named in (named for named in tensors if named.kind == kind):
+            digest.update(f"{named.name}{tuple(named.tensor.shape)}{named.tensor.dtype}".encode())
+            if named.get is None:
+                unseen.append(named.name)
                 continue
-            for leaf in pool.map(_piece_digest, _pieces(one.get())):
+            for leaf in pool.map(_piece_digest, _pieces(named.get())):
                 digest.update(leaf)
     return digest.hexdigest(), tuple(unseen)
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Split a tensor's values into flat pieces of plain types, those of quantised tensors and subclasses included."""
+    """Split a tensor's values into flat pieces of plain types; also for quantised tensors and tensor subclasses."""
     tensor = tensor.detach()
     if tensor.is_quantized:
         if tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
@@ -137,6 +137,6 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _piece_digest(piece: Tensor) -> bytes:
-    # Bytes, not values: numpy knows no bfloat16, and -0.0 is not 0.0.
+    # Bytes, not values: numpy has no bfloat16, and -0.0 must differ from 0.0.
     values: Any = piece.cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(values).digest()

@@ -1,6 +1,6 @@
-"""What a decoder layer is called with and returns: arguments by name, and the rows of whatever comes per position.
+"""Arguments and outputs of a decoder layer: arguments by name, and selected rows of every per-position value.
 
-Shared by inference, training and capture, all of which run layers on some of the positions only.
+Inference, training and capture share them: all three run layers on some of the positions only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Edit = Callable[[nn.Module, dict[str, Any]], None]
 
 
 def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a module's call by name, those given by position included."""
+    """Return the arguments of a module's call by name, positional ones included."""
     return dict(zip(parameter_names(module), args, strict=False)) | kwargs
 
 
@@ -30,10 +30,10 @@ class EditArguments:
         self.names, self.edit = parameter_names(module), edit
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the edited arguments as torch takes them from a hook."""
+        """Return the edited arguments in the form that torch expects from a hook."""
         named = dict(zip(self.names, args, strict=False)) | kwargs
         self.edit(module, named)
-        # What came by position stays so: reentrant checkpoints pass gradients to these alone.
+        # Positional arguments stay positional: reentrant checkpoints pass gradients to these alone.
         positional = tuple(named.pop(name) for name, _ in zip(self.names, args, strict=False))
         return (*positional, *args[len(self.names) :]), named
 
@@ -45,7 +45,7 @@ def input_tokens(arguments: dict[str, Any]) -> Tensor | None:
 
 
 def placeholder_mask(device: torch.device) -> Tensor:
-    """Return a mask that the decoder stack passes on as it is, since it has four dimensions; layers get their own."""
+    """Return a mask that the decoder stack passes on unchanged, since it is four-dimensional; layers get their own."""
     return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
 
@@ -57,12 +57,12 @@ def residual_of(output: Any) -> Tensor:
 
 
 def with_residual(output: Any, residual: Tensor) -> Any:
-    """Return a layer's output with another residual in it."""
+    """Return a layer's output with its residual replaced."""
     return (residual, *output[1:]) if isinstance(output, tuple) else residual
 
 
 def take_rows(value: Any, rows: Rows) -> Any:
-    """Copy positions out of ``value``, [1 or batch, positions, ...] or a tuple of such; leave all else as it is."""
+    """Copy positions out of ``value``, [1 or batch, positions, ...] or a tuple of such; return others unchanged."""
     if isinstance(value, tuple):
         return tuple(take_rows(part, rows) for part in value)
     if not isinstance(value, Tensor):
@@ -72,7 +72,7 @@ def take_rows(value: Any, rows: Rows) -> Any:
         if value.shape[0] > 1:
             index = index + _row_starts(value.shape[0], value.shape[1], value.device)
         return value.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *value.shape[2:])
-    # Slices need no index on the device; cat copies, so that the whole of ``value`` can be freed.
+    # Slices need no index on the device; cat copies, so that ``value`` can be freed.
     return torch.cat([value[:, part] for part in ((rows,) if isinstance(rows, slice) else rows)], dim=1)
 
 
@@ -84,7 +84,7 @@ def spread_rows(values: Tensor, rows: Tensor, n_positions: int, fill: float) -> 
     batch, _, width = values.shape
     rows = rows.to(values.device)
     index = rows + _row_starts(batch, n_positions, values.device)
-    dropped = batch * n_positions  # one row more, for all that are dropped
+    dropped = batch * n_positions  # one extra row receives all dropped rows
     index = index.masked_fill((rows < 0) | (rows >= n_positions), dropped)
     spread = values.new_full((dropped + 1, width), fill)
     return spread.index_copy_(0, index.flatten(), values.flatten(0, 1))[:-1].view(batch, n_positions, width)

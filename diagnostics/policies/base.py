@@ -1,6 +1,6 @@
-"""What a policy is: hyper-parameters that say which prompt tokens run where, and a ``with`` block over a model.
+"""The base class of policies: hyper-parameters that say which prompt tokens run where, and a ``with`` block.
 
-Loads no torch: a policy can be named, parsed, compared and priced without it.
+This module does not import torch: a policy can be named, parsed, compared and priced without it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one prompt costs under a policy, per layer, for one row of a batch.
+    """The cost of one prompt under a policy, per layer, for one row of a batch.
 
     Attributes
     ----------
@@ -46,23 +46,23 @@ class Workload:
 
 
 class Policy(ABC):
-    """Which prompt tokens run through which layers, and what of them is cached.
+    """Which prompt tokens run through which layers, and which of their keys and values are cached.
 
     Subclasses are frozen dataclasses of hyper-parameters. Each is one file of this package, or comes from another
     distribution through the entry point group ``speed_diagnostics.policies``; `diagnostics.policies.registry` finds
     both. Every policy runs all prompt tokens through the layers below `depth` and the tokens of `runs_on` through the
-    rest. Decode-phase tokens, the last prompt token the first of them, run through all layers.
+    rest. Decode-phase tokens run through all layers; the last prompt token is the first of them.
 
     Use ``with policy(model): model.generate(...)``. A policy object holds no state and serves any number of models.
 
     Attributes
     ----------
     name
-        The word for the policy in commands and specs.
+        The policy's name in commands and specs.
     title
-        Its name in figures, tables and menus; ``name`` by default.
+        The policy's name in figures, tables and menus; ``name`` by default.
     rank
-        Its place among the others in menus and tables: ascending, then by name.
+        The policy's order in menus and tables: ascending, then by name.
     chunked
         Whether a prompt may come in several calls.
     crops_prompt
@@ -72,8 +72,8 @@ class Policy(ABC):
     later_prompts
         Whether prompt tokens of later turns are treated like those of the first.
     anchors, boundary
-        Leading tokens that run through all layers, and trailing prompt tokens that are decode phase, the last one
-        included: fields of the policies that have them.
+        Leading tokens that run through all layers, and trailing prompt tokens that are decode phase, including the last
+        one: fields of the policies that have them.
     """
 
     name: ClassVar[str]
@@ -99,13 +99,13 @@ class Policy(ABC):
         Raises
         ------
         UserError
-            If the policy does not fit the model, the model cannot be served, or a policy is active on it already.
+            If the policy does not fit the model, the model cannot be served, or it already runs under a policy.
         """
-        from diagnostics.policies.block import running  # which loads torch
+        from diagnostics.policies.block import running  # it loads torch
 
         return running(self, model)
 
-    # --- What it does with a prompt ---
+    # --- Running a prompt ---
 
     @abstractmethod
     def depth(self, n_layers: int) -> int:
@@ -137,13 +137,13 @@ class Policy(ABC):
         return None
 
     def from_full(self, cache: PolicyCache) -> PolicyCache | None:
-        """Return this policy's cache of a prompt, given that of full depth, where the one follows from the other.
+        """Derive this policy's cache of a prompt from the full-depth cache; None where that is impossible.
 
-        ``cache`` holds prompt tokens only, no decode-phase token; it stays as it is. None where it does not follow.
+        ``cache`` holds prompt tokens only, no decode-phase token; it is not changed.
         """
         return None
 
-    # --- What it says of itself ---
+    # --- Description ---
 
     @classmethod
     def takes_cutoff(cls) -> bool:
@@ -158,7 +158,7 @@ class Policy(ABC):
 
     @classmethod
     def from_recommendation(cls, path: str | Path) -> Self:
-        """Take the cutoff from a ``recommendation.json``, or from the run folder that holds one.
+        """Read the cutoff from a ``recommendation.json``, or from the run folder that holds one.
 
         Raises
         ------
@@ -171,7 +171,7 @@ class Policy(ABC):
 
     @property
     def spec(self) -> str:
-        """The policy as `diagnostics.policies.parse_policy` reads it, defaults left out: ``speed:24``."""
+        """The policy as `diagnostics.policies.parse_policy` reads it, without defaults: ``speed:24``."""
         parts = [self.name]
         for position, field in enumerate(fields(self)):
             value = getattr(self, field.name)

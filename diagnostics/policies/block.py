@@ -1,4 +1,4 @@
-"""The ``with policy(model):`` block: a model enters, runs under the policy, and leaves as it was."""
+"""The ``with policy(model):`` block: the model runs under the policy inside and is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diagnostics.support.errors import UserError
 
 @contextmanager
 def running(policy: RunnablePolicy, model: Any) -> Iterator[Runtime]:
-    """Run ``model`` under ``policy`` inside the block, and leave it as it was."""
+    """Run ``model`` under ``policy`` inside the block, and restore it afterwards."""
     entrant = admit(model)
     policy.check(entrant.anatomy)
     if policy.taps_attention and any(unwrapped(attention) is not attention for attention in entrant.anatomy.attentions):
@@ -24,7 +24,7 @@ def running(policy: RunnablePolicy, model: Any) -> Iterator[Runtime]:
             f"{policy.name} has to see the attention, but a TransformerBridge computes attention itself: "
             "run it on the stock model"
         )
-    from diagnostics.policies.self_test import require_runnable  # which runs policies itself
+    from diagnostics.policies.self_test import require_runnable  # it runs policies itself
 
     require_runnable(entrant.model, entrant.anatomy, entrant.name)
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""The KV cache of all policies: every layer holds columns of its own.
+"""The KV cache of all policies: every layer holds its own columns.
 
-It is a transformers ``Cache``: stock models write into it and ``generate()`` carries it along. ``get_seq_length()`` is
-the number of columns seen, whatever the layers dropped. Only a model under the cache's policy can write into it.
+It is a transformers ``Cache``: stock models write into it and ``generate()`` passes it on. ``get_seq_length()`` is the
+number of columns seen, whatever the layers dropped. Only a model under the cache's policy can write into it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from diagnostics.support.errors import UserError
 class PolicyCache(Cache):
     """KV cache of one policy: ``len(cache.layers)`` layers that may hold different tokens.
 
-    ``n_columns`` is the number of columns seen by the model, ``padding`` int64 [batch] the padding columns at the left
-    of each row, or None. ``batch`` is None until the first call. ``length`` is the number of columns that the text will
-    have as far as is known, and ``factors`` the set of rotary frequencies of its keys, where a model has several (see
-    `diagnostics.models.rope`).
+    ``n_columns`` is the number of columns that the model has seen. ``padding`` is the number of padding columns at the
+    left of each row, int64 [batch], or None. ``batch`` is None until the first call. ``length`` is the number of
+    columns that the text is known to reach. ``factors`` is the set of rotary frequencies of the keys, for a model that
+    has several (see `diagnostics.models.rope`).
     """
 
     def __init__(self, policy: PolicyTraits, anatomy: Anatomy) -> None:
@@ -44,7 +44,7 @@ class PolicyCache(Cache):
 
     @property
     def awaits_token(self) -> bool:
-        """Whether the next token follows logits: it is then the model's own, and decode phase."""
+        """Whether the next token follows logits: the model then generated it, and it is decode phase."""
         return bool(self.decoded) and self.decoded[-1].stop == self.n_columns
 
     @property
@@ -93,7 +93,7 @@ class PolicyCache(Cache):
         Raises
         ------
         UserError
-            For more columns than there are, and for columns of the prompt where the policy chose among its tokens.
+            For more columns than the cache has, and for prompt columns if the policy selected among prompt tokens.
         """
         stop = self.n_columns + tokens_to_remove
         if not 0 <= stop <= self.n_columns:
@@ -113,7 +113,7 @@ class PolicyCache(Cache):
         self.decoded = tuple(cropped for piece in self.decoded if (cropped := piece.until(stop)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make these rows the batch, as beam search asks."""
+        """Make these rows the batch; beam search calls this."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

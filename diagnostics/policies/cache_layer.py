@@ -1,7 +1,7 @@
 """One layer of a policy's KV cache: storage that grows ahead of need, and the columns in its slots.
 
-Storage grows by many slots at a time, so a decode step writes one row instead of copying all. Positions are kept apart
-from storage: columns say what a layer holds (see `diagnostics.policies.columns`).
+Storage grows by many slots at a time, so a decode step writes one row instead of copying all. Storage and positions are
+separate: columns say which tokens a layer holds (see `diagnostics.policies.columns`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from transformers.cache_utils import CacheLayerMixin
 from diagnostics.policies.columns import Piece, Pieces, count, join
 from diagnostics.support.errors import UserError
 
-# Slots a layer grows by at least when it is full, and the share of its length that it grows by.
+# A full layer grows by at least GROWTH slots, and by at least 1 / GROWTH_SHARE of its length.
 GROWTH, GROWTH_SHARE = 128, 16
 
 
 class KeysStored(Exception):
-    """Ends the run of a layer that was only to store keys and values."""
+    """Ends the forward pass of a layer that only stores keys and values."""
 
 
 class PolicyLayer(CacheLayerMixin):
     """Keys and values of one layer, [batch, kv_heads, slots, head_dim], and the columns in its slots.
 
-    ``pieces`` has the column of every slot. A sliding layer, whose queries see ``window`` positions, leaves out the
-    slots before ``first``, which no later query can see, and drops them when it next grows.
+    ``pieces`` has the column of every slot. In a sliding layer, whose queries see ``window`` positions, no later query
+    sees the slots before ``first``: the layer hides them at once and drops them when it next grows.
     """
 
     is_croppable = True
@@ -46,7 +46,7 @@ class PolicyLayer(CacheLayerMixin):
 
     @property
     def held(self) -> Pieces:
-        """Columns of the slots that later queries may look at."""
+        """Columns of the slots that later queries may see."""
         skip, pieces = self.first, list(self.pieces)
         while skip and skip >= len(pieces[0]):
             skip -= len(pieces.pop(0))
@@ -67,7 +67,7 @@ class PolicyLayer(CacheLayerMixin):
 
     @property
     def n_slots(self) -> int:
-        """Number of slots that later queries may look at, unused ones of shorter rows included."""
+        """Number of slots that later queries may see, including unused ones of shorter rows."""
         return count(self.pieces) - self.first
 
     @property
@@ -88,11 +88,11 @@ class PolicyLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of the ``incoming`` columns; return all that the queries of this call may look at."""
+        """Append keys and values of the ``incoming`` columns; return all that the queries of this call may see."""
         if self.incoming is None:
             raise UserError("this KV cache belongs to a policy: use it inside `with policy(model):`")
         incoming, self.incoming = self.incoming, None
-        if not incoming:  # a row that is not to be held
+        if not incoming:  # a row that leaves no keys and values
             return key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -111,8 +111,8 @@ class PolicyLayer(CacheLayerMixin):
         return self.keys[:, :, seen], self.values[:, :, seen]
 
     def _settle(self, like: Tensor) -> None:
-        """Move the storage to where the layer computes now, and out of `torch.inference_mode` when that has ended."""
-        if self.keys.device != like.device:  # of an offloaded or a moved model
+        """Move the storage to the layer's present device, and out of `torch.inference_mode` once that has ended."""
+        if self.keys.device != like.device:  # the model is offloaded or was moved
             self.keys, self.values = self.keys.to(like.device), self.values.to(like.device)
         if self.keys.is_inference() and not torch.is_inference_mode_enabled():
             self.keys, self.values = self.keys.clone(), self.values.clone()
@@ -120,7 +120,7 @@ class PolicyLayer(CacheLayerMixin):
     def keep(self, index: Tensor, piece: Piece) -> None:
         """Keep only these slots, int64 [batch, kv_heads, kept], which hold ``piece`` from now on."""
         index, room = index.to(self.keys.device)[..., None], self.room
-        kept = [torch.take_along_dim(held, index, dim=2) for held in (self.keys, self.values)]
+        kept = [torch.take_along_dim(stored, index, dim=2) for stored in (self.keys, self.values)]
         self.keys, self.values = (with_room(values, room) for values in kept)
         self.pieces = (piece,)
 
@@ -139,41 +139,41 @@ class PolicyLayer(CacheLayerMixin):
         return layer
 
     def crop_to(self, stop: int) -> None:
-        """Drop columns from ``stop`` on; see `check_crop` first."""
+        """Drop columns from ``stop`` on; call `check_crop` first."""
         kept: list[Piece] = []
         slots: list[int] = []
-        at = 0
+        first_slot = 0
         for piece in self.pieces:
             cropped = piece.until(stop)
             if cropped:
                 kept.append(cropped)
-                slots += range(at, at + len(cropped))
-            at += len(piece)
-        if slots != list(range(len(slots))):  # slots between those that stay were dropped
+                slots += range(first_slot, first_slot + len(cropped))
+            first_slot += len(piece)
+        if slots != list(range(len(slots))):  # the kept slots are not adjacent
             index = torch.tensor(slots, device=self.keys.device)
-            for held in (self.keys, self.values):
-                held[:, :, : len(slots)] = held[:, :, index]
+            for stored in (self.keys, self.values):
+                stored[:, :, : len(slots)] = stored[:, :, index]
         self.pieces = join((), kept)
         self.slide()
 
     def check_crop(self, stop: int) -> None:
-        """Raise UserError where a sliding layer has forgotten what dropping columns from ``stop`` on uncovers."""
+        """Raise UserError if a sliding layer has dropped keys that the last columns before ``stop`` see."""
         if self.window is not None and self.forgotten > max(0, stop - self.window + 1):
             raise UserError(f"cannot crop to {stop} tokens: a sliding layer has forgotten what the last of them see")
 
     def select_rows(self, rows: Tensor) -> None:
-        """Make these rows of the batch the batch, in this order and as often as given."""
+        """Make these rows the batch, in this order; a row may be repeated."""
         if self.is_initialized:
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))
             self.pieces = tuple(piece.select_rows(rows) for piece in self.pieces)
 
     def get_seq_length(self) -> int:
-        """Number of slots in use; the cache, not its layers, knows how many tokens were seen."""
+        """Number of slots in use; only the cache knows how many tokens were seen."""
         return self.n_slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Sizes for transformers' own masks, which are not used under a policy."""
+        """Sizes for transformers' own masks, which a policy replaces."""
         return self.n_slots + query_length, 0
 
     def get_max_length(self) -> int:
@@ -183,7 +183,7 @@ class PolicyLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
     def activate_past_recording(self) -> None:
-        """Forget nothing from now on, so that `crop_to` always works: assisted generation asks for it."""
+        """Drop nothing from now on, so that `crop_to` always works: assisted generation needs it."""
         self.record_past = True
 
     def reset(self) -> None:
@@ -192,7 +192,7 @@ class PolicyLayer(CacheLayerMixin):
         self.is_initialized, self.pieces, self.first, self.forgotten = False, (), 0, 0
 
     def _grow(self, new: int) -> None:
-        """Allocate storage for ``new`` more slots and some room; drop the slots that a sliding layer leaves out."""
+        """Allocate storage for ``new`` more slots and some room; drop the slots that a sliding layer hides."""
         if not self.record_past and self.first:
             self.forgotten = self.hidden_stop
             kept = slice(self.first, count(self.pieces))
@@ -200,7 +200,7 @@ class PolicyLayer(CacheLayerMixin):
         else:
             kept = slice(0, count(self.pieces))
         more = new + max(self.room, (kept.stop - kept.start + new) // GROWTH_SHARE)
-        self.keys, self.values = (with_room(held[:, :, kept], more) for held in (self.keys, self.values))
+        self.keys, self.values = (with_room(stored[:, :, kept], more) for stored in (self.keys, self.values))
 
     def slide(self) -> None:
         """Set ``first`` to the first slot that the next query can see."""
@@ -211,7 +211,7 @@ class PolicyLayer(CacheLayerMixin):
         self.first = 0
         for piece in self.pieces:
             if piece.stop > needed:
-                # Slots of a piece with columns of its own are not told apart without asking the device.
+                # Where a piece has explicit columns, only a read from the device could tell its slots apart.
                 self.first += max(0, needed - piece.start) if piece.columns is None else 0
                 break
             self.first += len(piece)

@@ -1,4 +1,4 @@
-"""One forward pass under a policy: which columns are new, which of them run on, and the masks that follow."""
+"""One forward pass under a policy: its new columns, those of them that run on, and the attention masks."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Call:
     phases
         How many of these, at the start and at the end, are decode phase.
     n_logits
-        How many last tokens the caller wants logits of; 0 for all.
+        How many of the last tokens the caller wants logits for; 0 for all.
     rows
         Columns that run through the present layer; fewer above ``depth``.
     selects, selected
-        Whether some columns are to be let go above ``depth``, and whether they have been.
+        Whether some columns stop at ``depth``, and whether they have stopped.
     hidden
-        Output of the last layer that all rows ran through, while the policy decides; [batch, columns, width].
+        Output of the last layer that all rows ran through, while the policy selects; [batch, columns, width].
     projecting
-        Number of tokens for which a layer is only storing keys and values at present, 0 otherwise.
+        Number of tokens for which the present layer only stores keys and values; 0 otherwise.
     unheld
         Whether the rows of upper layers leave no keys and values.
     """
@@ -74,11 +74,11 @@ class Call:
         return self.cache.padding
 
     def deep_columns(self, anchors: int) -> Pieces:
-        """Return columns of this call's decode-phase tokens and of the first ``anchors`` tokens of each row."""
+        """Return the columns of this call's decode-phase tokens and of each row's first ``anchors`` tokens."""
         return deep_columns(self.start, self.stop, self.phases, self.padding, anchors)
 
     def note(self, note: object) -> None:
-        """Keep an object of the policy's own class until the call ends, in place of an earlier one of that class."""
+        """Keep an object of the policy's own class until the call ends; it replaces an earlier one of that class."""
         self._notes[type(note)] = note
 
     def noted(self, kind: type[NoteT]) -> NoteT | None:
@@ -108,17 +108,17 @@ class Call:
         return self._masks[key]
 
     def project(self, layer: int, arguments: dict[str, Any], hidden: Tensor, columns: Pieces) -> None:
-        """Have a layer store keys and values of ``hidden``, the given columns, and do nothing else."""
+        """Have a layer store keys and values of ``hidden``, the residual at ``columns``, and do nothing else."""
         rows = rows_in(columns, self.start, hidden.device)
         arguments = {k: take_rows(v, rows) if k in PER_POSITION else v for k, v in arguments.items()}
-        held = self.cache.layers[layer]
-        held.incoming, held.only_store, self.projecting = columns, True, hidden.shape[1]
+        cache_layer = self.cache.layers[layer]
+        cache_layer.incoming, cache_layer.only_store, self.projecting = columns, True, hidden.shape[1]
         try:
             self.anatomy.layers[layer](**arguments | {"hidden_states": hidden})
         except KeysStored:
             return
         finally:
-            held.only_store, self.projecting = False, 0
+            cache_layer.only_store, self.projecting = False, 0
         name = self.cache.policy.name
         raise UserError(
             f"layer {layer} of this model does not store its keys through the cache: {name} cannot serve it"

@@ -1,9 +1,8 @@
-"""Which tokens a layer holds or runs: columns of the padded batch, apart from where they are stored.
+"""Which tokens a layer holds or runs: columns of the padded batch, independent of where they are stored.
 
-A *column* is the place of a token in its row of the batch, padding included, counted from 0 over all calls of a cache.
+A *column* is the index of a token in its row of the batch, including padding, counted from 0 over all calls of a cache.
 Rows are padded on the left, so the columns of a row's tokens are adjacent and differences of columns are differences of
-positions. Layers hold different columns, and with padding each row of a batch may hold others: its anchors follow its
-padding.
+positions. Layers hold different columns. With padding, so may the rows of a batch: a row's anchors follow its padding.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ EMPTY = -1
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some adjacent slots of a layer.
+    """Adjacent slots of a layer.
 
     Without ``columns`` they hold columns ``start`` to ``stop`` of every row, in order. Otherwise ``columns`` is
     int64 [1 or batch, slots] or [batch, kv_heads, slots] with ``EMPTY`` in unused slots, and ``start`` and ``stop``
-    only bound it. ``full`` says that no slot is unused, which is known so without asking the device.
+    only bound it. ``full`` says that no slot is unused: it saves a read from the device.
     """
 
     start: int
@@ -51,7 +50,7 @@ class Piece:
         return Piece(self.start, stop, kept, full=False) if bool((kept != EMPTY).any()) else None
 
     def select_rows(self, rows: Tensor) -> Piece:
-        """Return the piece of a batch made of these rows of the present one."""
+        """Return the piece of a batch that consists of these rows of the present one."""
         if self.columns is None or self.columns.shape[0] == 1:
             return self
         return Piece(self.start, self.stop, self.columns.index_select(0, rows.to(self.columns.device)), self.full)
@@ -61,7 +60,7 @@ Pieces = tuple[Piece, ...]
 
 
 def span(start: int, stop: int) -> Pieces:
-    """Columns ``start`` to ``stop`` of every row; nothing if there are none."""
+    """Columns ``start`` to ``stop`` of every row; empty if there are none."""
     return (Piece(start, stop),) if start < stop else ()
 
 
@@ -80,7 +79,7 @@ def count(pieces: Iterable[Piece]) -> int:
 
 
 def join(pieces: Sequence[Piece], more: Sequence[Piece]) -> Pieces:
-    """Append pieces; columns that go on where the last piece ended make it longer."""
+    """Append pieces; a piece that continues the last one is merged with it."""
     joined = [*pieces]
     for piece in more:
         last = joined[-1] if joined else None
@@ -99,9 +98,9 @@ def as_tensor(pieces: Sequence[Piece], device: torch.device) -> Tensor:
 
 
 def rows_in(pieces: Sequence[Piece], first: int, device: torch.device) -> Sequence[slice] | Tensor:
-    """Return where columns are among positions that begin with column ``first``, for `arguments.take_rows`.
+    """Return the indices of columns among positions that begin with column ``first``, for `arguments.take_rows`.
 
-    Unused slots point to the first position; nothing may look at what they get.
+    Unused slots point to the first position; nothing may read what they get.
     """
     if all(piece.columns is None for piece in pieces):
         return [slice(piece.start - first, piece.stop - first) for piece in pieces]

@@ -1,6 +1,6 @@
-"""What the KV cache, and those who ask who holds a model, need to know of a policy.
+"""Protocols of policies and of what runs them, for the KV cache and the registry of occupied models.
 
-Policies stand above the machinery that runs them, so the machinery is typed against these protocols.
+Policies import the machinery that runs them, so the machinery is typed against these protocols.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 
 class PolicyTraits(Protocol):
-    """The plain facts of a policy; `diagnostics.policies.base.Policy` says what each means."""
+    """The attributes of a policy; `diagnostics.policies.base.Policy` documents them."""
 
     name: ClassVar[str]
     chunked: ClassVar[bool]
@@ -30,7 +30,7 @@ class PolicyTraits(Protocol):
 
 
 class Holder(Protocol):
-    """What runs a model under a policy: an inference or a training."""
+    """What runs a model under a policy: inference or training."""
 
     @property
     def policy(self) -> PolicyTraits:

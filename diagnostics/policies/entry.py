@@ -1,7 +1,7 @@
-"""The guards at the two doors: when a model enters a policy's block, and when a call enters the model.
+"""Guards at two entries: when a model enters a policy's block, and when a call enters the model.
 
-What they let in, inference and training can rely on: a transformers model whose layers take a mask each, held by nobody
-else; one text per row, in positions that follow from its padding.
+They guarantee to inference and training a transformers model whose layers each take a mask and which runs under no
+other policy; and calls with one text per row, whose positions follow from its padding.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from diagnostics.support.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Entrant:
-    """A model that may run under a policy: the transformers model itself, and what is known of it.
+    """A model that may run under a policy: the transformers model, its name and its parts.
 
     Attributes
     ----------
     model
-        The transformers model, out of a PEFT or TransformerLens wrapper.
+        The transformers model, without a PEFT or TransformerLens wrapper.
     name
         Its name for messages.
     anatomy
@@ -47,12 +47,12 @@ class Entrant:
 
 
 def admit(model: Any) -> Entrant:
-    """Look at a model, a transformers causal language model or a wrapper of it, that is to run under a policy.
+    """Check that a model, a transformers causal language model or a wrapper of it, can run under a policy.
 
     Raises
     ------
     UserError
-        If it is no transformers model, cannot be served, runs under a policy already, or takes no mask per layer.
+        If it is no transformers model, cannot be served, already runs under a policy, or takes no mask per layer.
     """
     inner = stock_model(model)
     if not hasattr(getattr(inner, "config", None), "get_text_config"):
@@ -77,9 +77,9 @@ def admit(model: Any) -> Entrant:
 
 
 def admit_options(arguments: dict[str, Any], config: Any, anatomy: Anatomy, selecting: PolicyTraits | None) -> None:
-    """Refuse what a call of the decoder stack may ask for and a policy does not serve; raise UserError.
+    """Raise UserError for options of a decoder stack's call that a policy does not support.
 
-    ``selecting`` is the policy if only some tokens run through the upper layers under it, else None.
+    ``selecting`` is the policy if it runs only some tokens through the upper layers, else None.
     """
     use_cache = arguments.get("use_cache")
     if use_cache is False or (use_cache is None and not getattr(config, "use_cache", True)):
@@ -98,7 +98,7 @@ def admit_options(arguments: dict[str, Any], config: Any, anatomy: Anatomy, sele
 
 
 def admit_cache(cache: Any, policy: PolicyTraits, n_layers: int) -> PolicyCache:
-    """Return the KV cache that a call brought along, if it is the policy's own and fits; else raise UserError."""
+    """Return the KV cache that the caller passed if it is the policy's own and fits; else raise UserError."""
     if not isinstance(cache, PolicyCache):
         raise UserError(
             f"a policy runs with its own KV cache, not with a {type(cache).__name__}: leave out past_key_values "
@@ -114,7 +114,7 @@ def admit_cache(cache: Any, policy: PolicyTraits, n_layers: int) -> PolicyCache:
 
 
 def admit_padding(cache: PolicyCache, mask: Any, batch: int, n_new: int, device: torch.device) -> None:
-    """Note in the cache the padding of its first call; refuse masks that are not left padding.
+    """Record the padding of the first call in the cache; raise UserError for masks that are not left padding.
 
     ``mask`` is the attention mask [batch, all tokens so far] of a call with ``n_new`` new tokens, or None.
     """
@@ -152,9 +152,9 @@ def positions(start: int, stop: int, padding: Tensor | None, device: torch.devic
     return columns if padding is None else columns - padding.to(device)[:, None]
 
 
-def admit_positions(given: Tensor, own: Tensor) -> None:
-    """Raise UserError unless the positions [..., 1 or batch, tokens] that a call brought along are its tokens' own."""
-    if given.shape[-1] != own.shape[-1] or bool(((given.to(own.device) != own) & (own >= 0)).any()):
+def admit_positions(position_ids: Tensor, own: Tensor) -> None:
+    """Raise UserError unless the caller's positions [..., 1 or batch, tokens] are those of its tokens, ``own``."""
+    if position_ids.shape[-1] != own.shape[-1] or bool(((position_ids.to(own.device) != own) & (own >= 0)).any()):
         raise UserError(
             "position_ids are not those of one text per row, from 0 on and through all calls of a KV cache (several "
             "texts in one row?): leave them out, and give each text a row of its own"

@@ -1,4 +1,4 @@
-"""FastKV (arXiv 2502.01068): from one layer on only the most salient prompt tokens run on, and every layer keeps few.
+"""FastKV (arXiv 2502.01068): above one layer only the most salient prompt tokens run, and every layer caches few.
 
 Token-selective propagation: the *TSP layer* runs on all tokens; the layers above run on the ``tsp_rate`` most salient
 and the last ``window`` ones, at their original positions. Retention: each KV head of each layer caches its own most
@@ -8,9 +8,9 @@ Salience of a token, as published: attention of the last ``window`` queries, sof
 over these queries; max-pooled over ``kernel`` neighbours; summed over the query heads of a KV head (retention) or
 over all heads (TSP). `diagnostics.policies.salience` computes it.
 
-Where the published code has no answer, this one does: a prompt too short for a rate to leave more than the window keeps
-everything at that layer; padding scores nothing and rows of a batch choose by their own lengths; later turns of a
-conversation run at full depth and drop nothing.
+Three cases that the published code leaves open: a layer keeps every token of a prompt so short that the rate would
+leave no more than the window; padding scores nothing and each row of a batch selects by its own length; later turns of
+a conversation run at full depth and drop nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Propagated:
-    """Note of a call: the columns chosen at the TSP layer."""
+    """Note of a call: the columns selected at the TSP layer."""
 
     columns: Pieces
 
@@ -82,12 +82,12 @@ class FastKVPolicy(Policy):
 
     @classmethod
     def from_recommendation(cls, path: str | Path) -> FastKVPolicy:
-        """Take as TSP layer the first layer of the stabilization region that a run's probes found.
+        """Use the first layer of a run's stabilization region as the TSP layer.
 
         Raises
         ------
         UserError
-            If there is no recommendation, or none of its layers was found stable.
+            If there is no recommendation, or it has no stabilization region.
         """
         region = read_recommendation(path).get("stabilization_region")
         if not region:
@@ -96,7 +96,7 @@ class FastKVPolicy(Policy):
         return cls(tsp_layer=integer_of(first, "stabilization region's first layer", path))
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse models with sliding layers: the method scores by attention to the whole prompt."""
+        """Refuse models with sliding layers: the method scores tokens by attention to the entire prompt."""
         super().check(anatomy)
         if "sliding_attention" in anatomy.layer_types:
             raise UserError(
@@ -104,11 +104,11 @@ class FastKVPolicy(Policy):
             )
 
     def depth(self, n_layers: int) -> int:
-        """All layers up to and with the TSP layer."""
+        """All layers up to and including the TSP layer."""
         return max(n_layers // 2, 1) if self.tsp_layer is None else self.tsp_layer + 1
 
     def workload(self, n_prompt: int, n_layers: int) -> Workload:
-        """All tokens up to the TSP layer, the salient ones above; caches of the retention rate."""
+        """All tokens up to the TSP layer, the salient ones above; each cache holds the retention rate's share."""
         depth, above = self.depth(n_layers), self._propagated(n_prompt)
         tokens = [n_prompt] * depth + [above] * (n_layers - depth)
         return Workload(
@@ -118,17 +118,17 @@ class FastKVPolicy(Policy):
         )
 
     def runs_on(self, call: Call) -> Pieces:
-        """Return the columns chosen at the TSP layer; all, if the prompt is short or came in a later turn."""
+        """Return the columns selected at the TSP layer; all, if the prompt is short or is a later turn."""
         one_token = call.phases.tail == 1
         require(one_token, f"{self.name} gives logits of the last prompt token alone (assisted generation?)")
         propagated = call.noted(Propagated)
         return call.rows if propagated is None else propagated.columns
 
     def after_attention(self, call: Call, layer: int, attention: AttentionCall) -> None:
-        """Cut the cache of a layer down to its most salient tokens; at the TSP layer choose who runs on."""
+        """Reduce a layer's cache to its most salient tokens; at the TSP layer select the tokens that run on."""
         if call.start > 0:
             return
-        from diagnostics.policies.salience import keep_salient  # which loads torch
+        from diagnostics.policies.salience import keep_salient  # it loads torch
 
         depth = self.depth(call.n_layers)
         columns = keep_salient(
@@ -144,7 +144,7 @@ class FastKVPolicy(Policy):
             call.note(Propagated(columns))
 
     def _retained(self, n: int, below: bool) -> int:
-        """Cache size of a layer that runs on ``n`` tokens; above the TSP layer they are fewer already."""
+        """Cache size of a layer that runs on ``n`` tokens; above the TSP layer ``n`` is already smaller."""
         capacity = int(n * (self.retention_rate if below else self.retention_rate / self.tsp_rate))
         return capacity if self.window <= capacity < n else n
 

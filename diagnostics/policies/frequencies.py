@@ -1,6 +1,6 @@
-"""Texts under a policy whose length decides their rotary frequencies: no cache may mix two sets of them.
+"""Models whose rotary frequencies depend on the length of the text: no KV cache may mix two sets of frequencies.
 
-See `diagnostics.models.rope`. What is refused here would give wrong numbers without a word.
+See `diagnostics.models.rope`. The cases refused here would silently give wrong numbers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from diagnostics.support.errors import UserError
 
 
 def admit_length(cache: PolicyCache, n_new: int, rope: RopeLengths) -> int | None:
-    """Note in the cache which rotary frequencies its keys have; return the length of text that a call is to use.
+    """Record in the cache the rotary frequencies of its keys; return the text length that the call must use.
 
     None where lengths do not matter.
 
     Raises
     ------
     UserError
-        If keys that are held already, or other rows of the batch, have other frequencies.
+        If the keys in the cache, or other rows of the batch, have other frequencies.
     """
     if not rope:
         return None
@@ -39,9 +39,9 @@ def admit_length(cache: PolicyCache, n_new: int, rope: RopeLengths) -> int | Non
 
 
 def begin_anew(cache: PolicyCache, dropped: PolicyCache, n_new: int, n_logits: int, rope: RopeLengths) -> int:
-    """Return how many of all ``n_new`` tokens, which stock ``generate()`` runs anew, are decode phase at their end.
+    """Return how many of the last of ``n_new`` tokens are decode phase when stock ``generate()`` runs them all anew.
 
-    ``dropped`` is the cache that ``generate()`` let go of where the frequencies change, ``cache`` the empty new one.
+    ``dropped`` is the cache that ``generate()`` dropped where the frequencies change, ``cache`` the empty new one.
     Raises UserError if the policy cannot begin anew, or if a draft of assisted generation crosses the change.
     """
     decoded, policy = dropped.decoded, cache.policy
@@ -53,6 +53,6 @@ def begin_anew(cache: PolicyCache, dropped: PolicyCache, n_new: int, n_logits: i
     padding = 0 if cache.padding is None else int(cache.padding.min())
     if rope.mixes(n_new - max(n_logits, 1) + 1 - padding, n_new - padding):
         raise UserError(f"{rope.reason}, and drafts of assisted generation cross that: leave out the assistant")
-    for layer, before in zip(cache.layers, dropped.layers, strict=True):
-        layer.record_past, layer.room = before.record_past, before.room
+    for layer, old_layer in zip(cache.layers, dropped.layers, strict=True):
+        layer.record_past, layer.room = old_layer.record_past, old_layer.room
     return n_new - decoded[0].start

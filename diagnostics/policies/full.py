@@ -1,4 +1,4 @@
-"""Full depth: every token through every layer, by the same code path as the other policies. The baseline."""
+"""Full depth, the baseline: every token runs through every layer, by the same code path as the other policies."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class FullPolicy(Policy):
         return Workload([n_prompt] * n_layers, [n_prompt] * n_layers, [0] * n_layers)
 
     def from_full(self, cache: PolicyCache) -> PolicyCache:
-        """Return the same keys and values, in a cache that goes on apart from the first."""
+        """Return the same keys and values, in a cache that continues independently of the first."""
         return cache.first_columns(self, [cache.n_columns] * len(cache.layers))

@@ -1,8 +1,8 @@
 """Attention masks from columns, for layers that hold different tokens.
 
 transformers builds one mask per forward pass for all layers of a kind, with the size of one of them. Under a policy
-every layer gets its own, in the form that its attention implementation takes: none where causal order is enough, so
-that fused kernels stay in use; boolean for ``sdpa``; added to the scores for ``eager``.
+every layer gets its own, in the form that its attention implementation takes: none where causal order suffices, so that
+fused kernels stay in use; boolean for ``sdpa``; added to the scores for ``eager``.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def attention_mask(
     implementation
         ``sdpa`` or ``eager``.
     dtype, device
-        Of the residual.
+        Type and device of the residual.
     """
     n_queries = count(queries)
     plain = padding is None and all(piece.full for piece in keys)
@@ -47,7 +47,7 @@ def attention_mask(
     if plain and n_queries == 1 and last == queries[-1].stop:
         return None
     if plain and implementation == "sdpa" and count(keys) == n_queries:
-        return None  # nothing was held before: plain causal order
+        return None  # the layer held no keys before: plain causal order
     query, key = as_tensor(queries, device)[:, :, None], as_tensor(keys, device)[:, None]
     visible = (key <= query) & (key >= 0)
     if padding is not None:
@@ -58,5 +58,5 @@ def attention_mask(
     visible = (visible | (key == query))[:, None]
     if implementation == "sdpa":
         return visible
-    # In the type itself: the smallest float64 would not fit into torch's default type on the way.
+    # masked_fill_ in ``dtype`` itself: the lowest float64 would overflow torch's default type.
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)

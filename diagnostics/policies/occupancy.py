@@ -1,4 +1,4 @@
-"""Which models run under a policy at present: each under one at a time."""
+"""Which models run under a policy at present; a model runs under one policy at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HELD: dict[nn.Module, Holder] = {}
 
 
 def require_free(model: nn.Module) -> None:
-    """Raise UserError if a model runs under a policy already."""
+    """Raise UserError if a model already runs under a policy."""
     if model in _HELD:
         raise UserError(f"this model runs under {_HELD[model].policy} already: leave that `with` block first")
 

@@ -1,4 +1,4 @@
-"""Projected: prompt tokens stop at the cutoff, and the layers above make their keys and values from its state.
+"""Projected: prompt tokens stop at the cutoff; the layers above compute their keys and values from the state there.
 
 The idea of POP (arXiv 2602.03295) and of SwiftKV (arXiv 2410.03960), here without distillation: every upper layer
 applies its own norm and its own key and value projections to the state that entered layer k. It skips the compute of
@@ -56,7 +56,7 @@ class ProjectedPolicy(Policy):
         return self.cutoff
 
     def workload(self, n_prompt: int, n_layers: int) -> Workload:
-        """All tokens below the cutoff; the boundary, and keys and values of the rest, above."""
+        """All tokens below the cutoff; above it the boundary, and the keys and values of the rest."""
         deep, upper = min(n_prompt, self.boundary), n_layers - self.cutoff
         return Workload(
             run=[n_prompt] * self.cutoff + [deep] * upper,
@@ -65,8 +65,8 @@ class ProjectedPolicy(Policy):
         )
 
     def runs_on(self, call: Call) -> Pieces:
-        """Return the decode-phase columns; in a call without any, the last one, to keep the upper layers busy."""
-        from diagnostics.policies.arguments import take_rows  # which loads torch
+        """Return the decode-phase columns; in a call without any, the last column, so that the upper layers run."""
+        from diagnostics.policies.arguments import take_rows  # it loads torch
         from diagnostics.policies.columns import gaps, rows_in, span
 
         deep = call.deep_columns(0)
@@ -79,7 +79,7 @@ class ProjectedPolicy(Policy):
         return deep
 
     def install(self, runtime: Runtime) -> None:
-        """Spare the query projection where it is apart from the others: no query is asked while projecting."""
+        """Skip the query projection where it is a module of its own: projecting needs no queries."""
 
         def n_projected() -> int:
             return 0 if runtime.call is None else runtime.call.projecting
@@ -97,6 +97,6 @@ class ProjectedPolicy(Policy):
                 runtime.hook(queries.register_forward_hook(after))
 
     def before_upper_layer(self, call: Call, layer: int, arguments: dict[str, Any]) -> None:
-        """Have the layer store keys and values of the tokens that stopped, made from their state at the cutoff."""
+        """Have the layer store keys and values of the stopped tokens, computed from their state at the cutoff."""
         if stopped := call.noted(Stopped):
             call.project(layer, arguments, stopped.state, stopped.columns)

@@ -1,4 +1,4 @@
-"""Read what `recommend` wrote, for the policies that follow it."""
+"""Reads the files that `recommend` writes, for the policies that follow them."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def recommended_cutoff(path: str | Path) -> int:
 
 
 def integer_of(value: Any, name: str, path: str | Path) -> int:
-    """Return ``value`` if it is an integer; else raise UserError that names the field."""
+    """Return ``value`` if it is an integer; else raise a UserError that names the field."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{str(path)!r} is not a recommendation: its {name} is {value!r}, not a whole number")
     return value

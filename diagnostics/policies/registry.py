@@ -31,7 +31,7 @@ def all_policies() -> dict[str, type[Policy]]:
 
     A policy of another distribution that cannot be used is left out with a warning; `find_policy` says why.
     """
-    policies = {policy.name: policy for policy in Policy.__subclasses__()}  # also what the process itself defines
+    policies = {policy.name: policy for policy in Policy.__subclasses__()}  # including classes of the running process
     for point in plugins(GROUP):
         try:
             policies[point.name] = _load(point)
@@ -47,7 +47,7 @@ def menu() -> list[type[Policy]]:
 
 
 def policies_at(cutoff: int) -> list[Policy]:
-    """Return one policy of every kind, in the order of menus: at this cutoff if it takes one, else by its defaults.
+    """Return one policy of every kind, in the order of menus: at this cutoff if it takes one, else with its defaults.
 
     A kind that needs another parameter is left out.
     """
@@ -56,7 +56,7 @@ def policies_at(cutoff: int) -> list[Policy]:
 
 
 def find_policy(name: str) -> type[Policy]:
-    """Return the policy class of this name; raise UserError, with the names that exist, where there is none."""
+    """Return the policy class of this name; raise a UserError that lists the known names where there is none."""
     if (policy := _built_in().get(name)) is not None:
         return policy
     for point in plugins(GROUP):
@@ -71,7 +71,7 @@ def find_policy(name: str) -> type[Policy]:
 def parse_policy(text: str) -> Policy:
     """Read ``NAME``, ``NAME:VALUE`` or ``NAME:FIELD=VALUE:...``, such as ``full`` or ``speed:24:anchors=0``.
 
-    A value without a name is that of the first field. Raises UserError, with what exists, for anything else.
+    A value without a name sets the first field. Anything else raises a UserError that lists what exists.
     """
     name, *settings = text.strip().split(":")
     policy = find_policy(name)
@@ -95,7 +95,7 @@ def _required(policy: type[Policy]) -> set[str]:
 
 
 def _number(policy: type[Policy], field: str, value: str) -> Any:
-    """Read a number of the type that a policy's field has."""
+    """Convert ``value`` to the number type of a policy's field."""
     kind = get_type_hints(policy)[field]
     if isinstance(kind, UnionType):
         kind = next(option for option in get_args(kind) if option is not type(None))
@@ -111,7 +111,7 @@ def _number(policy: type[Policy], field: str, value: str) -> Any:
 @cache
 def _built_in() -> dict[str, type[Policy]]:
     for file in files(PACKAGE).iterdir():
-        # By their text: importing the others would load torch.
+        # Selected by their text: importing the others would load torch.
         if file.name.endswith(".py") and DEFINES_A_POLICY.search(file.read_text(encoding="utf-8")):
             importlib.import_module(f"{PACKAGE}.{file.name.removesuffix('.py')}")
     own = [policy for policy in Policy.__subclasses__() if policy.__module__.startswith(f"{PACKAGE}.")]
@@ -122,7 +122,7 @@ def _built_in() -> dict[str, type[Policy]]:
 
 
 def _load(point: EntryPoint) -> type[Policy]:
-    """Load the policy class that an entry point names; raise UserError, which names the plugin, where it is none."""
+    """Load the policy class that an entry point names; raise a UserError that names the plugin where it is none."""
     policy = load_plugin(point)
     if not (isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)):
         raise unusable(point, f"{point.value} is no dataclass derived from diagnostics.Policy")

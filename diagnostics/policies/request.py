@@ -1,4 +1,4 @@
-"""What a thread asks of its next call before the call reaches the decoder stack."""
+"""What a thread requests of its next call before the call reaches the decoder stack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diagnostics.policies.segments import Phases
 
 
 class Request(threading.local):
-    """What one thread asks of its next call: threads may take turns on a model.
+    """What one thread requests of its next call: threads may take turns on a model.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Request(threading.local):
 
 
 def count_logits(keep: int | Tensor | None, n_new: int) -> int:
-    """Return from how many tokens of a call on, counted from its end, logits are asked for; 0 for all of them."""
+    """Return how many of a call's last tokens span all requested logits; 0 for all tokens of the call."""
     if isinstance(keep, Tensor):
         indices = keep.reshape(-1)
         return n_new - int(torch.where(indices < 0, indices + n_new, indices).min()) if len(indices) else 0

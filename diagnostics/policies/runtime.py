@@ -1,13 +1,13 @@
-"""A stock transformers model under a policy: forward hooks that select rows, and the undoing of them.
+"""A stock transformers model under a policy: forward hooks that select rows, and their exact removal.
 
-One call of the model is one `Call`. Before the decoder stack runs, it gets the policy's cache in place of an empty one
-and learns which of its tokens are decode phase. Before each layer, the layer gets its own mask; after the last layer
-that all prompt tokens run through, the others are let go. The layers' own code, kernels and weights do all the work.
+One call of the model is one `Call`. Before the decoder stack runs, the call gets the policy's cache in place of an
+empty one, and its decode-phase tokens are determined. Each layer gets its own mask. After the last layer that all
+prompt tokens run through, only the selected rows continue. The layers' own code, kernels and weights do all the work.
 
-Which tokens are decode phase is never guessed from lengths. `Runtime.expect` announces it; without, as inside
-``generate()``: tokens whose logits are asked for (``logits_to_keep``) are, in a first call at least the last one, and
-so is the token right after logits were given, since the model wrote it. The rest is prompt. In later calls that ask for
-all logits, as when a continuation is scored, every token is decode phase.
+Which tokens are decode phase is never guessed from lengths. `Runtime.expect` announces it. Without an announcement, as
+inside ``generate()``, decode-phase tokens are those whose logits are requested (``logits_to_keep``; in a first call at
+least the last token), and the token right after logits were returned, since the model generated it. The rest is prompt.
+In later calls that request all logits, as when a continuation is scored, every token is decode phase.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diagnostics.models.anatomy import PER_POSITION, Anatomy
 from diagnostics.models.attention_tap import AttentionCall, attention_tap
-from diagnostics.models.rope import rope_lengths, said_length
+from diagnostics.models.rope import frequencies_of_length, rope_lengths
 from diagnostics.policies.arguments import (
     EditArguments,
     input_tokens,
@@ -54,11 +54,11 @@ from diagnostics.support.errors import UserError
 
 
 class ShallowCallDone(Exception):
-    """Ends a forward pass of which no row runs on above the policy's depth."""
+    """Ends a forward pass in which no row runs above the policy's depth."""
 
 
 class RunnablePolicy(PolicyTraits, Protocol):
-    """What the runtime asks of a policy; `diagnostics.policies.base.Policy` says what each method does."""
+    """What the runtime needs of a policy; `diagnostics.policies.base.Policy` documents each method."""
 
     taps_attention: ClassVar[bool]
 
@@ -87,7 +87,7 @@ class Runtime:
     Attributes
     ----------
     policy, model, anatomy, implementation
-        What runs under what; the model is the transformers model itself.
+        The policy, the transformers model that runs under it, the model's parts, and its attention implementation.
     depth
         Layers that all prompt tokens run through.
     rope
@@ -121,14 +121,14 @@ class Runtime:
     # --- Adding hooks ---
 
     def hook(self, handle: RemovableHandle) -> None:
-        """Have a hook removed when the block ends."""
+        """Remove a hook when the block ends."""
         self._stack.callback(handle.remove)
 
     def attach(self, model: nn.Module) -> None:
-        """Add all hooks; ``model`` is what the user calls: the model itself, or a wrapper of it."""
+        """Add all hooks; ``model`` is the object that the user calls: the model itself, or a wrapper of it."""
         anatomy = self.anatomy
         self.rope.settle()
-        self._stack.enter_context(said_length(self.rope, lambda: self._length))
+        self._stack.enter_context(frequencies_of_length(self.rope, lambda: self._length))
         for module in {m for m in (model, self.model) if isinstance(m, nn.Module)}:
             self.hook(module.register_forward_pre_hook(self._before_model, with_kwargs=True))
         self._edit(anatomy.stack, self._before_stack)
@@ -177,7 +177,7 @@ class Runtime:
         self._enter()
         inputs = input_tokens(arguments)
         if inputs is None:
-            return  # the model says itself what is missing
+            return  # the model itself reports what is missing
         batch, n_new = inputs.shape[:2]
         if n_new == 0:
             raise UserError("the input has no tokens")
@@ -191,11 +191,11 @@ class Runtime:
             expected = Phases(0, begin_anew(cache, dropped, n_new, n_logits, self.rope))
         phases = expected or self._phases(cache, n_new, n_logits)
         self._length = admit_length(cache, n_new, self.rope)
-        own = positions(cache.n_columns, cache.n_columns + n_new, cache.padding, inputs.device)
-        if (given := arguments.get("position_ids")) is None:
-            arguments["position_ids"] = own.clamp(min=0)
+        own_positions = positions(cache.n_columns, cache.n_columns + n_new, cache.padding, inputs.device)
+        if (position_ids := arguments.get("position_ids")) is None:
+            arguments["position_ids"] = own_positions.clamp(min=0)
         else:
-            admit_positions(given, own)
+            admit_positions(position_ids, own_positions)
         if cache.n_columns == 0:
             cache.batch = batch
             if expected is None:
@@ -217,7 +217,7 @@ class Runtime:
         arguments |= {"past_key_values": cache, "use_cache": True}
 
     def _before_layer(self, index: int, _: nn.Module, arguments: dict[str, Any]) -> None:
-        """Give a layer the columns that it is to hold, its mask, and positions of the rows that run."""
+        """Set the columns that a layer will hold, its mask, and the positions of the rows that run."""
         call = self.call
         if call is None or call.projecting:
             return
@@ -232,7 +232,7 @@ class Runtime:
         call.cache.layers[index].incoming = () if call.unheld and call.selected else call.rows
 
     def _select(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        """Let go of the rows that do not run on."""
+        """Drop the rows that do not run on."""
         call = self.call
         if call is None or not call.selects or call.projecting:
             return None
@@ -249,17 +249,17 @@ class Runtime:
         return with_residual(output, hidden)
 
     def _spread(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        """Put rows back to their columns, where the caller looks beyond the decode phase; NaN where none ran."""
+        """Put rows back to their columns if the caller reads beyond the decode phase; NaN where no row ran."""
         call = self.call
         if call is None or not call.selected or call.projecting:
             return None
-        last_rows_do = (call.n_logits and call.n_logits <= call.phases.tail) or call.unheld
-        if last_rows_do and not self.anatomy.reshapes:
+        last_rows_suffice = (call.n_logits and call.n_logits <= call.phases.tail) or call.unheld
+        if last_rows_suffice and not self.anatomy.reshapes:
             return None
         hidden = residual_of(output)
         columns = as_tensor(call.rows, hidden.device) - call.start
         spread = spread_rows(hidden, columns, call.stop - call.start, torch.nan)
-        # The last element: a row that ran is finite there, and others were never written.
+        # Test the last element: it is finite in a row that ran; other rows were never written.
         labels = self._request.labels
         if labels is not None and bool((spread[:, :-1, -1].isnan() & (labels[:, 1:] != -100)).any()):
             raise UserError(
@@ -270,8 +270,8 @@ class Runtime:
 
     def _after_stack(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         if self._thread != threading.get_ident():
-            return  # turned away
-        if output is None:  # an error: the cache stays marked as written into
+            return  # the call of another thread, which `_enter` refused
+        if output is None:  # an error: the cache stays marked as being written
             self.call = None
         self._finish()
         self._request.labels, self._length, self._thread = None, None, 0
@@ -281,15 +281,15 @@ class Runtime:
         call, self.call = self.call, None
         if call is not None:
             call.cache.n_columns, call.cache.writing = call.stop, False
-            for layer in call.cache.layers:  # not before: a call's first query may be older than what it stores
+            for layer in call.cache.layers:  # not earlier: a call's first query may be older than the keys it stores
                 layer.slide()
             for columns in call.phases.columns(call.start, call.stop):
                 call.cache.decoded = join(call.cache.decoded, columns)
 
-    # --- What a call may be ---
+    # --- One thread at a time; phases of a call ---
 
     def _enter(self) -> None:
-        """Let one thread at a time into the stack: a call leaves its state on the model."""
+        """Admit one thread at a time to the stack: a call keeps its state on the model."""
         thread = threading.get_ident()
         with self._entry:
             if self._thread not in (0, thread):
@@ -300,7 +300,7 @@ class Runtime:
             self._thread = thread
 
     def _phases(self, cache: PolicyCache, n_new: int, n_logits: int) -> Phases:
-        """Divide a call that nobody announced; ``n_logits`` is 0 where logits of all its tokens are asked for."""
+        """Divide a call without an announcement; ``n_logits`` is 0 where logits of all its tokens are requested."""
         if cache.n_columns and not n_logits:
             return Phases(0, n_new)
         return phases_of(cache, n_new, max(n_logits, 1))

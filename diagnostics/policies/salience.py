@@ -1,6 +1,6 @@
-"""FastKV's salience: which prompt tokens the last prompt queries attend to, and what is kept by it.
+"""FastKV's salience: which prompt tokens the last prompt queries attend to, and which tokens are kept for it.
 
-`diagnostics.policies.fastkv` says what the score is for. The saliency probe scores by `pooled_attention` too.
+`diagnostics.policies.fastkv` defines the score. The saliency probe also uses `pooled_attention`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def keep_salient(
     retained: Callable[[int], int],
     propagated: Callable[[int], int] | None,
 ) -> Pieces | None:
-    """Cut the cache of a layer down to its most salient tokens; return the columns that run on where some do not.
+    """Reduce a layer's cache to its most salient tokens; return the columns that run on, or None if all do.
 
     Parameters
     ----------
     call, layer, attention
-        The call, which holds a whole prompt, the layer, and the layer's attention on the columns that run through it.
+        The call with the entire prompt, the layer, and its attention over the columns that run through it.
     window, kernel
         Last tokens whose queries score the others, and the width of the max-pooling.
     retained, propagated
-        How many of a row's n tokens the layer caches and how many run on; ``propagated`` is None where all do.
+        How many of a row's n tokens the layer caches and how many run on; ``propagated`` is None where all run on.
     """
     batch, device = attention.key.shape[0], attention.key.device
     columns = as_tensor(call.rows, device).expand(batch, -1)
@@ -84,7 +84,7 @@ def _scores(attention: AttentionCall, row: int, n: int, window: int, kernel: int
     heads, queries = query.shape[:2]
     scaling = attention.options.get("scaling") or query.shape[-1] ** -0.5
     softcap, sinks = attention.options.get("softcap"), attention.options.get("s_aux")
-    query = query.reshape(len(key), -1, query.shape[-1])  # query heads of a KV head follow one another
+    query = query.reshape(len(key), -1, query.shape[-1])  # query heads of a KV head are adjacent
     logits = (query @ key.mT).view(heads, queries, n).float() * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -101,9 +101,9 @@ def _scores(attention: AttentionCall, row: int, n: int, window: int, kernel: int
 
 
 def _most_salient(scores: Tensor, capacity: int, n: int) -> Tensor:
-    """Return which of ``n`` tokens stay: the best scored ones and those after the scored ones, [..., capacity]."""
+    """Return which of ``n`` tokens stay: those with the highest scores and the unscored last ones, [..., capacity]."""
     scored = scores.shape[-1]
-    # Max-pooling makes neighbours equal; a stable order lets the earlier win, on every device.
+    # Max-pooling gives neighbours equal scores; a stable sort prefers the earlier one on every device.
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : capacity - (n - scored)]
     tail = torch.arange(scored, n, device=scores.device).expand(*best.shape[:-1], -1)
     return torch.cat([best, tail], dim=-1)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diagnostics.policies.cache import PolicyCache
 
 
-# --- A whole batch ---
+# --- A batch ---
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +36,9 @@ class Segments:
     Attributes
     ----------
     real
-        Where tokens are and not padding, bool [batch, tokens].
+        True at tokens, False at padding, bool [batch, tokens].
     decode_phase
-        Which columns are decode phase, bool [batch, tokens]; what it says of padding is ignored.
+        Which columns are decode phase, bool [batch, tokens]; its values at padding are ignored.
     anchors
         Leading tokens of each row that run through all layers, 0 or more.
     """
@@ -49,7 +49,7 @@ class Segments:
 
     @cached_property
     def _seen(self) -> Tensor:
-        """Tokens of the row up to this column, this one included."""
+        """Number of the row's tokens up to and including this column."""
         return self.real.cumsum(1)
 
     @property
@@ -79,7 +79,7 @@ class Segments:
 
     @property
     def has_gap(self) -> Tensor:
-        """Whether a row has padding between its tokens: bool, without dimensions."""
+        """Whether a row has padding between its tokens: bool, zero-dimensional."""
         return (~self.real & (self._seen > 0) & (self._seen < self._seen[:, -1:])).any()
 
 
@@ -93,7 +93,7 @@ class Phases(NamedTuple):
     tail: int
 
     def within(self, start: int, stop: int, n_tokens: int) -> Phases:
-        """Return the phases of the part ``start`` to ``stop`` of these ``n_tokens`` tokens."""
+        """Return the phases of tokens ``start`` to ``stop`` of these ``n_tokens`` tokens."""
         head = min(max(self.head - start, 0), stop - start)
         return Phases(head, max(0, stop - max(start, n_tokens - self.tail)))
 
@@ -103,15 +103,15 @@ class Phases(NamedTuple):
 
 
 def phases_of(cache: PolicyCache, n_new: int, n_logits: int) -> Phases:
-    """Divide ``n_new`` prompt tokens that are to follow what the cache holds.
+    """Divide ``n_new`` prompt tokens that follow the contents of the cache.
 
-    ``n_logits`` is the number of last tokens whose logits are wanted: 1 for a whole prompt, 0 if more of it follows.
-    The token right after logits is the model's own and so decode phase.
+    ``n_logits`` is the number of last tokens whose logits are requested: 1 at the end of a prompt, 0 if more of it
+    follows. The model generated the token right after logits, so that token is decode phase.
 
     Raises
     ------
     UserError
-        If some of the prompt's last ``boundary`` tokens are in the cache as prompt already.
+        If some of the prompt's last ``boundary`` tokens are already in the cache as prompt.
     """
     policy = cache.policy
     if cache.n_columns and not policy.later_prompts:

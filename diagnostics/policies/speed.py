@@ -25,7 +25,7 @@ class SpeedPolicy(Policy):
     anchors
         Leading tokens that run through all layers, 0 or more; 1 is BoS.
     boundary
-        Trailing prompt tokens that do so too, as first tokens of the decode phase; 1 or more.
+        Trailing prompt tokens that also run through all layers, the first of the decode phase; 1 or more.
     """
 
     cutoff: int
@@ -58,16 +58,16 @@ class SpeedPolicy(Policy):
         return self.cutoff
 
     def workload(self, n_prompt: int, n_layers: int) -> Workload:
-        """All tokens below the cutoff, anchors and boundary above."""
+        """All tokens below the cutoff; anchors and boundary above it."""
         deep = min(n_prompt, self.anchors + self.boundary)
         tokens = [n_prompt] * self.cutoff + [deep] * (n_layers - self.cutoff)
         return Workload(tokens, tokens, [0] * n_layers)
 
     def from_full(self, cache: PolicyCache) -> PolicyCache | None:
-        """Return all columns below the cutoff and the anchors above it, which see only anchors at full depth too.
+        """Return all columns below the cutoff, and above it the anchors, which see only anchors at full depth too.
 
-        None if rows are padded, so that their anchors are not the same columns, and where sliding layers have
-        forgotten the anchors.
+        None if rows are padded, since their anchors are then different columns, and if sliding layers have dropped
+        columns.
         """
         upper = cache.layers[self.cutoff :]
         if cache.padding is not None or cache.n_columns < self.anchors or any(layer.forgotten for layer in upper):

@@ -1,7 +1,7 @@
-"""What stock ``generate()`` does beside its calls of the model, for a model that runs under a policy.
+"""Adapts stock ``generate()`` to a model under a policy, beyond its calls of the model.
 
-It makes a KV cache of its own, it can prefill in chunks, and some families drop the cache and begin anew. Three methods
-of the model learn of that inside the block, and refuse what a policy cannot serve.
+``generate()`` creates its own KV cache and can prefill in chunks, and some families drop the cache and begin anew.
+Inside the block three methods of the model are wrapped to handle this and to refuse what a policy cannot serve.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def follow_generate(
 ) -> None:
     """Wrap methods of a model until ``stack`` closes.
 
-    ``new_cache`` makes the cache for a ``generate()`` that is given none. ``on_drop`` is called with a cache that
-    ``generate()`` lets go of to begin anew with all tokens; None for models that never do.
+    ``new_cache`` creates the cache if ``generate()`` gets none. ``on_drop`` is called with a cache that ``generate()``
+    drops to begin anew with all tokens; None for models that never do so.
     """
     wrappers: dict[str, Callable[[Any], Any]] = {
         "_prefill": _without_chunks,
@@ -41,7 +41,7 @@ def follow_generate(
 
 
 def _without_chunks(stock: Any) -> Any:
-    """``generate(prefill_chunk_size=...)`` cannot tell a chunk's last token from the prompt's."""
+    """Refuse ``generate(prefill_chunk_size=...)``: it cannot tell a chunk's last token from the prompt's."""
 
     def prefill(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if generation_config.prefill_chunk_size is not None:
@@ -55,13 +55,13 @@ def _without_chunks(stock: Any) -> Any:
 
 
 def _with_own_cache(stock: Any, new_cache: Callable[[], PolicyCache]) -> Any:
-    """Where ``generate()`` was given no cache, it gets the policy's in place of one of its own."""
+    """Replace the cache that ``generate()`` creates by the policy's; a cache from the caller stays."""
 
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        given = model_kwargs.get("past_key_values")
+        passed = model_kwargs.get("past_key_values")
         result = stock(generation_config, model_kwargs, *args, **kwargs)
-        own: Any = model_kwargs.get("past_key_values")
-        if given is None and type(own) is DynamicCache and not own.offloading:
+        created: Any = model_kwargs.get("past_key_values")
+        if passed is None and type(created) is DynamicCache and not created.offloading:
             model_kwargs["past_key_values"] = new_cache()
         return result
 
@@ -69,13 +69,13 @@ def _with_own_cache(stock: Any, new_cache: Callable[[], PolicyCache]) -> Any:
 
 
 def _noting_dropped_caches(stock: Any, on_drop: Callable[[PolicyCache], None]) -> Any:
-    """Where rotary frequencies change, some families drop the cache and call the model on all tokens anew."""
+    """Report dropped caches: where rotary frequencies change, some families run all tokens anew without the cache."""
 
     def prepare(*args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values")
         inputs = stock(*args, **kwargs)
-        if isinstance(given, PolicyCache) and given.n_columns and inputs.get("past_key_values") is None:
-            on_drop(given)
+        if isinstance(cache, PolicyCache) and cache.n_columns and inputs.get("past_key_values") is None:
+            on_drop(cache)
         return inputs
 
     return prepare

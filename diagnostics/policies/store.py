@@ -1,8 +1,8 @@
-"""Save and load a KV cache: one prefilled document, many questions, also tomorrow.
+"""Saves and loads a KV cache: one prefilled document answers many questions, in later sessions too.
 
-The file is safetensors: keys and values of every layer, columns where rows or heads differ, and a JSON header with the
-policy and the identity of the model, so that it cannot be read into another one: other weights, another adapter or
-configuration. No pickles.
+The file is safetensors, without pickles: keys and values of every layer, columns where rows or heads differ, and a JSON
+header with the policy and the identity of the model. A model with other weights, adapters or configuration cannot load
+it.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ HEADER = "cache"
 
 
 def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Module) -> None:
-    """Write a cache to a ``.safetensors`` file, whole or not at all; ``model`` is the one that filled the cache.
+    """Write a cache atomically to a ``.safetensors`` file; ``model`` is the one that filled the cache.
 
     Raises
     ------
@@ -85,12 +85,12 @@ def save_cache(cache: PolicyCache, path: str | Path, model: LoadedModel | nn.Mod
 
 
 def load_cache(path: str | Path, model: LoadedModel | nn.Module) -> PolicyCache:
-    """Read a cache back, onto the devices of the model's layers.
+    """Load a cache onto the devices of the model's layers.
 
     Raises
     ------
     UserError
-        If there is no such file, if it is damaged, or if another model, adapter or configuration filled it.
+        If the file is missing or damaged, or if another model, adapter or configuration filled the cache.
     """
     module = _module(model)
     try:
@@ -120,7 +120,7 @@ def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> 
     cache.padding = tensors.get("padding")
     for index, (layer, pieces) in enumerate(zip(cache.layers, header["layers"], strict=True)):
         device = next(anatomy.layers[index].parameters()).device
-        if device.type == "meta":  # an offloaded layer: the first call moves its keys to where it computes
+        if device.type == "meta":  # an offloaded layer: the first call moves its keys to the computing device
             device = torch.device("cpu")
         keys, values = tensors[f"keys.{index}"].to(device), tensors[f"values.{index}"].to(device)
         layer.lazy_initialization(keys, values)
@@ -134,7 +134,7 @@ def _rebuild(header: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> 
 
 
 def _filled_by(model: Any) -> dict[str, Any]:
-    """Return what identifies the model that filled a cache; how it generates does not matter."""
+    """Return what identifies the model that filled a cache, without its generation settings."""
     identity = ModelIdentity.of(model.model if isinstance(model, LoadedModel) else model)
     configuration = {name: value for name, value in identity.configuration.items() if name != "generation"}
     parts = {"adapters": list(identity.adapters), "weight_hash": identity.weights, "buffers": identity.buffers}
