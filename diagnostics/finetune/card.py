@@ -9,10 +9,10 @@ from diagnostics.finetune.finetuning_folder import FineTuning
 
 def model_card(finetuning: FineTuning, base: str) -> str:
     """Return the card of a finished fine-tuning of ``base``, in Markdown."""
-    asked, n_layers = finetuning.manifest["settings"], int(finetuning.manifest["n_layers"])
-    cutoff, lora = int(asked["cutoff"]), asked["method"] == "lora"
+    settings, n_layers = finetuning.manifest["settings"], int(finetuning.manifest["n_layers"])
+    cutoff, lora = int(settings["cutoff"]), settings["method"] == "lora"
     before, after = finetuning.curve(0), finetuning.curve()
-    of = "its own full depth" if asked["against"] == "itself" else "the base model at full depth"
+    reference = "its own full depth" if settings["against"] == "itself" else "the base model at full depth"
     rows = [
         f"| {k}{' (trained)' if k == cutoff else ' (full depth)' if k == n_layers else ''} "
         f"| {before[k]:.3f} | {after[k]:.3f} |"
@@ -23,7 +23,7 @@ def model_card(finetuning: FineTuning, base: str) -> str:
         "",
         "Trained so that prompt tokens can stop at a lower layer (SPEED: Shallow Prefill, dEEp Decode,",
         "arXiv 2605.06105).",
-        f"Mean KL from {of} on {finetuning.manifest['held_out']['n_prompts']} held-out prompts, nats per token:",
+        f"Mean KL from {reference} on {finetuning.manifest['held_out']['n_prompts']} held-out prompts, nats per token:",
         "",
         "| cutoff | before | after |",
         "| --- | --- | --- |",
@@ -36,7 +36,7 @@ def model_card(finetuning: FineTuning, base: str) -> str:
         "",
         'lm = load_model(".")',
         'inputs = lm.tokenizer("The sea is", return_tensors="pt")',
-        f"with SpeedPolicy({cutoff}, anchors={asked['anchors']})(lm.model):",
+        f"with SpeedPolicy({cutoff}, anchors={settings['anchors']})(lm.model):",
         "    tokens = lm.model.generate(**inputs, max_new_tokens=16)",
         "print(lm.tokenizer.decode(tokens[0]))",
         "```",
@@ -44,5 +44,5 @@ def model_card(finetuning: FineTuning, base: str) -> str:
         "`recommendation.json` has the cutoff recommended for it, `finetuning.json` how it was trained.",
         "",
     ]
-    about = ModelCardData(base_model=base, library_name="peft" if lora else None, tags=["speed", "shallow-prefill"])
-    return str(ModelCard("\n".join(["---", about.to_yaml(), "---", "", *body]), ignore_metadata_errors=True))
+    metadata = ModelCardData(base_model=base, library_name="peft" if lora else None, tags=["speed", "shallow-prefill"])
+    return str(ModelCard("\n".join(["---", metadata.to_yaml(), "---", "", *body]), ignore_metadata_errors=True))

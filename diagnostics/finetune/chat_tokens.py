@@ -21,7 +21,7 @@ from diagnostics.support.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# In place of an answer, to see what a chat template writes after one; no chat template has such a word.
+# Stands in for an answer, to see what a chat template writes after one; no chat template has such a word.
 _PROBE = "aNsWeR0here"
 
 
@@ -30,7 +30,7 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
 
     It ends with the last answer's end of turn, or with the generation prompt if the last turn is the user's. The tokens
     before the last answer are those of the messages before it with the generation prompt. Where the first character
-    of an answer would merge with the generation prompt, they are kept apart, as they are when it is generated.
+    of an answer would merge with the generation prompt, the two are tokenized separately, as in generation.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
         subject = f"conversation {conversation.id!r}"
         refuse_control_tokens(subject, tokenizer, f"message {number}", message["content"])
     text, answers = _write(conversation, tokenizer)
-    for role in ("system", "user"):  # what it does to answers is known by now
+    for role in ("system", "user"):  # answers are checked by now
         if find_contents([message for message in conversation.messages if message["role"] == role], text) is None:
             raise _refusal(conversation, tokenizer, f"does not write all that the {role} says")
     ids: list[int] = []
@@ -56,33 +56,33 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
 def _write(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
     """Return the text of a conversation, and the characters of each answer with its end of turn."""
     messages = conversation.messages
-    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     open_ended = messages[-1]["role"] == "user"
     text = _render(conversation, tokenizer, messages, opening=open_ended)
-    if not places:
+    if not turns:
         return text, []
-    openings = [_render(conversation, tokenizer, messages[:place], opening=True) for place in places]
+    openings = [_render(conversation, tokenizer, messages[:turn], opening=True) for turn in turns]
     if not all(text.startswith(opening) for opening in openings):
         raise _refusal(conversation, tokenizer, "writes a turn differently when others follow it")
     probed = ({"role": "assistant", "content": _PROBE},)
-    shown, _, tail = _render(conversation, tokenizer, messages[: places[-1]] + probed, opening=False).rpartition(_PROBE)
+    shown, _, tail = _render(conversation, tokenizer, messages[: turns[-1]] + probed, opening=False).rpartition(_PROBE)
     if not shown:
         raise _refusal(conversation, tokenizer, "does not show answers as they are")
     known = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     end = max((token for token in known if tail.lstrip().startswith(token)), key=len, default="")
     limits = [*(len(opening) for opening in openings[1:]), len(text)]
     answers = []
-    for place, opening, limit in zip(places, openings, limits, strict=True):
-        stop = _find(text[:limit], messages[place]["content"].strip(), end, len(opening))
+    for turn, opening, limit in zip(turns, openings, limits, strict=True):
+        stop = _find(text[:limit], messages[turn]["content"].strip(), end, len(opening))
         if stop is None:
             after = f", with {end!r} after it" if end else ""
-            raise _refusal(conversation, tokenizer, f"does not show message {place + 1} as it is{after}")
+            raise _refusal(conversation, tokenizer, f"does not show message {turn + 1} as it is{after}")
         answers.append((len(opening), stop))
     return text if open_ended else text[: answers[-1][1]], answers
 
 
 def _find(text: str, content: str, end: str, start: int) -> int | None:
-    """Find where the first occurrence of a content that has its end of turn after it ends."""
+    """Return where the first occurrence of a content with its end of turn ends; None if there is none."""
     while (start := text.find(content, start)) >= 0:
         stop = start + len(content)
         if not end:
@@ -102,14 +102,14 @@ def _tokenize(
     def encode(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]
 
-    whole = encode(text)
-    places = [0, *(end for span in answers for end in span), len(text)]
-    before = [encode(text[:place]) for place in places]
-    if all(whole[: len(ids)] == ids for ids in before):
-        return [whole[len(one) : len(more)] for one, more in pairwise(before)]
-    pieces = [encode(text[start:stop]) for start, stop in pairwise(places)]
-    # Some tokenizers put a space before whatever they are given.
-    if tokenizer.decode([token for piece in pieces for token in piece]) != tokenizer.decode(whole):
+    ids = encode(text)
+    bounds = [0, *(end for span in answers for end in span), len(text)]
+    prefixes = [encode(text[:bound]) for bound in bounds]
+    if all(ids[: len(prefix)] == prefix for prefix in prefixes):
+        return [ids[len(shorter) : len(longer)] for shorter, longer in pairwise(prefixes)]
+    pieces = [encode(text[start:stop]) for start, stop in pairwise(bounds)]
+    # Some tokenizers put a space before every text.
+    if tokenizer.decode([token for piece in pieces for token in piece]) != tokenizer.decode(ids):
         raise _refusal(conversation, tokenizer, "joins an answer to its generation prompt in one token")
     return pieces
 

@@ -17,7 +17,7 @@ FIELDS = ("id", "messages", "category")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages ``{"role": ..., "content": ...}`` in order; without a last answer it is a prompt alone.
+    """Messages ``{"role": ..., "content": ...}`` in order; one without a last answer is only a prompt.
 
     Raises UserError if a field is wrong; the message begins with its name, as in ``field "messages": ...``.
     """
@@ -35,35 +35,35 @@ class Conversation:
 def read_conversations(path: Path) -> list[Conversation]:
     """Read conversations from a file with one JSON object per line, plain or as ``.gz``.
 
-    A line has ``messages``, as in `Conversation`, and may have ``id`` and ``category``. Raises UserError, with the
-    line, for what is wrong.
+    A line has ``messages``, as in `Conversation`, and may have ``id`` and ``category``. Raises UserError that
+    names the wrong line.
     """
-    found: dict[str, Conversation] = {}
+    conversations: dict[str, Conversation] = {}
 
     def take(record: dict[str, Any], number: int) -> None:
-        one = _parse(record, f"line-{number}")
-        if one.id in found:
-            raise wrong("id", f"{one.id!r} is already the id of an earlier conversation")
-        found[one.id] = one
+        conversation = _parse(record, f"line-{number}")
+        if conversation.id in conversations:
+            raise wrong("id", f"{conversation.id!r} is already the id of an earlier conversation")
+        conversations[conversation.id] = conversation
 
     read_records(path, "conversations", take)
-    if not found:
+    if not conversations:
         raise UserError(f"{path} has no conversations: write one JSON object per line")
-    return list(found.values())
+    return list(conversations.values())
 
 
 def _parse(record: dict[str, Any], default_id: str) -> Conversation:
     for name in record:
         if name not in FIELDS:
             raise UserError(f"unknown field {name!r:.60}; the fields are {', '.join(FIELDS)}")
-    given = {name: value for name, value in record.items() if value is not None}
-    return Conversation(**{"id": default_id, "messages": (), **given})
+    fields = {name: value for name, value in record.items() if value is not None}
+    return Conversation(**{"id": default_id, "messages": (), **fields})
 
 
 def _checked(messages: Any) -> tuple[Message, ...]:
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise wrong("messages", "must be a list of at least one message")
-    before = ""
+    previous = ""
     checked = []
     for message in messages:
         if not isinstance(message, Mapping):
@@ -76,11 +76,11 @@ def _checked(messages: Any) -> tuple[Message, ...]:
             raise wrong("messages", f"role {role!r:.60} is none of {', '.join(ROLES)}")
         content = text_of(content)
         checked.append({"role": role, "content": content})
-        if role == "assistant" and before != "user":
+        if role == "assistant" and previous != "user":
             raise wrong("messages", "what the assistant says must follow a message from the user")
         if role == "assistant" and not content.strip():
             raise wrong("messages", "an answer is blank")
-        before = str(role)
-    if before == "system":
+        previous = str(role)
+    if previous == "system":
         raise wrong("messages", "the last must be from the user or the assistant")
     return tuple(checked)

@@ -1,4 +1,4 @@
-"""Rows of tokens to train on: what is kept, cut and dropped of conversations, and batches of them."""
+"""Encodes conversations as rows to train on, counts what is kept, cut and dropped, and makes batches of rows."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def encode_examples(
 ) -> tuple[list[Example], Counts]:
     """Encode conversations to at most ``max_length`` tokens each, and count what became of them.
 
-    What is too long ends with its last answer that fits whole: half an answer would teach to stop anywhere, and what
-    is at the start is the anchor. Turns after the last answer are left out. Raises UserError for what
+    A conversation that is too long is cut after its last answer that fits: half an answer would teach the model to stop
+    anywhere, and the start holds the anchor. Turns after the last answer are left out. Raises UserError for what
     `encode_conversation` refuses.
     """
     examples = []

@@ -20,7 +20,7 @@ class Example(TypedDict):
 class Counts:
     """What became of conversations or prompts, and the tokens of those kept.
 
-    ``cut`` of the ``kept`` lack something at their end: turns that did not fit or that nothing answers, part of a
+    ``cut`` counts those kept without their end: without turns that did not fit or that nothing answers, part of a
     document, or the rest of a generated answer. ``target_tokens`` have a label, ``prompt_tokens`` have none.
     """
 
@@ -42,7 +42,7 @@ class Counts:
         return cls(loaded=1, kept=1, cut=int(cut), prompt_tokens=prompt, target_tokens=len(example["labels"]) - prompt)
 
     def said(self) -> str:
-        """Say it in one line."""
+        """Return the counts as one line of text."""
         return (
             f"{self.loaded:,} loaded: {self.kept:,} kept ({self.cut:,} of them cut at the end), "
             f"{self.dropped_too_long:,} dropped as too long, {self.dropped_without_target:,} without an answer; "

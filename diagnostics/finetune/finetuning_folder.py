@@ -1,4 +1,4 @@
-"""The folder of a fine-tuning: what it leaves behind, and how it goes on after a kill.
+"""The folder of a fine-tuning: its files, and how it resumes after a kill.
 
 - ``finetuning.json``: what was asked, on what, with which versions; what became of the data
 - ``examples.parquet``: the rows trained on, as token ids; ``parts/`` until all are made
@@ -7,7 +7,7 @@
 - the adapter, or the whole model, as `load_model` takes it; ``speed-diagnostics.sha256``: sums of its files
 - ``before/``, ``after/``: diagnoses of the held-out prompts
 - ``recommendation.json``: of the trained model
-- ``checkpoints/``: until all is finished
+- ``checkpoints/``: until the fine-tuning is finished
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ FINETUNING_FOLDER: FolderKind[FineTuningManifest] = FolderKind("fine-tuning", FI
 
 @dataclass(frozen=True, eq=False)
 class FineTuning:
-    """A finished fine-tuning, or what there is of one.
+    """A fine-tuning, finished or not.
 
     ``steps``: one row per step, with ``step`` (1, 2, ...), ``loss`` in nats per target, ``learning_rate``,
     ``grad_norm``, ``cutoff``. ``sweeps``: one row per held-out prompt and cutoff at each measured step, 0 before
@@ -144,13 +144,13 @@ class FineTuningWriter:
         return rows, counts
 
     def checkpoint(self) -> Path | None:
-        """Return the last checkpoint that was written to its end; None if there is none."""
+        """Return the last complete checkpoint; None if there is none."""
         checkpoints = {
             int(path.name.rpartition("-")[2]): path for path in (self.path / CHECKPOINTS).glob("checkpoint-*")
         }
         for _, path in sorted(checkpoints.items(), reverse=True):
             try:
-                json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))  # the last file of one
+                json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))  # written last
             except (OSError, ValueError):
                 continue
             require_sums(path)
@@ -178,11 +178,11 @@ class FineTuningWriter:
         write_sealed(self.path / FINETUNING, self.manifest)
 
     def discard(self) -> None:
-        """Remove the folder: nothing can come of it."""
+        """Remove the folder of a fine-tuning that cannot go on."""
         shutil.rmtree(self.path)
 
     def finish(self, **additions: Any) -> FineTuning:
-        """Say that all is done; checkpoints go."""
+        """Mark the fine-tuning complete, and remove its checkpoints."""
         self.note(status="complete", **additions)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         return load_finetuning(self.path)

@@ -23,7 +23,7 @@ def require_peft() -> None:
 def add_lora(lm: LoadedModel, rank: int, seed: int = 0) -> Any:
     """Add a low-rank adapter to all linear layers but the head, in place, and return peft's wrapper of the model.
 
-    It is scaled by 2, and is nothing at first. What it is an adapter of is kept by the name that the user gave.
+    It is scaled by 2 and contributes nothing at first. Its base model keeps the name that the user gave.
     """
     require_peft()
     from peft import LoraConfig, get_peft_model
@@ -37,7 +37,7 @@ def add_lora(lm: LoadedModel, rank: int, seed: int = 0) -> Any:
         revision=lm.revision,
     )
     wrapped = get_peft_model(lm.model, config)
-    # get_peft_model puts the path of the files there, which of a built-in name or a hub id is another one elsewhere.
+    # get_peft_model stores the path of the files, which for a built-in name or a hub id differs between machines.
     base = os.path.abspath(lm.name) if os.path.isdir(lm.name) else lm.name
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped

@@ -1,7 +1,7 @@
 """Losses of fine-tuning: the targets' likelihood, the full-depth teacher's distribution, or both.
 
-Logits are the largest tensors of a training step. Here the positions that count are taken out first, in the logits' own
-type; the rest goes in chunks that the backward pass computes again, so that no wider copy of the whole is ever kept.
+Logits are the largest tensors of a training step. Here the positions that count are selected first, in the logits' own
+type; the loss then runs over chunks that the backward pass recomputes, so that no full copy in a wider type is kept.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def mixed_loss(
     Raises UserError if ``supervised`` is not from 0 to 1.
     """
     require_share(supervised)
-    taught = distillation_loss(student_logits, teacher_logits, predicting(labels), n_items=n_items)
-    told = supervised_loss(student_logits, labels, n_items=n_items, smoothing=smoothing)
-    return supervised * told + (1 - supervised) * taught
+    distilled = distillation_loss(student_logits, teacher_logits, predicting(labels), n_items=n_items)
+    cross_entropy = supervised_loss(student_logits, labels, n_items=n_items, smoothing=smoothing)
+    return supervised * cross_entropy + (1 - supervised) * distilled
 
 
 def require_share(supervised: float) -> None:
-    """Raise UserError unless the share of the supervised loss is one."""
+    """Raise UserError unless the share of the supervised loss is from 0 to 1."""
     if not 0 <= supervised <= 1:
         raise UserError(f"the share of the supervised loss is {supervised}: give 0 to 1")
 
@@ -88,11 +88,11 @@ def predicting(labels: Tensor) -> Tensor:
 
 
 def _mean(
-    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, wanted: Tensor, n_items: Tensor | int | None
+    loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor, n_items: Tensor | int | None
 ) -> Tensor:
     """Sum a loss over positions, chunk by chunk, and divide."""
-    total = logits[:0].sum(dtype=wide(logits.device))  # without any position still a loss that can go backward
-    for chunk in zip(logits.split(CHUNK), wanted.split(CHUNK), strict=True):
+    total = logits[:0].sum(dtype=wide(logits.device))  # without positions, a zero that has a gradient
+    for chunk in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
         total = total + checkpoint(loss, *chunk, use_reentrant=False)
     mean = total / _at_least_one(len(logits) if n_items is None else n_items)
     return mean.to(torch.promote_types(logits.dtype, torch.float32))
@@ -103,10 +103,10 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    told = -log_likelihoods(logits, targets).sum()
+    likelihood_loss = -log_likelihoods(logits, targets).sum()
     if smoothing == 0:
-        return told
-    return (1 - smoothing) * told - smoothing * log_probabilities(logits).mean(-1).sum()
+        return likelihood_loss
+    return (1 - smoothing) * likelihood_loss - smoothing * log_probabilities(logits).mean(-1).sum()
 
 
 def _at_least_one(n_items: Tensor | int) -> Tensor | int:

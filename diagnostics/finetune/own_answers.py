@@ -39,7 +39,7 @@ def with_answers(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[list[Example], Counts]:
-    """Let the model at full depth answer, in place of a last answer given, and count what became of the prompts.
+    """Have the model answer at full depth, replacing given last answers, and count what became of the prompts.
 
     Parameters
     ----------
@@ -57,15 +57,15 @@ def with_answers(
     temperature, top_p
         As for `generate`: 0 takes the most likely token.
     seed
-        Of the draws; the same prompts in the same batches give the same answers.
+        Seed of the draws; the same prompts in the same batches give the same answers.
     progress
         Called as ``progress(done, total, what)`` before each batch and at the end.
 
     Returns
     -------
     examples, counts
-        In the order of ``source``. The labels of the last answer are the tokens generated, with the one that ends the
-        text if it came; earlier answers of a conversation are targets too.
+        In the order of ``source``. The labels of the last answer are the generated tokens, with the end-of-text
+        token if there is one; earlier answers of a conversation are targets too.
 
     Raises
     ------
@@ -87,26 +87,26 @@ def with_answers(
     fitting = [opening for opening in openings if opening is not None]
     ends = set(end_tokens(lm.model).tolist())
     answers: dict[int, list[int]] = {}
-    # Longest first: what does not fit into memory fails at once.
-    order = sorted(range(len(fitting)), key=lambda place: -len(fitting[place][0]["input_ids"]))
+    # The longest first: too little memory shows at once.
+    order = sorted(range(len(fitting)), key=lambda index: -len(fitting[index][0]["input_ids"]))
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        batch = [fitting[place][0] for place in places]
+        indices = order[start : start + batch_size]
+        batch = [fitting[index][0] for index in indices]
         if progress:
             progress(start, len(order), batch[0]["id"])
-        drawing = Random(f"{seed}/{[example['id'] for example in batch]}").getrandbits(63)
+        draw_seed = Random(f"{seed}/{[example['id'] for example in batch]}").getrandbits(63)
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        for place, row in zip(places, _generate(lm, batch, drawing, **settings), strict=True):
-            # After its end a row is filled up.
+        for index, row in zip(indices, _generate(lm, batch, draw_seed, **settings), strict=True):
+            # A row is padded after its end.
             stop = next((n for n, token in enumerate(row, 1) if token in ends), len(row))
-            answers[place] = row[:stop]
+            answers[index] = row[:stop]
     if progress:
         progress(len(order), len(order), "")
     examples = []
     too_long = len(openings) - len(fitting)
     counts = Counts(loaded=too_long, dropped_too_long=too_long)
-    for place, (opening, document_cut) in enumerate(fitting):
-        answer = answers[place]
+    for index, (opening, document_cut) in enumerate(fitting):
+        answer = answers[index]
         ids, labels = opening["input_ids"] + answer, opening["labels"] + answer
         examples.append(Example(id=opening["id"], input_ids=ids, labels=labels))
         counts += Counts.of_kept(examples[-1], cut=document_cut or answer[-1] not in ends)
@@ -128,7 +128,7 @@ def _generate(lm: LoadedModel, batch: Sequence[Example], seed: int, **settings: 
 def _encode_opening(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> tuple[Example, bool] | None:
-    """Encode what is to be answered, and say that no document of it was cut; None if it is too long."""
+    """Encode the messages to answer, and False, since no document was cut; None if they are too long."""
     messages = conversation.messages
     asked = messages if messages[-1]["role"] == "user" else messages[:-1]
     ids, labels = encode_conversation(Conversation(conversation.id, asked), tokenizer)
@@ -140,7 +140,7 @@ def _encode_opening(
 def _encode_prompts(
     prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> list[tuple[Example, bool] | None]:
-    """Encode prompts, and say of each whether its document was cut; None for those that are too long."""
+    """Encode prompts, each with whether its document was cut; None for those that are too long."""
     openings: list[tuple[Example, bool] | None] = []
     for prompt in prompts:
         try:
@@ -149,7 +149,7 @@ def _encode_prompts(
             openings.append(None)
             continue
         ids = list(encoded.token_ids)
-        # Documents that are generated are made too long, to be cut to measure.
+        # Generated documents are longer than needed, and cutting them is no loss.
         cut = prompts.seed is None and prompt.document not in encoded.text
         openings.append((Example(id=prompt.id, input_ids=ids, labels=[IGNORED] * len(ids)), cut))
     return openings

@@ -1,4 +1,4 @@
-"""Which tokens of a training batch run above the cutoff, read from its labels, and how they are taken and spread."""
+"""Which tokens of a training batch run above the cutoff, read from its labels, and how to gather and spread them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def decode_phase(labels: Tensor, attention_mask: Tensor | None = None, boundary:
     """Return the decode-phase tokens of conversations, read from their labels: bool [batch, tokens].
 
     A token is decode phase if it is a target (``labels`` [batch, tokens] is not -100 there) or predicts one: the last
-    token before each answer does. ``boundary`` counts the tokens before each answer that are, 1 or more. Padding, 0 in
-    ``attention_mask``, is not.
+    token before each answer does. ``boundary`` is the number of such tokens before each answer, 1 or more. Padding, 0
+    in ``attention_mask``, is never decode phase.
     """
     target = labels != IGNORED
     phase = target.clone()
@@ -38,11 +38,11 @@ class Plan:
     """The deep tokens of one forward pass.
 
     ``columns``: int64 [batch, slots], ascending columns of the row. Unused slots hold columns past the end: causal
-    order hides them from tokens, and yet they see something, since a softmax over nothing would be NaN.
+    order hides them from tokens, but they see something themselves, since a softmax over nothing would be NaN.
     ``padding``: columns before the first token of each row, int64 [batch], None where there are none.
     """
 
-    # Not a dataclass: FSDP makes copies of those that it finds among a layer's arguments.
+    # Not a dataclass: FSDP copies dataclasses among a layer's arguments.
 
     def __init__(
         self, columns: Tensor, n_columns: int, padding: Tensor | None, *, cutoff: int, implementation: str
@@ -54,10 +54,10 @@ class Plan:
 
     def mask(self, deep: bool, window: int | None, like: Tensor) -> Tensor | None:
         """Return the mask of a layer for a residual ``like``, or None where causal order of its slots is enough."""
-        same = deep, window, like.dtype, like.device
-        if same not in self._masks:
+        key = deep, window, like.dtype, like.device
+        if key not in self._masks:
             slots = (Piece(0, self.n_columns, self.columns),) if deep else span(0, self.n_columns)
-            self._masks[same] = attention_mask(
+            self._masks[key] = attention_mask(
                 slots,
                 slots,
                 padding=None if deep else self.padding,
@@ -66,11 +66,11 @@ class Plan:
                 dtype=like.dtype,
                 device=like.device,
             )
-        return self._masks[same]
+        return self._masks[key]
 
     @property
     def rows(self) -> Tensor:
-        """Columns of the deep tokens, for `take_rows`; unused slots get what the last column has, unseen."""
+        """Columns of the deep tokens, for `take_rows`; unused slots get the last column, and nothing sees them."""
         return self.columns.clamp(max=self.n_columns - 1)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ def make_plan(
         restart = (real[:, 1:] & real[:, :-1] & (position_ids.diff() != 1)).any()
     if labels is not None:
         outside = ((labels[:, 1:] != IGNORED) & real[:, :-1] & ~deep[:, :-1]).any()
-    # One copy from the device for all questions.
-    asked = [deep.sum(1).max(), restart, gap, outside, padding.any(), segments.prompt.any()]
-    most, has_restart, has_gap, has_outside, is_padded, shallow = torch.stack([*map(Tensor.long, asked)]).tolist()
+    # One copy from the device for all checks.
+    checks = [deep.sum(1).max(), restart, gap, outside, padding.any(), segments.prompt.any()]
+    most, has_restart, has_gap, has_outside, is_padded, shallow = torch.stack([*map(Tensor.long, checks)]).tolist()
     if has_restart:
         raise UserError(PACKED)
     if has_gap:

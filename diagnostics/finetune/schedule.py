@@ -8,19 +8,19 @@ from diagnostics.support.errors import UserError
 
 @dataclass(frozen=True)
 class CutoffSchedule:
-    """From ``start`` down to ``end`` in even steps over the first ``share`` of training, and ``end`` from then on.
+    """Lowers the cutoff evenly from ``start`` to ``end`` over the first ``share`` of training, then keeps it there.
 
     Attributes
     ----------
     start, end
         Cutoffs, 1..L; where they are equal the cutoff is fixed.
     share
-        Of training that lowers the cutoff, 0..1.
+        Share of training over which the cutoff falls, 0..1.
     hold
-        Share of the steps, spread evenly, that run at full depth instead, 0..0.5: self-distillation holds the model
-        there where it was.
+        Share of the steps, spread evenly, that run at full depth instead, 0..0.5: there self-distillation keeps the
+        model as it was.
     full_depth
-        L, needed to hold.
+        L; needed with ``hold``.
     """
 
     start: int
@@ -42,7 +42,7 @@ class CutoffSchedule:
     def at(self, step: int, n_steps: int) -> int:
         """Return the cutoff of a step, 0..``n_steps`` - 1.
 
-        Those between the ends get as many steps each, those at full depth aside; the last step is at ``end``.
+        The cutoffs before ``end`` get equally many steps, apart from steps at full depth; the last step is at ``end``.
         """
         # Never the first step; rounded, as ten times 0.1 is not 1.
         if self.full_depth and step < n_steps - 1 and self._held(step) > self._held(step - 1):

@@ -14,23 +14,23 @@ from diagnostics.self_test.proof import Proof
 from diagnostics.self_test.proving import prove, refuse
 from diagnostics.self_test.subject import Subject
 
-# `diagnostics.finetune.visibility.train_under`, which asks for this test and so hands itself over.
+# `diagnostics.finetune.visibility.train_under`, which calls this test and passes itself.
 TrainUnder = Callable[[SpeedPolicy, Any], AbstractContextManager[Any]]
 
 
 def require_trainable(model: Any, anatomy: Anatomy, name: str, train_under: TrainUnder) -> None:
-    """Raise UserError if training would run ``model`` otherwise than as a masked pass of the stock model does."""
+    """Raise UserError if training ``model`` would not equal masked passes of the stock model."""
     refuse(prove_trainable(model, anatomy, train_under), ("causality", "training"), name, "trained under a policy")
 
 
 def prove_trainable(model: Any, anatomy: Anatomy, train_under: TrainUnder) -> Proof:
-    """Return what is proven of a transformers model that is to be trained under SPEED."""
+    """Return the proof that a transformers model can be trained under SPEED, or of what it fails."""
     subject = Subject(model, anatomy)
     return prove(subject, "training", {"training": lambda: training_differs(subject, train_under)})
 
 
 def training_differs(subject: Subject, train_under: TrainUnder) -> str | None:
-    """The forward pass of training under SPEED equals the masked pass, padded rows and all."""
+    """The forward pass of training under SPEED equals the masked pass, also for padded rows."""
     batch = subject.batch
     decode = torch.zeros_like(batch.mask, dtype=torch.bool)
     decode[:, batch.decode] = True

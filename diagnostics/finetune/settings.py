@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 METHODS = ("lora", "full")
 REFERENCES = ("base", "itself")
-# Parameters up to which a learning rate of LoRA is taken; all weights take a twentieth of it.
+# Largest number of parameters -> learning rate of LoRA; training all weights takes a twentieth of it.
 LEARNING_RATES = {5e8: 1e-3, 2e9: 5e-4, 1.5e10: 2e-4, math.inf: 1e-4}
 FULL_SHARE = 0.05
 CHECKPOINTING_FROM = 1e9  # parameters from which activations cost more than computing them again
@@ -32,8 +32,8 @@ class Settings:
     cutoff, start_cutoff
         Layers that prompts run through, 1..L, at the end and at the start of training; the same unless given.
     hold
-        Share of the steps, 0..0.5, that run at full depth: they hold the model there where it was. A quarter
-        halves what full depth loses, for a little of what the cutoff gains.
+        Share of the steps, 0..0.5, that run at full depth and keep the model there as it was. A quarter halves what
+        full depth loses, and costs a little of what the cutoff gains.
     anchors
         Leading tokens that run through all layers.
     supervised
@@ -41,23 +41,23 @@ class Settings:
         at full depth before training.
     against
         What the cutoffs are compared with: ``base``, the model at full depth before training, or ``itself``, the
-        trained one at full depth. The second if nothing is distilled: given answers are then to change the model.
+        trained one at full depth. By default ``itself`` if nothing is distilled: then answers should change the model.
     method, rank
         ``lora`` adds matrices of this rank, 16 unless given, to all linear layers but the head; ``full`` trains all
         weights.
     learning_rate
-        Of AdamW, at its highest; it rises over a tenth of the steps and falls as a cosine.
+        Peak learning rate of AdamW; it rises over a tenth of the steps and falls as a cosine.
     steps, batch_size, accumulate
         Optimizer steps, rows in a forward pass, and forward passes in a step, of each process.
     gradient_checkpointing
         Whether activations are computed again in the backward pass.
     decode_tokens
-        Reference tokens of a held-out prompt at most.
+        Reference tokens per held-out prompt at most.
     sweep_every, checkpoint_every
         Steps between measurements of all cutoffs on the held-out prompts, and between checkpoints; a sweep is also
         made before the first step and after the last.
     seed
-        Of the adapter's weights and the order of the rows.
+        Seed of the adapter's weights and the order of the rows.
     """
 
     cutoff: int
@@ -84,10 +84,10 @@ class Settings:
         return CutoffSchedule(start, self.cutoff, hold=self.hold, full_depth=n_layers)
 
     def settled(self, lm: LoadedModel) -> Settings:
-        """Return the same with every choice made for a model; raise UserError for one that makes no sense."""
+        """Return these settings with every None replaced to fit a model; raise UserError for invalid ones."""
         for name in ("rank", "steps", "batch_size", "accumulate", "decode_tokens", "sweep_every", "checkpoint_every"):
-            if (given := getattr(self, name)) is not None and given < 1:
-                raise UserError(f"{name} is {given}: give 1 or more")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}: give 1 or more")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: give 0 or more")
         for name, allowed in (("method", METHODS), ("against", (*REFERENCES, None))):

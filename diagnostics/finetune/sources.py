@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from diagnostics.models.loading import LoadedModel
 
 BUILTIN = "builtin"
-# Kinds of built-in prompts that are kept apart to measure on, unless asked otherwise.
+# Categories of built-in prompts that are held out by default.
 HELD_OUT = ("question", "variables", "code")
 MANY = 10_000  # sets of built-in prompts that one seed may need
-PART = 16  # rows that are made at a time: what a kill loses
+PART = 16  # rows made at a time; a kill loses at most these
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,9 @@ class Source:
     name
         Where they come from.
     own_answers
-        Let the model at full depth answer, in place of a last answer given. Prompts have no other.
+        Whether the model answers at full depth, replacing given last answers. Prompts have no others.
     answer_tokens
-        Tokens of an answer of its own at most.
+        Tokens of an own answer at most.
     max_length
         Tokens of a row at most; the model's positions unless given.
     """
@@ -66,7 +66,7 @@ class Source:
 
     @property
     def n_parts(self) -> int:
-        """How many parts the data is made in."""
+        """Number of parts in which the rows are made."""
         return -(-len(self.data) // PART)
 
     @property
@@ -85,7 +85,7 @@ class Source:
         return "allow longer rows" if self.own_answers else "give conversations with answers, or allow longer rows"
 
     def make(self, lm: LoadedModel, part: int) -> tuple[list[Example], Counts]:
-        """Make the rows of one part, always the same, and count what became of it."""
+        """Make the rows of one part, reproducibly, and count what became of its data."""
         data = self.data[part * PART : (part + 1) * PART]
         if self.own_answers:
             return with_answers(
@@ -104,7 +104,7 @@ def load_data(
     without: Collection[str] = (),
     seed: int = 0,
 ) -> Sequence[Conversation] | PromptSet:
-    """Read conversations or prompts to train on: of a file, or the built-in ones.
+    """Read conversations or prompts to train on: those of a file, or the built-in ones.
 
     Parameters
     ----------
@@ -112,14 +112,14 @@ def load_data(
         ``builtin``, a file of conversations (``messages``, one JSON object per line), or one of prompts as a diagnosis
         takes them.
     examples
-        So many at most, from the start; of the built-in prompts exactly so many, 384 unless given.
+        At most this many, from the start; exactly this many built-in prompts, 384 by default.
     context_length
         Tokens of a prompt at most; documents are cut to fit.
     without
         Categories to leave out.
     seed
-        Of the built-in prompts, 0 or more: other ones than with another seed, and than those of `load_held_out`. Of
-        short ones a few coincide (1 in 100 at 128 tokens); categories that are left out cannot.
+        Seed of the built-in prompts, 0 or more. They differ from those of other seeds and of `load_held_out`, except
+        for a few short ones (1 in 100 at 128 tokens); prompts of categories that are left out always differ.
     """
     if examples is not None and examples < 1:
         raise UserError(f"examples is {examples}: give 1 or more")
@@ -146,7 +146,7 @@ def load_held_out(
     context_length: int | None = None,
     only: Collection[str] = (),
 ) -> PromptSet:
-    """Read the prompts to measure on, of ``only`` some categories if given; of the built-in ones 24 unless asked."""
+    """Read the prompts to measure on, ``only`` those of some categories if given; by default 24 built-in ones."""
     if n_prompts is not None and n_prompts < 1:
         raise UserError(f"the number of held-out prompts is {n_prompts}: give 1 or more")
     if str(source) == BUILTIN:
@@ -166,8 +166,8 @@ def _require_some(data: Sequence[Conversation] | PromptSet, path: Path) -> None:
 def _require_kinds(only: Collection[str], prompts: Sequence[Prompt], name: str) -> None:
     kinds = {prompt.category for prompt in prompts}
     if unknown := set(only) - kinds:
-        there = ", ".join(sorted(kinds))
-        raise UserError(f"no prompt of {name} is of category {min(unknown)!r}: there are {there}")
+        known = ", ".join(sorted(kinds))
+        raise UserError(f"no prompt of {name} is of category {min(unknown)!r}: there are {known}")
 
 
 def _diagnosed(context_length: int, seed: int) -> tuple[Prompt, ...]:
@@ -181,22 +181,22 @@ def _builtin(
     seeds: Iterator[int],
     wanted: Callable[[str], bool],
 ) -> PromptSet:
-    """Take ``n`` prompts of the kinds that are wanted, from as many sets as that needs."""
+    """Collect ``n`` prompts of the wanted categories from as many sets as that needs."""
     length = defaults.TRAINING_CONTEXT_LENGTH if context_length is None else context_length
-    found: list[Prompt] = []
-    while len(found) < n:
+    collected: list[Prompt] = []
+    while len(collected) < n:
         seed = next(seeds)
         prompts = make(length, seed)
         kept = [replace(prompt, id=f"{prompt.id}/{seed}") for prompt in prompts if wanted(prompt.category)]
         if not kept:
             kinds = sorted({prompt.category for prompt in prompts})
             raise UserError(f"no kind of built-in prompts is left: there are {', '.join(kinds)}")
-        found += kept
-    return PromptSet(tuple(found[:n]), BUILTIN, length, seed)
+        collected += kept
+    return PromptSet(tuple(collected[:n]), BUILTIN, length, seed)
 
 
 def _holds_prompts(path: Path) -> bool:
     """Whether any line has a field that conversations do not have."""
-    found: set[str] = set()
-    read_records(path, "conversations or prompts", lambda record, _: found.update(record))
-    return bool(found & set(PROMPT_FIELDS) - set(CONVERSATION_FIELDS))
+    fields: set[str] = set()
+    read_records(path, "conversations or prompts", lambda record, _: fields.update(record))
+    return bool(fields & set(PROMPT_FIELDS) - set(CONVERSATION_FIELDS))

@@ -1,4 +1,4 @@
-"""All cutoffs on the held-out prompts, while the model is being trained."""
+"""Measures all cutoffs on the held-out prompts while a model is trained."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from diagnostics.prompts.encoding import EncodedPrompt
 def sweep_cutoffs(
     lm: LoadedModel, encoded: Sequence[EncodedPrompt], teacher: Teacher, *, anchors: int = 1, own: bool = False
 ) -> pd.DataFrame:
-    """Measure every cutoff 1..L on encoded prompts: frame with prompt_id, category, cutoff, and what the sweep gives.
+    """Measure every cutoff 1..L on encoded prompts: frame with prompt_id, category, cutoff and the sweep's columns.
 
     The tokens that follow each prompt are the teacher's. Cutoffs are compared with the teacher's full depth, or with
     the model's ``own``. One pass per prompt serves all cutoffs; the probes of a diagnosis are left out.
     """
     was_training = lm.model.training
     lm.model.eval()
-    # Adapters that came since it was loaded have other modules in their places.
+    # Adapters added since it was loaded replaced some of its modules.
     lm = replace(lm, anatomy=dissect(lm.model, lm.name))
     capture, readout, n_layers = HooksCapture(lm), Readout(lm.anatomy), lm.anatomy.n_layers
     frames = []

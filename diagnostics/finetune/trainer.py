@@ -23,13 +23,13 @@ class SpeedTrainer(Trainer):
     Parameters
     ----------
     schedule
-        The cutoff of every step; a number for one that stays.
+        The cutoff of every step; a number for a fixed one.
     anchors
         Leading tokens of each row that run through all layers.
     supervised
         Share of the targets' cross-entropy in the loss, 0..1; the rest is KL(teacher || model) at their positions.
     teacher
-        The model at full depth to learn from. Without one, a PEFT model's own base is it: the adapter is switched off.
+        The model at full depth to learn from. Without one, a PEFT model's own base teaches, with the adapter off.
     **trainer
         As for the Trainer. Batches come with ``labels``, -100 for prompts, as `collate` makes them.
 
@@ -64,7 +64,7 @@ class SpeedTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def _refuse_arguments(self, supervised: float) -> None:
-        """Refuse arguments of the Trainer that would change the loss, or the model, and be left out here."""
+        """Refuse arguments of the Trainer that would change the loss or the model, and that this class ignores."""
         args = self.args
         sizes = (getattr(getattr(args, "parallelism_config", None), name, 1) for name in ("cp_size", "sp_size"))
         for refused, reason in (
@@ -87,7 +87,7 @@ class SpeedTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does."""
-        # Around all steps: what DDP and FSDP wrap later cannot be looked into.
+        # Around all steps: DDP and FSDP wrap the model later and hide its layers.
         with train_under(self._policy(self.schedule.start), self.model) as self._visibility:
             try:
                 return super().train(*args, **kwargs)
@@ -104,7 +104,7 @@ class SpeedTrainer(Trainer):
         return SpeedPolicy(cutoff, anchors=self.anchors)
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate a batch at the cutoff that training has come to."""
+        """Evaluate a batch at the current cutoff of training."""
         if self._visibility is not None:  # between steps of training
             self._visibility.policy = self._policy(self.cutoff)
             return super().prediction_step(model, *args, **kwargs)
@@ -121,44 +121,44 @@ class SpeedTrainer(Trainer):
         """Return the loss of a batch, in nats per target."""
         labels, mask = inputs["labels"], inputs.get("attention_mask")
         if mask is not None:
-            # What padding on the left would predict, inference never asks; `train_under` leaves it out as well.
+            # Inference never asks what padding on the left predicts; `train_under` ignores such targets, too.
             labels = labels.clone()
             labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)
-        given = {name: value for name, value in inputs.items() if name != "labels"}
+        model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
         # The head is the largest layer of many models: it runs from the first prediction of any row on.
         first = int((labels != IGNORED).any(0).int().argmax()) - 1
-        if return_outputs and self.compute_metrics is not None:  # which gets all labels beside the logits
+        if return_outputs and self.compute_metrics is not None:  # it gets logits and labels of all positions
             first = 0
-        given["logits_to_keep"] = kept = labels.shape[1] - max(0, first)
-        taught = self._teach(model, given) if self.supervised < 1 else None
-        outputs = model(**given, decode_mask=decode_phase(labels, mask))
+        model_inputs["logits_to_keep"] = kept = labels.shape[1] - max(0, first)
+        teacher_logits = self._teacher_logits(model, model_inputs) if self.supervised < 1 else None
+        outputs = model(**model_inputs, decode_mask=decode_phase(labels, mask))
         labels, smoothing = labels[:, -kept:], self.args.label_smoothing_factor
-        if taught is None:
+        if teacher_logits is None:
             loss = supervised_loss(outputs.logits, labels, n_items=num_items_in_batch, smoothing=smoothing)
         elif self.supervised:
             loss = mixed_loss(
                 outputs.logits,
-                taught,
+                teacher_logits,
                 labels,
                 supervised=self.supervised,
                 n_items=num_items_in_batch,
                 smoothing=smoothing,
             )
         else:
-            loss = distillation_loss(outputs.logits, taught, predicting(labels), n_items=num_items_in_batch)
+            loss = distillation_loss(outputs.logits, teacher_logits, predicting(labels), n_items=num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, items were added up
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, items are summed
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _teach(self, model: nn.Module, given: dict[str, Any]) -> Tensor:
+    def _teacher_logits(self, model: nn.Module, model_inputs: dict[str, Any]) -> Tensor:
         """Return the logits of the teacher at full depth."""
         if self.teacher is not None:
-            return self.teacher(**given).logits
+            return self.teacher(**model_inputs).logits
         with full_depth(self.model), self.accelerator.unwrap_model(model).disable_adapter():
             was_training = model.training
             model.eval()  # dropout of the base model, if it has any
             try:
-                return model(**given).logits
+                return model(**model_inputs).logits
             finally:
                 model.train(was_training)

@@ -1,4 +1,4 @@
-"""Data -> training under SPEED -> adapter, measured before, during and after; a killed run goes on where it was."""
+"""Data -> training under SPEED -> adapter, measured before, during and after; a killed run resumes."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def finetune(
     Parameters
     ----------
     lm
-        The model; it is trained in place, and is left with what was learnt merged into its weights.
+        The model; it is trained in place, and ends with the training merged into its weights.
     source
         What to train on: see `diagnostics.finetune.sources`.
     held_out
-        Prompts to measure on, none of which is trained on.
+        Prompts to measure on; none of them is trained on.
     settings
         How to train.
     out, resume
-        Folder to write, see `diagnostics.finetune.finetuning_folder`, and whether to continue a fine-tuning there that
-        asked for the same: losses and weights are then those of an undisturbed one. A finished one is read.
+        Folder to write, see `diagnostics.finetune.finetuning_folder`, and whether to continue the same fine-tuning in
+        it: losses and weights then equal those of an uninterrupted one. A finished one is read.
     goals
-        Of the recommendation; arguments of `recommend`.
+        Goals of the recommendation, as arguments of `recommend`.
     progress
         Called as ``progress(done, total, what)`` at every part of the work.
     arguments
-        What the user asked for, kept in the manifest as it is.
+        What the user asked for; the manifest keeps it unchanged.
 
     Returns
     -------
@@ -91,8 +91,8 @@ def finetune(
     Raises
     ------
     UserError
-        For settings that make no sense, data that cannot be used, a folder that holds something else, a loss that is no
-        longer a number, or for what `train_under` and `diagnose` refuse.
+        If settings are invalid, data cannot be used, the folder holds something else, the loss is not finite, or for
+        what `train_under` and `diagnose` refuse.
     """
     _require_trainable(lm)
     settings = settings.settled(lm)
@@ -100,9 +100,9 @@ def finetune(
     Criterion(**{name: goal for name, goal in goals.items() if name in Criterion.__dataclass_fields__})
     if settings.method == "lora":
         require_peft()
-    # What is wrong with prompts and numbers is said before any work.
+    # Raises errors in prompts and numbers before any work.
     encoded = encode_for_diagnosis(held_out, lm.tokenizer, lm.anatomy.max_positions, settings.decode_tokens)
-    source.make(lm, source.n_parts)  # no row is in this part
+    source.make(lm, source.n_parts)  # this part is empty: only the checks run
     folder = FineTuningWriter(Path(out), _manifest(lm, source, held_out, encoded, settings, arguments), resume=resume)
     if folder.complete:
         return load_finetuning(folder.path)
@@ -120,7 +120,7 @@ def _carry_out(
     folder: FineTuningWriter,
     progress: Progress | None,
 ) -> FineTuning:
-    """Do what is left of a fine-tuning: rows, measurement before, training, measurement after."""
+    """Do the steps of a fine-tuning that are left: rows, measurement before, training, measurement after."""
     report = progress or (lambda done, total, what: None)
     rows, _ = folder.examples(source.n_parts, partial(_make_part, lm, source, report))
     examples = _without(rows, {prompt.token_ids for prompt in encoded})
@@ -129,15 +129,15 @@ def _carry_out(
         raise UserError(f"nothing to train on is left of {source.name}: {source.advice}")
     folder.note(held_out_dropped=len(rows) - len(examples))
     measured: Any = {"decode_tokens": settings.decode_tokens, "anchors": settings.anchors, "resume": True}
-    diagnose(lm, held_out, out=folder.path / BEFORE, progress=_said(report, "before"), **measured)
-    teacher = observe_teacher(lm, held_out, decode_tokens=settings.decode_tokens, progress=_said(report, "teacher"))
+    diagnose(lm, held_out, out=folder.path / BEFORE, progress=_labelled(report, "before"), **measured)
+    teacher = observe_teacher(lm, held_out, decode_tokens=settings.decode_tokens, progress=_labelled(report, "teacher"))
     tuned = _train(lm, examples, encoded, teacher, settings, folder, report)
     after = diagnose(
         tuned,
         held_out,
         out=folder.path / AFTER,
         teacher=teacher if settings.against == "base" else None,
-        progress=_said(report, "after"),
+        progress=_labelled(report, "after"),
         **measured,
     )
     recommendation = recommend(after, **goals)
@@ -177,7 +177,7 @@ def _train(
     folder: FineTuningWriter,
     report: Progress,
 ) -> LoadedModel:
-    """Train, save, and return the model with what it learnt in its weights."""
+    """Train, save, and return the model with the training merged into its weights."""
     frozen = None
     model: Any = lm.model
     if settings.rank is not None:
@@ -199,7 +199,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     last = folder.checkpoint()
     if last is not None and last.name == f"checkpoint-{settings.steps}":
-        # Resumed after its last step, a Trainer goes on to the end of the epoch.
+        # A Trainer resumed after its last step would train to the end of the epoch.
         trainer._load_from_checkpoint(str(last))
         watch.write_steps(TrainerState.load_from_json(str(last / TRAINER_STATE)))
     else:
@@ -230,18 +230,18 @@ def _training_arguments(lm: LoadedModel, settings: Settings, folder: FineTuningW
         save_steps=settings.checkpoint_every,
         save_total_limit=KEPT_CHECKPOINTS,
         use_cpu=lm.device.type == "cpu",
-        bf16=False,  # the type of the weights is that which the model was loaded with
+        bf16=False,  # the weights keep the type that they were loaded in
         remove_unused_columns=False,
         dataloader_pin_memory=lm.device.type == "cuda",
         report_to=[],
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # the others would be used by DataParallel, under which no policy runs
+        arguments._n_gpu = 1  # DataParallel would use the others, and no policy runs under it
     return arguments
 
 
-def _said(report: Progress, what: str) -> Progress:
+def _labelled(report: Progress, what: str) -> Progress:
     return lambda done, total, prompt_id: report(done, total, f"{what} {prompt_id}".strip())
 
 
@@ -253,7 +253,7 @@ def _manifest(
     settings: Settings,
     arguments: dict[str, Any] | None,
 ) -> FineTuningManifest:
-    """Return what the folder says of itself; ``identity`` is what a continued fine-tuning must share."""
+    """Return the folder's manifest; its ``identity`` is what a continued fine-tuning must share."""
     chosen = asdict(settings)
     identity: dict[str, Any] = {
         "tokenizer": tokenizer_digest(lm.tokenizer),

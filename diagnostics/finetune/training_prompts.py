@@ -1,7 +1,7 @@
-"""Built-in prompts to train on: some kinds of those of a diagnosis, and many small tasks over the same long texts.
+"""Built-in prompts to train on: some categories of a diagnosis, and many small tasks over the same long texts.
 
-A model learns to find in fewer layers what it is asked for. Few tasks teach it these tasks only; the small ones here
-are many, and none of them is one of a diagnosis.
+The model learns to retrieve in fewer layers what the task needs. A few tasks would teach it only those tasks; the
+small ones here are many, and a diagnosis has none of them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SOURCE = (
 )
 
 
-SMALL_TASKS = 20  # of a set, beside the prompts of a diagnosis
+SMALL_TASKS = 20  # per set, beside the prompts of a diagnosis
 
 
 def training_prompts(context_length: int, seed: int) -> tuple[Prompt, ...]:
@@ -68,7 +68,7 @@ def training_prompts(context_length: int, seed: int) -> tuple[Prompt, ...]:
 
 def _small_task(rng: Random, kind: str, task: str, size: int, name: str) -> Prompt:
     if kind == "reading":
-        made = ask("Read this text.", task, document=documentation(rng, size))
+        prompt = ask("Read this text.", task, document=documentation(rng, size))
     else:
-        made = ask("Read this code.", task, document=source_code(rng, size), cut="line")
-    return replace(made, id=name, category=kind)
+        prompt = ask("Read this code.", task, document=source_code(rng, size), cut="line")
+    return replace(prompt, id=name, category=kind)

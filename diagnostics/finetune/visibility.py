@@ -1,11 +1,11 @@
-"""Training under SPEED: every token sees in each layer what it will see in inference, and no layer runs more tokens.
+"""Training under SPEED: in each layer a token sees what it will see in inference, and no layer runs more tokens.
 
 Prompt and targets of all turns run in one forward pass without a KV cache. Below the cutoff the layers run as they are.
 Before the layer at the cutoff the anchors and decode-phase tokens of each row, its *deep* tokens, are gathered; the
-layers above run only these, and after the last one they go back to their columns. Among deep tokens visibility is plain
-causal order, with sliding windows by original position.
+layers above run only these, and after the last one they are spread back to their columns. Among deep tokens visibility
+is plain causal order, with sliding windows by original position.
 
-Layers under gradient checkpointing may run again in the backward pass, their hooks too, when the model has begun
+Layers under gradient checkpointing may run again in the backward pass, with their hooks, after the model has begun
 another forward pass. So a layer's hook reads nothing but its arguments: the plan of a pass travels among them.
 """
 
@@ -32,7 +32,7 @@ from diagnostics.policies.occupancy import holder_of, occupy
 from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.support.errors import UserError
 
-# What collators add to batches of several texts in one row.
+# Arguments that collators add to batches of several texts in one row.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _PLAN = "speed_plan"
 
@@ -72,18 +72,18 @@ def full_depth(model: Any) -> Iterator[None]:
 
     Raises UserError if ``model`` is not in such a block.
     """
-    held = holder_of(stock_model(model))
-    if not isinstance(held, _Training):
+    holder = holder_of(stock_model(model))
+    if not isinstance(holder, _Training):
         raise UserError("full_depth is for a model inside `with train_under(...)`")
-    before, held.visibility.at_full_depth = held.visibility.at_full_depth, True
+    was_at_full_depth, holder.visibility.at_full_depth = holder.visibility.at_full_depth, True
     try:
         yield
     finally:
-        held.visibility.at_full_depth = before
+        holder.visibility.at_full_depth = was_at_full_depth
 
 
 class _Training:
-    """Holds a model that is being trained; whoever wants to run it under a policy is turned away."""
+    """Holds a model that is being trained, and refuses to run it under a policy."""
 
     def __init__(self, visibility: Visibility) -> None:
         self.visibility = visibility
@@ -108,7 +108,7 @@ class Visibility:
     n_positions, n_deep
         Positions computed below and above the cutoff so far, padding and unused slots included.
     at_full_depth
-        Whether forward passes are those of the stock model at present.
+        Whether forward passes currently run the stock model.
     """
 
     def __init__(self, policy: SpeedPolicy, model: Any, anatomy: Anatomy) -> None:
@@ -149,32 +149,32 @@ class Visibility:
 
     # --- Hooks, in the order in which they run ---
 
-    def _before_model(self, module: nn.Module, given: dict[str, Any]) -> None:
+    def _before_model(self, module: nn.Module, arguments: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):
             raise UserError("torch.nn.DataParallel cannot train under a policy: launch with accelerate or torchrun")
-        self._decode_mask = given.pop("decode_mask", self._decode_mask)
-        labels, mask = given.get("labels"), given.get("attention_mask")
+        self._decode_mask = arguments.pop("decode_mask", self._decode_mask)
+        labels, mask = arguments.get("labels"), arguments.get("attention_mask")
         if labels is None or self._stock:
             return
         if isinstance(mask, Tensor) and mask.shape == labels.shape:
-            # The first token after padding on the left is predicted by padding, which inference never asks.
+            # Padding on the left would predict the first token, which inference never asks.
             labels = labels.clone()
             labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)
-            given["labels"] = labels
+            arguments["labels"] = labels
         self._labels = labels
 
-    def _before_stack(self, _: nn.Module, given: dict[str, Any]) -> None:
-        decode_mask = given.pop("decode_mask", self._decode_mask)
-        if given.get("use_cache") is None:
-            given["use_cache"] = False
-        inputs = input_tokens(given)
+    def _before_stack(self, _: nn.Module, arguments: dict[str, Any]) -> None:
+        decode_mask = arguments.pop("decode_mask", self._decode_mask)
+        if arguments.get("use_cache") is None:
+            arguments["use_cache"] = False
+        inputs = input_tokens(arguments)
         self._plan = self._head = None
         if self.rope and inputs is not None:
-            self._require_frequencies(inputs, given.get("attention_mask"))
+            self._require_frequencies(inputs, arguments.get("attention_mask"))
         if self._stock or inputs is None:
             return
-        self._refuse(given)
-        mask = given.get("attention_mask")
+        self._refuse(arguments)
+        mask = arguments.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != inputs.shape[:2]):
             raise UserError(
                 "training makes the attention masks itself: give attention_mask as [batch, tokens], or none"
@@ -190,7 +190,7 @@ class Visibility:
             phase = decode_phase(self._labels, boundary=self.policy.boundary)
         if phase.shape != real.shape:
             raise UserError(f"labels or decode_mask are {list(phase.shape)}, the tokens {list(real.shape)}")
-        position_ids = given.get("position_ids")
+        position_ids = arguments.get("position_ids")
         plan, shallow = make_plan(
             real,
             phase.to(real.device) != 0,
@@ -204,15 +204,15 @@ class Visibility:
             self._warned = True
             warnings.warn(_NO_PROMPT, stacklevel=2)
         if position_ids is None:
-            given["position_ids"] = positions(0, plan.n_columns, plan.padding, inputs.device).clamp_(min=0)
-        given["attention_mask"] = placeholder_mask(inputs.device)
-        given["use_cache"] = False
-        given[_PLAN] = self._plan = plan
+            arguments["position_ids"] = positions(0, plan.n_columns, plan.padding, inputs.device).clamp_(min=0)
+        arguments["attention_mask"] = placeholder_mask(inputs.device)
+        arguments["use_cache"] = False
+        arguments[_PLAN] = self._plan = plan
         self.n_positions += real.numel()
         self.n_deep += plan.columns.numel()
 
     def _require_frequencies(self, inputs: Tensor, mask: Any) -> None:
-        """Refuse a batch whose rows, alone, would have other rotary frequencies than the batch has."""
+        """Refuse a batch whose rows would have other rotary frequencies if they ran alone."""
         lengths = {inputs.shape[1]}
         if isinstance(mask, Tensor) and mask.ndim == 2:
             lengths.update(mask.ne(0).sum(1).tolist())
@@ -222,18 +222,18 @@ class Visibility:
                 "included; put texts on one side of that into a batch, or one text into each"
             )
 
-    def _refuse(self, given: dict[str, Any]) -> None:
-        """Refuse what a batch may bring along that training does not serve."""
-        if given.get("past_key_values") is not None:
+    def _refuse(self, arguments: dict[str, Any]) -> None:
+        """Refuse arguments of a batch that training does not support."""
+        if arguments.get("past_key_values") is not None:
             raise UserError(
                 "training under a policy takes no KV cache: leave out past_key_values; "
                 "to generate, use `with policy(model)` instead of train_under"
             )
-        if any(given.get(name) is not None for name in PACKING):
+        if any(arguments.get(name) is not None for name in PACKING):
             raise UserError(PACKED)
-        if (positions := given.get("position_ids")) is not None and positions.ndim != 2:
+        if (positions := arguments.get("position_ids")) is not None and positions.ndim != 2:
             raise UserError("training under a policy takes position_ids as [batch, tokens]")
-        if given.get("output_router_logits", getattr(self.model.config, "output_router_logits", False)):
+        if arguments.get("output_router_logits", getattr(self.model.config, "output_router_logits", False)):
             raise UserError(
                 "the auxiliary loss of experts counts tokens that do not run under a policy: output_router_logits=False"
             )
@@ -272,15 +272,15 @@ _NO_PROMPT = (
 )
 
 
-def _before_layer(index: int, window: int | None, _: nn.Module, given: dict[str, Any]) -> None:
+def _before_layer(index: int, window: int | None, _: nn.Module, arguments: dict[str, Any]) -> None:
     """Give a layer its mask, and above the cutoff its positions; the first such layer also its deep tokens."""
-    plan: Plan | None = given.pop(_PLAN, None)
+    plan: Plan | None = arguments.pop(_PLAN, None)
     if plan is None:
         return
     if index == plan.cutoff:
         plan.entered = True
-        given["hidden_states"] = take_rows(given["hidden_states"], plan.rows)
+        arguments["hidden_states"] = take_rows(arguments["hidden_states"], plan.rows)
     if index >= plan.cutoff:
-        for name in PER_POSITION & given.keys():
-            given[name] = take_rows(given[name], plan.rows)
-    given["attention_mask"] = plan.mask(index >= plan.cutoff, window, given["hidden_states"])
+        for name in PER_POSITION & arguments.keys():
+            arguments[name] = take_rows(arguments[name], plan.rows)
+    arguments["attention_mask"] = plan.mask(index >= plan.cutoff, window, arguments["hidden_states"])

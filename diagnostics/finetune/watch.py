@@ -1,4 +1,4 @@
-"""What is kept of a fine-tuning while it runs: the loss of every step, and all cutoffs from time to time."""
+"""Records a fine-tuning while it runs: the loss of every step, and all cutoffs at intervals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class Watch(TrainerCallback):
-    """Measures the cutoffs on the way, keeps the curve of the loss, and stops at a loss that is no number."""
+    """Measures the cutoffs on the way, keeps the curve of the loss, and stops at a loss that is not finite."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class Watch(TrainerCallback):
         self.sweeps: list[pd.DataFrame] = []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take up what was measured until the checkpoint, or measure the model before its first step."""
+        """Restore the measurements up to the checkpoint, or measure the model before its first step."""
         if state.global_step:
             try:
-                there = read_table(self.folder.path / SWEEPS)
+                sweeps = read_table(self.folder.path / SWEEPS)
             except (OSError, ValueError) as error:
                 raise UserError(f"{str(self.folder.path / SWEEPS)!r} is damaged: {error}") from None
-            self.sweeps = [there[there["step"] <= state.global_step]]
+            self.sweeps = [sweeps[sweeps["step"] <= state.global_step]]
         else:
             self.write_steps(state)
             self._sweep(0)
@@ -58,7 +58,7 @@ class Watch(TrainerCallback):
             self._sweep(state.global_step)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop at a loss that is no number."""
+        """Stop at a loss that is not finite."""
         self._require_number(state.log_history[-1].get("loss", 0.0), state.global_step)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
