@@ -54,7 +54,7 @@ def _common(
 
 @contextmanager
 def _ending_in_order() -> Iterator[None]:
-    """Let SIGTERM end the command as an interrupt does, so that scratch folders and locks go."""
+    """Let SIGTERM end the command as an interrupt does, so that scratch folders and locks are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,7 +66,7 @@ def _ending_in_order() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point: what is wrong with the input is one line on stderr and exit status 2."""
+    """Entry point: bad input gives one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets "?" for the bars
@@ -80,7 +80,7 @@ def main() -> None:
     except ClickException as error:
         fail(error.format_message())
     except OSError as error:  # such as a full disk below stdout
-        # What is still in its buffer has no place to go; Python would try again at exit, and complain.
+        # Its buffer cannot be written; Python would try again at exit, and complain.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

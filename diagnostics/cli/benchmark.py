@@ -14,7 +14,7 @@ from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
 from diagnostics.support.sizes import parse_length
 
-# The depth of the paper, 24 of 32 layers, where nothing is said.
+# Default depth: that of the paper, 24 of 32 layers.
 DEPTH_SHARE = 0.75
 MAX_LENGTH = 2**30  # tokens of a prompt
 
@@ -26,11 +26,11 @@ def bench(
         str | None,
         typer.Option(help="such as full,speed:24,fastkv  [full, and the others at 3/4 of the layers]"),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="measurements of each, after a warm-up")] = defaults.REPEATS,
+    repeats: Annotated[int, typer.Option(help="measurements per length, after a warm-up")] = defaults.REPEATS,
     new_tokens: Annotated[int, typer.Option(help="tokens to generate, 2 or more")] = defaults.NEW_TOKENS,
     batch_size: Annotated[int, typer.Option(help="prompts at a time")] = 1,
     chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the random prompts")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the random prompts")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -55,7 +55,7 @@ def bench(
         cutoff = max(1, round(DEPTH_SHARE * lm.anatomy.n_layers))
         chosen = []
         for policy in policies_at(cutoff):
-            with suppress(UserError):  # one that does not serve this model
+            with suppress(UserError):  # leaves out a policy that does not serve this model
                 policy.check(lm.anatomy)
                 chosen.append(policy)
     with progress(f"benchmarking {lm.name}") as advance:

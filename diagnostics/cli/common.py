@@ -19,7 +19,7 @@ HELD = ExitStack()
 
 
 def new_folder(model: str, suffix: str = "", parent: Path = RUNS) -> Path:
-    """Name a folder for what a command leaves behind, by the model and the time."""
+    """Name a folder for the results of a command after the model and the time."""
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(model).name)[:150].strip("-.") or "model"
     return parent / f"{slug}{suffix}_{datetime.now():%Y-%m-%dT%H-%M-%S}"
 
@@ -43,5 +43,5 @@ def load(arguments: dict[str, Any]) -> Any:
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a command as JSON can hold them."""
+    """Return the arguments of a command as JSON values."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}

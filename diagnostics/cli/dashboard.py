@@ -41,7 +41,7 @@ def dashboard(
 ) -> None:
     """Show runs in a browser, try policies, and start diagnoses. Only this machine can reach it; Ctrl-C ends it.
 
-    Every user of this machine can, unless --token is given: then only who has the address that is printed.
+    Every user of this machine can reach it; with --token only those who have the printed address.
     """
     try:
         folder = str(runs.expanduser().absolute())
@@ -65,7 +65,7 @@ def dashboard(
         environment[TOKEN_VARIABLE] = secrets.token_urlsafe(32)
         address += f"/?token={environment[TOKEN_VARIABLE]}"
     print(f"dashboard: {address}", flush=True)
-    if os.name == "posix":  # in the place of this process: what ends it, ends the server
+    if os.name == "posix":  # replaces this process: what ends it ends the server
         os.execve(command[0], command, environment)
     sys.exit(subprocess.call(command, env=environment))
 
@@ -76,10 +76,10 @@ def _program() -> Path:
     if checkout.is_file() and (checkout.parent / "dashboard").is_dir():
         return checkout
     installed = find_spec("speed_diagnostics_app")
-    places = list(installed.submodule_search_locations or []) if installed else []
-    if not places:
+    folders = list(installed.submodule_search_locations or []) if installed else []
+    if not folders:
         raise UserError("this installation has no dashboard: install speed-diagnostics anew")
-    return Path(places[0]) / "server.py"
+    return Path(folders[0]) / "server.py"
 
 
 def _free_port(asked: int | None) -> int:

@@ -100,7 +100,7 @@ def recommend(
     kv_budget: Annotated[
         float | None, typer.Option(help="largest cutoff whose KV fits this share of full, 0..1")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="of the bound that must meet the goal")] = defaults.CONFIDENCE,
+    confidence: Annotated[float, typer.Option(help="confidence of the bound on the goal")] = defaults.CONFIDENCE,
     every_category: Annotated[
         bool, typer.Option("--every-category", help="the mean of every category of prompts must meet the goal, too")
     ] = False,
@@ -130,9 +130,9 @@ def recommend(
 
     rules = _region_rules(region_rule or [])
     del arguments["context"]
-    # Before the model runs for minutes: these say in one line what is wrong with the goals.
+    # Refuses wrong goals before the model runs for minutes.
     Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence, every_category)
-    # os.path, unlike pathlib, takes a name that is too long for one that is not there.
+    # os.path, unlike pathlib, treats a name that is too long as a missing file.
     exists = os.path.isfile(os.path.join(model, MANIFEST))
     if exists:
         _refuse_measuring_options(context)
@@ -163,7 +163,7 @@ def recommend(
 
         show_recommendation(run, recommendation, Console(highlight=False), phrase=with_flags)
         print(f"Run folder: {run.path}")
-    # Last: what was found is said also where it cannot be kept.
+    # Last: the recommendation is printed even if it cannot be saved.
     try:
         recommendation.save(run.path / RECOMMENDATION)
     except UserError as error:
@@ -213,7 +213,7 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
 
 
 def _refuse_measuring_options(context: typer.Context) -> None:
-    """Raise UserError for options that decide how a run is made, given with one that exists."""
+    """Raise UserError for options that decide how to measure, if they are given with an existing run."""
     for name in MEASURING:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

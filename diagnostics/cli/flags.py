@@ -14,7 +14,7 @@ _apps: list[typer.Typer] = []
 
 
 def use_flags_of(app: typer.Typer) -> None:
-    """Name the flags of this app's commands."""
+    """Have messages name the flags of this app's commands."""
     _apps.append(app)
 
 

@@ -38,7 +38,7 @@ def generate(
     system: Annotated[str | None, typer.Option(help="system message, with the chat template")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(help="share of the probability to draw from")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the drawing")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the sampling")] = 0,
     chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="full depth and the policy side by side")] = False,
     device: Device = "auto",
@@ -48,7 +48,7 @@ def generate(
     skip_self_test: SkipSelfTest = False,
     json: Annotated[bool, typer.Option("--json", help="print token ids, text and timings alone")] = False,
 ) -> None:
-    """Generate after a prompt under a policy, and say what it took."""
+    """Generate after a prompt under a policy, and print its time and memory."""
     arguments = dict(locals())
     text = read_prompt(prompt)
     chosen = choose_policy(policy, cutoff, recommendation)
@@ -120,7 +120,7 @@ def read_prompt(argument: str) -> str:
 
 
 def choose_policy(text: str | None, cutoff: int | None, recommendation: Path | None) -> Any:
-    """Make the policy out of its name and of what sets its layer; raise UserError where they do not fit together."""
+    """Return the policy for a name and a cutoff or recommendation; raise UserError if they do not fit together."""
     from diagnostics.policies.full import FullPolicy
     from diagnostics.policies.registry import find_policy, menu, parse_policy
     from diagnostics.policies.speed import SpeedPolicy

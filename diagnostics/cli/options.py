@@ -26,7 +26,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
 Revision = Annotated[str | None, typer.Option(help="hub revision of the model")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 SkipSelfTest = Annotated[
-    bool, typer.Option("--skip-self-test", help="do not prove first that the model is measured and run right")
+    bool, typer.Option("--skip-self-test", help="skip the proof that the model is measured and run correctly")
 ]
 Out = Annotated[Path | None, typer.Option(help="run folder  [runs/MODEL_TIME]")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the interrupted run in --out")]

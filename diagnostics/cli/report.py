@@ -14,8 +14,8 @@ def report(
 ) -> None:
     """Write one self-contained HTML page of a run, with its recommendation, figures and benchmark if there is one.
 
-    The goals are those of the run's ``recommendation.json``, or the default ones. Of an evaluation: its table and
-    figures. Of a fine-tuning: what it changed, and the run of the trained model.
+    The goals are those of the run's ``recommendation.json``, or the default ones. For an evaluation the page has its
+    table and figures; for a fine-tuning, what it changed, and the run of the trained model.
     """
     from diagnostics.cutoffs.recommendation import recommend
     from diagnostics.evaluate.evaluation_folder import EVALUATION, load_evaluation
@@ -35,11 +35,11 @@ def report(
     if os.path.exists(run / EVALUATION) and not is_run:
         page = pages.evaluation_report(load_evaluation(run))
     elif os.path.exists(run / FINETUNING) and not is_run:
-        made = load_finetuning(run)
-        if not made.complete:
+        finetuning = load_finetuning(run)
+        if not finetuning.complete:
             raise UserError(f"fine-tuning {str(run)!r} is not finished: continue it with --resume")
         after = load_run(run / AFTER)
-        page = pages.finetuning_report(made, after, recommend(after, **_saved_goals(run)))
+        page = pages.finetuning_report(finetuning, after, recommend(after, **_saved_goals(run)))
     else:
         loaded = load_run(run)
         benchmark = load_benchmark(run) if os.path.exists(run / BENCHMARK) else None

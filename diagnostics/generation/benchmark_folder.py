@@ -18,7 +18,7 @@ from diagnostics.support.files import remove_scratch, write_sealed, write_table
 from diagnostics.support.folders import FolderKind, Head
 
 BENCHMARK_MANIFEST = "benchmark.json"
-# Columns without which a benchmark says nothing.
+# Columns that a benchmark must have.
 NUMBERS = (
     *("cutoff", "n_prompt", "batch_size", "repeat", "ttft_s", "tpot_s", "kv_bytes", "kv_bytes_formula", "peak_bytes"),
     *("prefill_tflops", "decode_gb_s", "ttft_limit", "tpot_limit", "kv_limit"),
@@ -29,7 +29,7 @@ MEASURED = ("ttft_s", "tpot_s", "kv_bytes", "peak_bytes")
 class BenchmarkManifest(Head, total=False):
     """The content of ``benchmark.json``."""
 
-    hardware: Required[str]  # type: ignore[misc]  # times without it say nothing
+    hardware: Required[str]  # type: ignore[misc]  # times mean nothing without it
     weight_hash: str
     n_layers: int
     shape: dict[str, Any]
@@ -56,7 +56,7 @@ class Benchmark:
 
     ``rows``: one per policy, length and repeat, with columns policy, spec, cutoff (layers that all prompt tokens run
     through), n_prompt, batch_size, repeat, ttft_s, tpot_s (seconds), kv_bytes (measured from the tensors after the last
-    token), kv_bytes_formula, peak_bytes (above the loaded model; NaN where it cannot be told), prefill_tflops and
+    token), kv_bytes_formula, peak_bytes (above the loaded model; NaN where it cannot be measured), prefill_tflops and
     decode_gb_s (achieved), ttft_limit, tpot_limit, kv_limit (ratio to full depth, counted).
     """
 
@@ -108,7 +108,7 @@ def write_benchmark(path: Path, manifest: BenchmarkManifest, rows: pd.DataFrame)
 
 
 def _problem(rows: pd.DataFrame) -> str | None:
-    """Say what keeps the rows of a benchmark from being shown; None if nothing does."""
+    """Return what is wrong with the rows of a benchmark; None if nothing is."""
     for name in ("policy", "spec", *NUMBERS):
         if name not in rows:
             return f"it has no column {name}"

@@ -1,4 +1,4 @@
-"""Time to first token, time per output token, KV bytes and peak memory of policies, beside full depth and the limit.
+"""Time to first token, time per output token, KV bytes and peak memory of policies, against full depth and the limit.
 
 One row per policy, length and repeat. Within a repeat the policies take turns, so that a ratio to full depth compares
 neighbours in time: on a shared machine absolute times drift, ratios do not. The limit is counted, not measured:
@@ -65,13 +65,13 @@ def benchmark(
     batch_size, chunk_size
         Rows per prompt, and tokens per forward pass of the prefill.
     seed
-        Of the tokens.
+        Seed of the tokens.
     out
         Folder for ``benchmark.parquet`` and ``benchmark.json``, which may be a run folder; written after each length.
     progress
         Called as ``progress(done, total, what)``.
     arguments
-        What the user asked for, kept in the manifest as it is.
+        What the user asked for; the manifest keeps it unchanged.
 
     Raises
     ------
@@ -112,19 +112,19 @@ def benchmark(
     done = 0
     for length in lengths:
         ids = _token_ids(lm, batch_size, length, seed)
-        broken: set[Policy] = set()
+        out_of_memory: set[Policy] = set()
         for repeat in range(-1, repeats):  # -1 warms up
             for policy in policies:
                 if progress:
                     progress(done, total, f"{policy.spec} at {length}")
                 done += 1
-                if policy in broken:
+                if policy in out_of_memory:
                     continue
                 tokens = new_tokens if repeat >= 0 else WARM_UP_TOKENS
                 try:
                     row = _measure(lm, policy, ids, tokens, chunk_size)
                 except torch.OutOfMemoryError:
-                    broken.add(policy)
+                    out_of_memory.add(policy)
                     manifest["notes"].append(f"{policy.spec} at {length} tokens does not fit the device's memory")
                     torch.cuda.empty_cache()
                     continue
@@ -142,7 +142,7 @@ def benchmark(
 def _measure(
     lm: LoadedModel, policy: Policy, ids: torch.Tensor, new_tokens: int, chunk_size: int | None
 ) -> dict[str, Any]:
-    """One prompt and its continuation under one policy: a row."""
+    """Measure one prompt and its continuation under one policy, and return the row."""
     batch, length = ids.shape
     shape, n_layers = lm.anatomy.shape, lm.anatomy.n_layers
     with peak_memory(lm.device) as peak:
@@ -157,7 +157,7 @@ def _measure(
         ttft, tpot, held_bytes = generation.ttft_s, generation.tpot_s, generation.kv_bytes
     work, full = policy.workload(length, n_layers), FullPolicy().workload(length, n_layers)
     flops = prefill_flops(shape, work.run, work.projected)
-    # On average a step reads what half of the new tokens have added.
+    # The average step reads the prompt and half of the new tokens.
     halfway, finished = new_tokens // 2, new_tokens - 1
     reads, full_reads = (
         decode_bytes(shape, Held.after(length, halfway, held, policy.anchors), batch) for held in (work.held, full.held)

@@ -1,4 +1,4 @@
-"""Two generated texts token by token: which tokens of each the other has not."""
+"""Two generated texts token by token: which tokens of each the other lacks."""
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
@@ -10,7 +10,7 @@ Marked = list[tuple[str, bool]]
 
 
 def differing(left: Sequence[int], right: Sequence[int]) -> tuple[list[bool], list[bool]]:
-    """Say of every token of two sequences whether it is outside their longest matching blocks."""
+    """Return for every token of two sequences whether it is outside their longest matching blocks."""
     marks = [True] * len(left), [True] * len(right)
     for block in SequenceMatcher(a=left, b=right, autojunk=False).get_matching_blocks():
         for tokens, start in zip(marks, (block.a, block.b), strict=True):

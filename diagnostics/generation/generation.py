@@ -30,12 +30,12 @@ Model = LoadedModel | nn.Module
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """What was generated, and what it took.
+    """The generated tokens, with their time and memory.
 
     Attributes
     ----------
     token_ids
-        int64 [batch, tokens]; rows that ended earlier are filled up with the padding token.
+        int64 [batch, tokens]; rows that ended earlier are padded.
     cache
         The KV cache; it holds all tokens but the last one generated.
     ttft_s
@@ -78,16 +78,16 @@ def prefill(
     policy
         The policy; by default that of ``cache``, else full depth.
     cache
-        A cache to go on with: of a document, or of a conversation. If it ends with generated tokens, the first of the
-        new ones is the last of these, which no cache holds yet, and counts as decode phase.
+        A cache to continue: of a document, or of a conversation. After generated tokens, the first of the new tokens is
+        the last generated one, which no cache holds yet, and it is decode phase.
     chunk_size
         Tokens per forward pass at most: bounds memory at long prompts. The result is the same.
     more
-        Whether more of the prompt is to follow, such as a question after its document. Then no token is decode
-        phase and there are no logits.
+        Whether more of the prompt follows, such as a question after its document. Then no token is decode phase and
+        there are no logits.
     length
-        Tokens that the text will have in all, padding included, where more is to follow: a model whose rotary
-        frequencies depend on the length takes those of such a text.
+        Tokens of the text in all, padding included, if more follows: a model whose rotary frequencies depend on the
+        length takes those of such a text.
 
     Returns
     -------
@@ -143,8 +143,8 @@ def _run_in_chunks(
 def decode(model: Model, input_ids: Tensor, cache: PolicyCache) -> Tensor:
     """Run decode-phase tokens, int64 [batch, tokens], at full depth against a cache; logits [batch, tokens, vocab].
 
-    One call with several tokens gives what as many calls with one token each would: to score a given continuation, or
-    to ask at full depth about a document. Raises UserError if the cache does not fit the model.
+    One call with several tokens equals as many calls with one token each: use it to score a given continuation, or to
+    ask at full depth about a document. Raises UserError if the cache does not fit the model.
     """
     module = _module(model)
     with _under(module, None, cache) as runtime:
@@ -198,56 +198,56 @@ def generate(
         raise UserError(f"top_p is {top_p}: give a share above 0, at most 1")
     module = _module(model)
     ends = end_tokens(module, eos_token_id).to(input_ids.device)
-    filler = module.generation_config.pad_token_id
-    filler = filler if filler is not None else int(ends[0]) if len(ends) else 0
+    pad = module.generation_config.pad_token_id
+    pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
     with _under(module, policy, cache) as runtime:
         if cache is None:
             cache = runtime.new_cache()
             cache.reserve(max_new_tokens)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        begun = _now(input_ids.device)
+        started = _now(input_ids.device)
         fresh = cache.n_columns == 0
         logits, cache = prefill(module, input_ids, attention_mask, cache=cache, chunk_size=chunk_size)
         assert logits is not None
         running_rows = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         generated: list[Tensor] = []
-        first = begun
+        first_token_at = started
         while True:
             token = _choose(logits, temperature, top_p, generator)
-            token = torch.where(running_rows, token, filler)
+            token = torch.where(running_rows, token, pad)
             running_rows &= ~torch.isin(token, ends)
             generated.append(token)
             if len(generated) == 1:
-                first = _now(input_ids.device)
+                first_token_at = _now(input_ids.device)
             if streamer is not None:
                 streamer.put(token.cpu())
-            # Without ends there is nothing to wait for: the device can run ahead.
+            # Without end tokens the device can run ahead.
             if len(generated) == max_new_tokens or (len(ends) and not running_rows.any()):
                 break
             if fresh and outgrown(cache, runtime.rope):
-                # As stock generate() does: prompt and answer so far anew, with the frequencies of longer texts.
+                # As stock generate() does: run prompt and answer again, with the frequencies of longer texts.
                 cache.reset()
                 length = input_ids.shape[1] + len(generated)
                 prefill(module, input_ids, attention_mask, cache=cache, chunk_size=chunk_size, length=length)
                 logits = decode(module, torch.stack(generated, dim=1), cache)[:, -1]
             else:
                 logits = decode(module, token[:, None], cache)[:, -1]
-        finished = _now(input_ids.device)
+        ended = _now(input_ids.device)
         if streamer is not None:
             streamer.end()
     steps = len(generated) - 1
     return Generation(
         token_ids=torch.stack(generated, dim=1),
         cache=cache,
-        ttft_s=first - begun,
-        tpot_s=(finished - first) / steps if steps else float("nan"),
+        ttft_s=first_token_at - started,
+        tpot_s=(ended - first_token_at) / steps if steps else float("nan"),
         kv_bytes=cache.kv_bytes,
     )
 
 
 def outgrown(cache: PolicyCache, rope: RopeLengths) -> bool:
-    """Whether one token more has other rotary frequencies than those that the keys of a cache were made with."""
+    """Whether the next token has other rotary frequencies than the keys of a cache."""
     if not rope.switches:
         return False
     padding = 0 if cache.padding is None else int(cache.padding.min())
@@ -260,18 +260,18 @@ def _module(model: Model) -> Any:
 
 @contextmanager
 def _under(model: nn.Module, policy: Policy | None, cache: PolicyCache | None) -> Iterator[Runtime]:
-    """Run the model under a policy: the one that is active already, or the one asked for, for as long as this takes."""
+    """Run the model inside the block under its active policy, or else under the requested one."""
     if cache is not None and policy is not None and cache.policy != policy:
         raise UserError(f"this KV cache was made under {cache.policy}, not {policy}")
-    present = active(model)
-    asked = policy or (cast(Policy, cache.policy) if cache is not None else None)
-    if present is None:
-        with running(asked or FullPolicy(), model) as runtime:
+    current = active(model)
+    requested = policy or (cast(Policy, cache.policy) if cache is not None else None)
+    if current is None:
+        with running(requested or FullPolicy(), model) as runtime:
             yield runtime
-    elif asked is None or asked == present.policy:
-        yield present
+    elif requested is None or requested == current.policy:
+        yield current
     else:
-        raise UserError(f"this model runs under {present.policy}: leave that `with` block to use {asked}")
+        raise UserError(f"this model runs under {current.policy}: leave that `with` block to use {requested}")
 
 
 def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None = None) -> Tensor:
@@ -286,7 +286,7 @@ def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.G
         return logits.argmax(-1)
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-    # Below 0, so that a tiny temperature leaves the best score at 0 and lets no other overflow.
+    # At most 0, so that with a tiny temperature the best score stays 0 and no other overflows.
     scores = logits.float() - logits.float().amax(-1, keepdim=True)
     scores = TemperatureLogitsWarper(float(temperature))(None, scores)
     if top_p < 1:
@@ -295,7 +295,7 @@ def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.G
 
 
 def _now(device: torch.device) -> float:
-    """Seconds on a clock, when the device has done what it was given."""
+    """Return the seconds of a clock once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""From a text that a user typed to the token ids that generation begins with."""
+"""Encodes a text that a user typed as the token ids to generate from."""
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ def encode_input(
 ) -> Tensor:
     """Return the token ids of a text to generate from, int64 [1, tokens], on the model's device.
 
-    ``chat`` says whether to make it a user message of the chat template; by default where there is one. Raises
-    UserError for a chat template that is missing, and where the tokens and the new ones exceed the model's positions.
+    ``chat`` makes it a user message of the chat template, by default if there is one. Raises UserError if a needed chat
+    template is missing, or if the tokens and the new ones exceed the model's positions.
     """
     templated = bool(getattr(lm.tokenizer, "chat_template", None))
     if chat and not templated:

@@ -34,7 +34,7 @@ class Shape(TypedDict):
 
 
 class RunIdentity(TypedDict):
-    """What a continued run must share for its numbers to be the same; this much of it is read again."""
+    """What a continued run must share for its numbers to be the same; these are the fields that are read again."""
 
     weight_hash: str
     anchors: int
@@ -54,7 +54,7 @@ class RunManifest(Head, total=False):
     seed: int | None
     prompt_set: str
     n_prompts: Required[int]
-    columns: dict[str, str]  # measure -> what it says
+    columns: dict[str, str]  # measure -> its description
     notes: Required[list[str]]
     identity: Required[RunIdentity]
 

@@ -1,10 +1,10 @@
-"""The finished prompts of a run that is not complete: one folder each, and one for 64 of them as soon as there are.
+"""The finished prompts of a run that is not complete: one folder each, and one for every 64 of them.
 
     parts/000000-000063/    the tables of prompts 0 to 63
     parts/000064/           the tables of prompt 64
 
-Both appear at once or not at all. The folders of single prompts go after that of the 64 is there; where a kill left
-them, that of the 64 counts.
+A folder appears at once or not at all. The folders of single prompts are removed once that of the 64 exists; where a
+kill left both, that of the 64 counts.
 """
 
 import re
@@ -25,7 +25,7 @@ NAME = re.compile(r"([0-9]{6})(?:-([0-9]{6}))?")
 
 
 def prompts_of(name: str) -> range:
-    """Return which prompts of the set a folder of this name holds; none for a name that is not of such a folder."""
+    """Return which prompts of the set a folder of this name holds; none for any other name."""
     match = NAME.fullmatch(name)
     if match is None:
         return range(0)
@@ -62,7 +62,7 @@ class Parts:
         self.finished = {index for path in find_parts(run) for index in prompts_of(path.name)}
 
     def write(self, index: int, tables: Tables) -> None:
-        """Keep the tables of one prompt, and join 64 of them."""
+        """Write the tables of one prompt, and join every 64 prompts."""
         (self.run / PARTS).mkdir(exist_ok=True)
         write_folder(self._part(index), tables)
         self.finished.add(index)
@@ -91,7 +91,7 @@ class Parts:
 
 
 def merge(parts: Sequence[Tables]) -> Tables:
-    """Join the tables of prompts, in their order; a table that no prompt has is not there."""
+    """Join the tables of prompts, in their order; a table that no prompt has is left out."""
     names = [name for name in (*TABLES, *DETAIL_TABLES) if any(name in part for part in parts)]
     return {name: pd.concat([part[name] for part in parts if name in part], ignore_index=True) for name in names}
 

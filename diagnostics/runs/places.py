@@ -1,4 +1,4 @@
-"""Where things are in a run folder.
+"""The files of a run folder.
 
     runs/NAME/manifest.json             what was run, on what, with which versions
               prompts.parquet           one row per prompt

@@ -16,9 +16,9 @@ from diagnostics.support.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One diagnosis: its manifest and tables, whether it has a folder (``path``) or lives in memory only.
+    """One diagnosis: its manifest and tables, in a folder (``path``) or in memory only.
 
-    A run that was interrupted can be looked at too: its tables hold the prompts that finished.
+    The tables of an interrupted run hold the prompts that finished.
     """
 
     manifest: RunManifest
@@ -111,7 +111,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def _read_parts(folder: Path) -> Tables:
-    """Read what is finished, also while the process that writes it joins prompts."""
+    """Read the finished prompts, also while another process joins them."""
     while True:
         parts = find_parts(folder)
         if not parts:

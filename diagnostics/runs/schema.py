@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 TABLES = ("prompts", "layers", "heads", "cutoffs")
-# Of the first prompts only, or of none.
+# Tables of the first prompts only, or of none.
 DETAIL_TABLES = ("tokens", "lens")
 # What readers of a run rely on; a run may have more.
 COLUMNS = {
@@ -20,7 +20,7 @@ COLUMNS = {
     "tokens": "prompt_id position token_id text segment evidence attention",
     "lens": "prompt_id position layer lens_token lens_text lens_probability",
 }
-# What tells the rows of a table apart.
+# Columns that identify a row of a table.
 KEYS = {
     "prompts": ["prompt_id"],
     "layers": ["prompt_id", "layer"],
@@ -36,7 +36,7 @@ Tables = dict[str, pd.DataFrame]
 
 
 def tables_problem(manifest: Mapping[str, Any], tables: Tables) -> str | None:
-    """Say what is wrong with the tables of a run: columns or rows that are missing, there twice, or not numbers."""
+    """Return what is wrong with a run's tables, such as columns or rows that are missing, double or not numbers."""
     n_layers, n_heads, prompts = manifest["n_layers"], manifest["n_heads"], tables["prompts"]
     expected = manifest["n_prompts"] if manifest["status"] == "complete" else len(prompts)
     rows = {"prompts": 1, "layers": n_layers, "heads": n_layers * n_heads, "cutoffs": n_layers}

@@ -1,8 +1,8 @@
-"""A run folder from elsewhere, read first by a process of its own, with little memory and time.
+"""Checks a run folder from elsewhere in a separate process, with bounded memory and time.
 
 A parquet file of a few kilobytes can hold columns of gigabytes, types nested a thousand deep, or bytes that crash the
-reader. The process looks at what the files say of themselves (rows, columns, types) before it reads them, and reads
-them as `load_run` does; whatever becomes of it, the one that asked goes on.
+reader. The process checks the files' metadata (rows, columns, types) before it reads them as `load_run` does;
+if it dies, the process that started it goes on.
 
     python -m diagnostics.runs.untrusted FOLDER      prints what is wrong, in JSON; null if nothing is
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diagnostics.support.errors import UserError
 
-MEGABYTES = 1500  # that the process may take
+MEGABYTES = 1500  # of memory that the process may take
 SECONDS = 60
 READER = [sys.executable, "-m", "diagnostics.runs.untrusted"]
 # Numbers and texts in all tables together; a run of 5,000 prompts, 32 layers and 32 heads has 60 million.
@@ -25,18 +25,18 @@ MAX_CELLS = 100_000_000
 
 def require_harmless(folder: Path) -> None:
     """Raise UserError, in one line, unless the folder is a run that can be read in bounded memory and time."""
-    # One thread, and the system's own memory: pools of both would count as memory taken.
+    # One thread and the system's own allocator: pools of threads and memory would count as memory taken.
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-    here = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    search_path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             [*READER, str(folder)],
-            env=os.environ | quiet | {"PYTHONPATH": here},
+            env=os.environ | quiet | {"PYTHONPATH": search_path},
             capture_output=True,
             timeout=SECONDS,
             check=False,
         )
-        problem = json.loads(done.stdout)
+        problem = json.loads(completed.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         raise UserError(
             f"the run in {str(folder)!r} cannot be read within {MEGABYTES} MB and {SECONDS} s: copy it by hand"
@@ -57,7 +57,7 @@ def describe_problem(folder: Path) -> str | None:
             if cells > MAX_CELLS:
                 return f"the tables of {str(folder)!r} hold more than {MAX_CELLS // 10**6} million values"
         tables = load_run(folder).tables
-        # What pages of the dashboard would read besides, such as a benchmark.
+        # Other tables that pages of the dashboard read, such as a benchmark.
         tables |= {path.stem: read_table(path) for path in folder.glob("*.parquet") if path.stem not in tables}
         size = sum(int(table.memory_usage(deep=True).sum()) for table in tables.values())
     except UserError as error:
@@ -72,12 +72,12 @@ def describe_problem(folder: Path) -> str | None:
 
 
 def _cells(path: Path) -> int:
-    """Count the values of a table by what the file says; raise UserError for columns that no run has."""
+    """Count the values of a table by its metadata; raise UserError for columns that no run has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        # A schema nested very deep takes the stack that reading it to the end needs: the leaves come first.
+        # The leaves come first: converting a schema that is nested very deep overflows the stack.
         metadata = pq.read_metadata(path)
         depth = max((metadata.schema.column(i).max_definition_level for i in range(metadata.num_columns)), default=0)
         schema = metadata.schema.to_arrow_schema() if depth <= 3 else None
@@ -94,7 +94,7 @@ def _cells(path: Path) -> int:
             raise UserError(f"{path.name} in {str(path.parent)!r} has a column of {field.type}, which no run has")
     if schema is None:
         raise UserError(f"{path.name} in {str(path.parent)!r} has columns nested {depth} deep, which no run has")
-    # Of lists the entries are counted, which the rows are not.
+    # For lists the number of entries counts, not that of rows.
     columns = (
         max(metadata.row_group(group).column(i).num_values for i in range(metadata.num_columns)) * metadata.num_columns
         for group in range(metadata.num_row_groups)
@@ -104,12 +104,12 @@ def _cells(path: Path) -> int:
 
 
 def _limit() -> None:
-    """Take no more than `MEGABYTES` above what the interpreter holds by now, nor more time."""
+    """Bound memory to `MEGABYTES` above what the interpreter holds by now, and bound processor time."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        most = held + (MEGABYTES << 20)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        most = used + (MEGABYTES << 20)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

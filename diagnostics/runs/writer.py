@@ -1,4 +1,4 @@
-"""Writes a run, prompt by prompt; a run that was killed is continued."""
+"""Writes a run, prompt by prompt, and continues one that was killed."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ class RunWriter:
         return self.manifest["status"] == "complete"
 
     def is_done(self, index: int) -> bool:
-        """Whether the prompt at this place of the set has finished."""
+        """Whether the prompt at this index of the set has finished."""
         return self.complete or index in self.parts.finished
 
     def write(self, index: int, tables: Tables) -> None:

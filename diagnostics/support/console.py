@@ -1,4 +1,4 @@
-"""What commands and scripts write to stderr: progress, warnings, the one line that ends them; libraries kept quiet."""
+"""What commands and scripts write to stderr: progress, warnings, the line that ends them; libraries are kept quiet."""
 
 import sys
 import warnings
@@ -39,7 +39,7 @@ def quiet() -> None:
 
 
 def warn(message: str) -> None:
-    """Say in one line on stderr what did not work, though the command did."""
+    """Print one line on stderr about a failure that does not end the command."""
     print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 

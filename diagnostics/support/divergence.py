@@ -31,12 +31,12 @@ def log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities [..., vocabulary] -> [...], >= 0; exactly 0 for equal inputs; gradients pass."""
     terms = log_p.exp() * (log_p - log_q)
-    # What p excludes adds nothing, whatever q says of it.
+    # What p excludes adds nothing, whatever its probability under q.
     return terms.masked_fill(log_p == -torch.inf, 0).sum(-1).clamp_min(0)
 
 
 def reported(divergence: Tensor) -> Tensor:
-    """A divergence as it is written down: 0 where it is no more than rounding, below 0 included; NaN stays."""
+    """Return a divergence as results report it: 0 where it is negative or mere rounding; NaN stays."""
     floor = RESOLUTION if divergence.dtype == torch.float64 else COARSE_RESOLUTION
     return divergence.masked_fill(divergence < floor, 0)
 
@@ -44,7 +44,7 @@ def reported(divergence: Tensor) -> Tensor:
 class StreamedComparison:
     """Distances of many distributions q from p at the same positions, from slices of the logits of q.
 
-    Neither all logits of all q nor their softmax ever exist. ``log_p`` is [positions, vocabulary], as
+    Neither all logits of all q nor their softmax are ever in memory. ``log_p`` is [positions, vocabulary], as
     `log_probabilities` gives it; the results are [positions, candidates], in its type.
     """
 

@@ -1,4 +1,4 @@
-"""The one exception that means *the input is at fault, not the program*, and others in one line."""
+"""The one exception that means *the input is at fault, not the program*, and other errors as one line."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ class UserError(Exception):
     """Bad input: its message is one line that says what is wrong and what to do.
 
     A message names arguments as a call has them, in backticks: `out`, `resume=True`; ``arguments`` are their names.
-    The command puts its flags there, prints the line and ends with exit status 2; in Python it is an ordinary
+    The command replaces them by its flags, prints the line and ends with exit status 2; in Python it is an ordinary
     exception.
     """
 
@@ -37,7 +37,7 @@ def rename_arguments(message: str, name: Callable[[str, str | None], str | None]
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says, which may be a page, or just the key that it did not find."""
+    """Return the error of a library as one line; its own text may be a page, or only a missing key."""
     text = " ".join(str(error).split()).rstrip(".")
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()

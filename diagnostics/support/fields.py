@@ -1,4 +1,4 @@
-"""What is wrong with a line of a JSONL file, or with a field of it, said in the words of the file."""
+"""What is wrong with a line of a JSONL file, or with a field of it, in the words of the file."""
 
 import json
 from typing import Any

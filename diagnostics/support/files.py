@@ -1,10 +1,10 @@
-"""Files of results: each appears at once or not at all, survives a power cut, and says itself whether it was damaged.
+"""Files of results: each appears at once or not at all, survives a power cut, and reveals damage to it.
 
-*Atomic.* A file is written beside its place, flushed to the disk, and renamed into it.
+*Atomic.* A file is written under another name, flushed to the disk, and renamed.
 
 *Sealed.* JSON files and tables carry the SHA-256 of their own bytes, computed with zeros in its place. A reader refuses
 a file whose seal does not fit. A file without a seal is read as it is: one of an earlier version, or one that somebody
-wrote with other tools. Who changes a sealed JSON file by hand deletes its line ``"seal"``; a table written anew, as
+wrote with other tools. To change a sealed JSON file by hand, delete its line ``"seal"``; a table written again, as
 with ``DataFrame.to_parquet``, has none.
 """
 
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; raise UserError if a number in it is none."""
+    """Write JSON atomically; raise UserError if a number in it is not finite."""
     write_text(path, dump_json(content, path.name) + "\n")
 
 
@@ -84,21 +84,21 @@ def dump_json(content: Any, what: str) -> str:
     try:
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        place = next(_not_numbers(content, ""), None)
-        if place is None:
+        location = next(_not_numbers(content, ""), None)
+        if location is None:
             raise
-        raise UserError(f"{what} would not be JSON: {place} is not a finite number") from None
+        raise UserError(f"{what} would not be JSON: {location} is not a finite number") from None
 
 
-def _not_numbers(content: Any, place: str) -> Iterator[str]:
+def _not_numbers(content: Any, location: str) -> Iterator[str]:
     if isinstance(content, dict):
         for name, value in content.items():
-            yield from _not_numbers(value, f"{place}.{name}" if place else str(name))
+            yield from _not_numbers(value, f"{location}.{name}" if location else str(name))
     elif isinstance(content, list | tuple):
         for index, value in enumerate(content):
-            yield from _not_numbers(value, f"{place}[{index}]")
+            yield from _not_numbers(value, f"{location}[{index}]")
     elif isinstance(content, float) and not math.isfinite(content):
-        yield place
+        yield location
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -116,7 +116,7 @@ def _flushed(path: Path, data: bytes) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the disk know the names in a folder, where the file system can do that."""
+    """Flush the names in a folder to the disk, where the file system can do that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -127,7 +127,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """A folder on the same file system as ``parent``, so that a rename out of it is atomic; gone afterwards."""
+    """Yield a folder on the file system of ``parent``, so that a rename out of it is atomic; remove it afterwards."""
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
     scratch.chmod(0o755)  # mkdtemp makes it private, and a renamed part would stay so
     try:
@@ -141,7 +141,7 @@ def write_problem(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or " ".join(str(error).split())
     text = " ".join(str(error).split())
-    # What libraries make of a full disk when they write tensors.
+    # Errors of libraries that write tensors to a full disk.
     if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text or "write failed" in text:
         return text[:200]
     return None
@@ -183,12 +183,12 @@ def read_table(path: Path) -> pd.DataFrame:
     data = path.read_bytes()
     require_seal(data)
     try:
-        # Of what carries no seal at least the pages may have checksums.
+        # A file without a seal may still have checksums of its pages.
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         metadata = file.metadata.metadata or {}
         table = file.read()
         for index, field in enumerate(table.schema):
-            if pa.types.is_dictionary(field.type):  # as other writers leave texts that repeat
+            if pa.types.is_dictionary(field.type):  # other writers store repeated texts so
                 table = table.set_column(index, field.name, table.column(index).cast(field.type.value_type))
         frame = table.to_pandas()
     except (KeyboardInterrupt, SystemExit):
@@ -206,13 +206,13 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def sealed(data: bytes) -> bytes:
-    """Return the content of a file with `BLANK` in it, sealed: the last one becomes the SHA-256 of it all."""
+    """Seal the content of a file with `BLANK` in it: the last one becomes the SHA-256 of the content."""
     at = data.rindex(BLANK.encode()) + len(MARK)
     return b"".join((data[:at], hashlib.sha256(data).hexdigest().encode(), data[at + 64 :]))
 
 
 def require_seal(data: bytes | mmap.mmap) -> None:
-    """Raise ValueError if a seal does not fit the bytes around it; take what has none."""
+    """Raise ValueError if a seal does not fit the bytes around it; accept data without one."""
     at = data.rfind(MARK.encode())
     if at < 0:
         return
@@ -227,7 +227,7 @@ def require_seal(data: bytes | mmap.mmap) -> None:
 
 
 def seal_file(path: Path) -> None:
-    """Seal a file with `BLANK` in it, in its place, and flush it to the disk: for what libraries write themselves."""
+    """Seal in place a file with `BLANK` in it that a library wrote, and flush it to the disk."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         at = content.find(BLANK.encode()) + len(MARK)
         content[at : at + 64] = hashlib.sha256(content).hexdigest().encode()
@@ -248,7 +248,7 @@ def require_sealed_file(path: Path) -> None:
 
 
 def write_sums(folder: Path) -> None:
-    """Write the sums of the files that lie in a folder, and flush all to the disk."""
+    """Write the sums of the files in a folder, and flush them all to the disk."""
     lines = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != SUMS and not path.name.startswith("."):
@@ -259,7 +259,7 @@ def write_sums(folder: Path) -> None:
 
 
 def require_sums(folder: Path) -> None:
-    """Raise UserError that names the first file that is not as the sums say; take a folder without sums."""
+    """Raise UserError that names the first file that differs from its sum; accept a folder without sums."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A folder of results: claiming it, continuing it, its manifest, and the one line that is said where it is damaged.
+"""A folder of results: claiming it, continuing it, its manifest, and the error where it is damaged.
 
 Every kind of result (run, benchmark, evaluation, fine-tuning) is a folder of tables with a manifest: a sealed JSON file
 that says what was asked, of which model, with which versions. The type of a manifest is a ``TypedDict``: in Python it
@@ -37,7 +37,7 @@ Manifest = TypeVar("Manifest", bound=Mapping[str, Any])
 
 
 class Head(TypedDict, total=False):
-    """What every manifest begins with; earlier versions wrote less of it."""
+    """The fields that every manifest begins with; earlier versions wrote fewer."""
 
     created: str  # UTC, ISO 8601
     model: Required[str]
@@ -69,8 +69,8 @@ class DescribedModel(Protocol):
 def manifest_head(lm: DescribedModel, arguments: dict[str, Any] | None, **identity: Any) -> dict[str, Any]:
     """Return the fields that every manifest has: `Head`, ``n_layers``, ``notes`` and ``identity``.
 
-    ``identity`` is all that a continued result must share with the one in the folder: the model's own, and what is
-    given here.
+    ``identity`` is all that a continued result must share with the one in the folder: the model's own, and these
+    arguments.
     """
     from diagnostics.support.versions import hardware, versions
 
@@ -95,15 +95,15 @@ class FolderKind(Generic[Manifest]):
     Attributes
     ----------
     name
-        What messages call it: ``run``.
+        Its name in messages, such as ``run``.
     manifest
         Name of the manifest's file. A folder that has it holds such a result.
     fields
         The manifest's type: a ``TypedDict``, or one with a validator.
     tables
-        Other files of which each says that there is such a result.
+        Other files, each of which shows that the folder holds such a result.
     beside
-        Files with which a folder may hold such a result as well.
+        Files of other results that may share the folder.
     resumable
         Whether an interrupted one can be continued.
     """
@@ -180,7 +180,7 @@ class FolderKind(Generic[Manifest]):
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:
-        """Turn what the file system says of a folder into one line, which says whether something is kept."""
+        """Turn an error of the file system into one line that says whether results are kept."""
         try:
             yield
         except Exception as error:
@@ -208,7 +208,7 @@ class FolderKind(Generic[Manifest]):
         return TypeAdapter(self.fields)
 
     def _problem(self, content: Any) -> str | None:
-        """Say which field of a manifest is wrong; None if none is."""
+        """Return which field of a manifest is wrong; None if none is."""
         from pydantic import ValidationError
 
         try:

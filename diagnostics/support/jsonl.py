@@ -1,4 +1,4 @@
-"""Files with one JSON object per line, plain or compressed, and which line is wrong."""
+"""Reads files with one JSON object per line, plain or compressed; errors name the line."""
 
 import gzip
 import zlib
@@ -16,10 +16,10 @@ MAX_LINE = 1 << 27
 def read_records(
     path: Path, what: str, take: Callable[[dict[str, Any], int], None], *, most: int | None = None
 ) -> None:
-    """Give every object of a file, plain or as ``.gz``, to ``take`` with the number of its line; blank lines are none.
+    """Call ``take(record, line_number)`` for every object of a file, plain or as ``.gz``, and skip blank lines.
 
-    With ``most`` the file is read no further than so many objects. Raises UserError if the file cannot be read or a
-    line is no object, naming ``what`` is in the file, and passes on those of ``take`` with the line before them.
+    Reading stops after ``most`` objects. Raises UserError if the file cannot be read or a line is no object, and names
+    ``what`` the file holds. Errors of ``take`` are raised again with the line in front.
     """
     count = 0
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class LazyPackage(ModuleType):
-    """A package with its names found on demand; ``HOME_OF`` says in which of its modules each name is."""
+    """A package whose names are imported on demand; ``HOME_OF`` maps each name to its module."""
 
     HOME_OF: Mapping[str, str]
 

@@ -1,7 +1,7 @@
-"""One process at a time writes a folder of results; a second one is told which process that is.
+"""One process at a time writes a folder of results; a second one gets an error that names the first.
 
 The lock is the system's own (``flock``) on a small file beside the folder, so it ends with its process, however that
-ends. Where the file system knows no locks, or nothing can be written, there is none, and what follows says why.
+ends. Where the file system has no locks or cannot be written, there is no lock, and a later error says why.
 """
 
 import contextlib
@@ -29,29 +29,29 @@ LOCK = ".lock-"
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Folders that this process holds: the thread that does, and how often; it may hold one again.
+# Folder that this process holds -> the thread that holds it, and how many times: it may hold one again.
 _held: dict[str, tuple[int, int]] = {}
 _guard = threading.Lock()
 
 
 @contextmanager
 def hold_folder(path: str | Path) -> Iterator[None]:
-    """Hold a folder, there or to be made, against other processes and threads; raise UserError if one holds it."""
-    place, me = os.path.realpath(path), threading.get_ident()
+    """Hold a folder, existing or not, against other processes and threads; raise UserError if one holds it."""
+    real_path, this_thread = os.path.realpath(path), threading.get_ident()
     with _guard:
-        holder, times = _held.get(place, (me, 0))
-        if holder != me:
+        holder, times = _held.get(real_path, (this_thread, 0))
+        if holder != this_thread:
             raise UserError(f"another thread of this process writes to {str(path)!r}: choose another folder")
-        _held[place] = me, times + 1
+        _held[real_path] = this_thread, times + 1
     try:
-        with contextlib.nullcontext() if times else _locked(Path(place), str(path)):
+        with contextlib.nullcontext() if times else _locked(Path(real_path), str(path)):
             yield
     finally:
         with _guard:
             if times:
-                _held[place] = me, times
+                _held[real_path] = this_thread, times
             else:
-                del _held[place]
+                del _held[real_path]
 
 
 def one_writer(function: Callable[P, R]) -> Callable[P, R]:
@@ -69,9 +69,9 @@ def one_writer(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def _locked(place: Path, name: str) -> Iterator[None]:
+def _locked(folder_path: Path, name: str) -> Iterator[None]:
     """Hold the lock file of a folder, and remove it afterwards with the folders that were made for it."""
-    file, made = _acquire(place, name)
+    file, created = _acquire(folder_path, name)
     try:
         yield
     finally:
@@ -80,24 +80,24 @@ def _locked(place: Path, name: str) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()
             os.close(handle)
-        for folder in made:
+        for folder in created:
             with contextlib.suppress(OSError):  # in use by now
                 folder.rmdir()
 
 
-def _acquire(place: Path, name: str) -> tuple[tuple[int, Path] | None, list[Path]]:
+def _acquire(folder_path: Path, name: str) -> tuple[tuple[int, Path] | None, list[Path]]:
     """Return the open lock file with its path, None where there can be no lock; and the folders made, deepest first."""
     if fcntl is None:
         return None, []
-    missing = [folder for folder in place.parents if not os.path.exists(folder)]
-    made: list[Path] = []
+    missing = [folder for folder in folder_path.parents if not os.path.exists(folder)]
+    created: list[Path] = []
     # By a digest: a name of 255 bytes leaves no room for more. Inside the folder if its parent cannot be written.
-    lock = LOCK + hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
-    for parent in (place.parent, place):
+    lock = LOCK + hashlib.sha256(os.fsencode(folder_path)).hexdigest()[:16]
+    for parent in (folder_path.parent, folder_path):
         try:
             for folder in reversed(missing):
                 folder.mkdir()
-                made.insert(0, folder)
+                created.insert(0, folder)
             while True:
                 handle = os.open(parent / lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 try:
@@ -113,7 +113,7 @@ def _acquire(place: Path, name: str) -> tuple[tuple[int, Path] | None, list[Path
                 except BaseException:
                     os.close(handle)
                     raise
-                os.close(handle)  # of a process that ended in between, and removed the file: try anew
+                os.close(handle)  # its process ended in between and removed the file: try again
             about = {
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
@@ -122,12 +122,12 @@ def _acquire(place: Path, name: str) -> tuple[tuple[int, Path] | None, list[Path
             with contextlib.suppress(OSError):  # a full disk: the lock itself holds
                 os.truncate(handle, 0)
                 os.pwrite(handle, json.dumps(about).encode(), 0)
-            return (handle, parent / lock), made
+            return (handle, parent / lock), created
         except (OSError, ValueError):
-            for folder in made:
+            for folder in created:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
-            made = []
+            created = []
     return None, []
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, above what was in use before it; and memory that is free."""
+"""Peak memory of a block, above what was in use before it; and free memory."""
 
 import ctypes
 import sys
@@ -10,7 +10,7 @@ import torch
 
 
 class Peak:
-    """``bytes``: the peak above the start, once the block has ended; None where it cannot be told."""
+    """``bytes``: the peak above the start, once the block has ended; None where it cannot be measured."""
 
     bytes: int | None = None
 
@@ -19,8 +19,8 @@ class Peak:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measure the block's peak: of the allocator on CUDA, of resident memory on a Linux CPU; None elsewhere.
 
-    On the CPU pages that the process holds on to are not seen: memory freed before is given back first, but what
-    fragments keep of it makes the figure a lower bound.
+    On the CPU, pages that the process already holds are not counted. Freed memory is returned to the system first, but
+    fragments keep some of it, so the figure is a lower bound.
     """
     peak = Peak()
     if device.type == "cuda":
@@ -46,11 +46,11 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device: what CUDA or Linux says is available; None elsewhere."""
+    """Bytes that can still be allocated on a device, as CUDA or Linux reports; None elsewhere."""
     if device.type == "cuda":
-        # Memory that the allocator holds and does not use can be had too.
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + held
+        # Memory that the allocator holds and does not use is free, too.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

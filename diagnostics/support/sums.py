@@ -24,7 +24,7 @@ def total(values: Tensor) -> Tensor:
 
 def mean_row(rows: Tensor) -> Tensor:
     """Mean of rows [n, width] of any floating-point type, float32 [width]."""
-    whole = len(rows) // BLOCK * BLOCK
-    sums = rows[:whole].unflatten(0, (-1, BLOCK)).sum(dim=1, dtype=torch.float32)
-    rest = rows[whole:].sum(dim=0, dtype=torch.float32)
+    n_blocked = len(rows) // BLOCK * BLOCK
+    sums = rows[:n_blocked].unflatten(0, (-1, BLOCK)).sum(dim=1, dtype=torch.float32)
+    rest = rows[n_blocked:].sum(dim=0, dtype=torch.float32)
     return ((sums.sum(dim=0, dtype=wide(rows.device)) + rest) / len(rows)).float()

@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("speed-diagnostics", "torch", "transformers", "numpy", "scipy", "pandas", "pyarrow")
-# Recorded where they took part.
+# Recorded if they are in use.
 OPTIONAL = {"transformer_lens": "transformer-lens", "nnsight": "nnsight", "peft": "peft", "lm_eval": "lm-eval"}
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in (*PACKAGES, *(name for module, name in OPTIONAL.items() if module in sys.modules)):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that is not installed
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed
 
 
 def hardware(device: torch.device) -> str:

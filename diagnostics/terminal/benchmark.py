@@ -12,25 +12,25 @@ from diagnostics.terminal.units import readable_bytes
 
 
 def show_benchmark(result: Benchmark, console: Console) -> None:
-    """Print, per length, what each policy took, its ratio to full depth, and the counted limit of that ratio."""
-    m = result.manifest
-    title = f"{m['model']} on {m['hardware']}, {m['dtype']}, {m['new_tokens']} new tokens\n"
+    """Print, per length, each policy's figures, their ratios to full depth, and the counted limits of these."""
+    manifest = result.manifest
+    title = f"{manifest['model']} on {manifest['hardware']}, {manifest['dtype']}, {manifest['new_tokens']} new tokens\n"
     console.print(Text(title, style="bold"))
     for length, rows in result.summary().groupby("n_prompt", sort=False):
         batch, repeats = int(rows["batch_size"].iloc[0]), int(rows["repeats"].max())
         console.print(f"{int(str(length)):,} prompt tokens, batch {batch}, {repeats} repeats (mean ± std)")
         for table in (_times(rows), _memory(rows)):
-            _print_whole(table, console)
+            _print_uncut(table, console)
     console.print(
         "x: ratio to full depth, median over repeats. limit: that ratio counted, by operations of the prefill (TTFT), "
         "bytes read (TPOT) and bytes held (KV). peak: memory above the loaded model.",
         style="dim",
     )
-    for note in m["notes"]:
+    for note in manifest["notes"]:
         console.print(Text(f"Note: {note}.", style="yellow"))
 
 
-def _print_whole(table: Table, console: Console) -> None:
+def _print_uncut(table: Table, console: Console) -> None:
     """Print a table without cutting figures: where the screen is too narrow, lines wrap."""
     screen = console.width
     console.width = max(screen, Measurement.get(console, console.options.update(width=1000), table).maximum)

@@ -16,7 +16,7 @@ from diagnostics.runs.run import Run
 from diagnostics.terminal.units import readable_bytes
 
 BARS = "▁▂▃▄▅▆▇█"
-# Column of the layers table, and what it is called here.
+# Column of the layers table -> its label.
 CURVES = (
     ("mass_prompt", "attention on prompt"),
     ("selectivity", "selectivity"),
@@ -199,7 +199,7 @@ def _sentence(recommendation: Recommendation) -> Text:
     anchors = "1 anchor" if data["anchors"] == 1 else f"{data['anchors']} anchors"
     text.append(f" ({data['depth_fraction']:.0%} of the depth, {anchors})", style="not bold")
     agreement = data["agreement"]
-    said = [
+    by_region = [
         f"{name} says {k}"
         for name, k in (
             ("selection", agreement["cutoff_by_selection"]),
@@ -207,7 +207,7 @@ def _sentence(recommendation: Recommendation) -> Text:
         )
         if k is not None
     ]
-    if said:
+    if by_region:
         verdict = "agree with" if agreement["agree"] else "DISAGREE with"
-        text.append(f"\nThe regions {verdict} the measured loss: {', '.join(said)}.", style="not bold")
+        text.append(f"\nThe regions {verdict} the measured loss: {', '.join(by_region)}.", style="not bold")
     return text

@@ -1,4 +1,4 @@
-"""An evaluation in the terminal: scores of tasks under policies, what is kept of them, and how answers fail."""
+"""An evaluation in the terminal: scores of tasks under policies, their retention, and how answers fail."""
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -14,16 +14,16 @@ LONGEST, NARROWEST = 30, 8
 
 def show_evaluation(summary: pd.DataFrame, console: Console) -> None:
     """Print scores in percent, with the half-width of their 95% interval where that fits."""
-    table, said = _table(texts(summary)), "Scores in percent, ± half of the 95% interval"
-    endless = console.options.update(width=10_000)  # a measure goes no further than its console
+    table, head = _table(texts(summary)), "Scores in percent, ± half of the 95% interval"
+    endless = console.options.update(width=10_000)  # rich measures no wider than the console
     if console.measure(table, options=endless).minimum > console.width:
         shown = texts(summary, spread=False)
-        first = [AVERAGE, KEPT]  # should the last ones not fit either
+        first = [AVERAGE, KEPT]  # in case the last columns do not fit either
         shown = shown[[*(name for name in first if name in shown), *(name for name in shown if name not in first)]]
-        table, said = _table(shown, narrow=True), "Scores in percent; summary.md has their intervals"
+        table, head = _table(shown, narrow=True), "Scores in percent; summary.md has their intervals"
     console.print(table)
     console.print(
-        f"{said}; * differs from full depth (5%, corrected over tasks); kept: the average as a share of full depth's."
+        f"{head}; * differs from full depth (5%, corrected over tasks); kept: the average as a share of full depth's."
     )
 
 
@@ -31,7 +31,7 @@ def _table(shown: pd.DataFrame, narrow: bool = False) -> Table:
     if len(shown) < len(shown.columns):
         shown = shown.T  # the fewer columns the better they fit
     table = Table(box=None if narrow else SIMPLE_HEAD, padding=(0, 1, 0, 0) if narrow else (0, 1))
-    # What the rows are is said whole; titles of columns take a second line instead.
+    # Names of rows stay on one line; titles of columns wrap.
     table.add_column("", min_width=min(LONGEST, max(len(str(name)) for name in shown.index)))
     for title, cells in shown.items():
         width = max(map(len, cells))

@@ -1,4 +1,4 @@
-"""A fine-tuning in the terminal: the cutoffs before and after, and what is recommended now."""
+"""A fine-tuning in the terminal: the cutoffs before and after, and the new recommendation."""
 
 from collections.abc import Callable
 
@@ -33,12 +33,12 @@ def show_finetuning(
     after = read_recommendation(finetuning.path)
     goal = float(after["criterion"]["max_kl"])
     before = recommend(load_run(finetuning.path / BEFORE), max_kl=goal).cutoff
-    of = "full depth" if finetuning.manifest["settings"]["against"] == "itself" else "full depth before training"
-    shown = Table(box=SIMPLE_HEAD, title=f"KL from {of}, nats per token, and same top token; held-out prompts")
+    reference = "full depth" if finetuning.manifest["settings"]["against"] == "itself" else "full depth before training"
+    shown = Table(box=SIMPLE_HEAD, title=f"KL from {reference}, nats per token, and same top token; held-out prompts")
     for title in ("cutoff", "before", "after", "same before", "same after"):
         shown.add_column(title, justify="right")
     wanted = {trained, before, int(after["cutoff"])}
-    near = {k for place in wanted for k in range(place - AROUND, place + AROUND + 1)} | {n_layers}
+    near = {k for centre in wanted for k in range(centre - AROUND, centre + AROUND + 1)} | {n_layers}
     for row in table[table["cutoff"].isin(near)].to_dict("records"):
         shown.add_row(
             str(row["cutoff"]),

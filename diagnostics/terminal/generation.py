@@ -19,7 +19,7 @@ from diagnostics.terminal.units import readable_bytes
 
 
 def summary_line(lm: LoadedModel, prompt_ids: Tensor, generation: Generation, policy: Policy) -> str:
-    """Say in one line what a generation took."""
+    """Return the time and memory of a generation as one line."""
     tpot = "" if math.isnan(generation.tpot_s) else f"TPOT {1000 * generation.tpot_s:.1f} ms, "
     return (
         f"[{policy}: {prompt_ids.shape[1]} prompt tokens, {generation.token_ids.shape[1]} generated, "
@@ -28,7 +28,7 @@ def summary_line(lm: LoadedModel, prompt_ids: Tensor, generation: Generation, po
 
 
 def as_json(lm: LoadedModel, prompt_ids: Tensor, results: dict[str, Generation]) -> str:
-    """Return token ids, text and timings; of several generations, an object by policy."""
+    """Return token ids, text and timings as JSON; for several generations, one object per policy."""
     described = {name: _describe(lm, prompt_ids, generation) for name, generation in results.items()}
     return json.dumps(described if len(described) > 1 else next(iter(described.values())), indent=1)
 
@@ -49,7 +49,7 @@ def _describe(lm: LoadedModel, prompt_ids: Tensor, generation: Generation) -> di
 def show_comparison(
     lm: LoadedModel, prompt_ids: Tensor, results: dict[str, Generation], policy: Policy, console: Console
 ) -> None:
-    """Print full depth and a policy side by side; tokens that the other side has not are marked."""
+    """Print full depth and a policy side by side; tokens that the other side lacks are marked."""
     full, other = results[FullPolicy.name], results[policy.name]
     left, right = full.token_ids[0].tolist(), other.token_ids[0].tolist()
     texts = Table(box=SIMPLE_HEAD, expand=True)
@@ -84,7 +84,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def _marked(lm: LoadedModel, ids: list[int], differs: list[bool], colour: str) -> Text:
-    """Underline what differs."""
+    """Return the text of tokens, with those that differ underlined."""
     text = Text()
     for piece, differ in marked_text(lm.tokenizer, ids, differs):
         text.append(piece, style=f"underline {colour}" if differ else None)
