@@ -1,4 +1,4 @@
-"""Diagnosis: what the layers of a model do with a prompt, measured while it runs."""
+"""Diagnosis: measures what each layer of a model does with a prompt while the model runs."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Prompts -> capture -> probes -> run."""
+"""Runs prompts through a capture and its probes, and collects their measurements in a run."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,29 +60,29 @@ def diagnose(
     Parameters
     ----------
     model
-        The model, from `load_model` or `LoadedModel.wrap`; or a TransformerBridge or an nnsight model as it is.
+        The model: from `load_model` or `LoadedModel.wrap`, or a TransformerBridge or an nnsight model.
     prompts
-        The prompts, from `load_prompts`. One without a reference is continued greedily at full depth.
+        The prompts, from `load_prompts`. A prompt without a reference is continued greedily at full depth.
     decode_tokens
-        Reference tokens per prompt at most, 1 or more.
+        Maximum number of reference tokens per prompt, 1 or more.
     anchors
         Leading tokens that SPEED keeps in all layers, 0 or more.
     lens_positions
-        Decode positions per prompt, evenly spaced, that the logit lens reads at most, 1 or more.
+        Maximum number of decode positions per prompt, evenly spaced, that the logit lens reads, 1 or more.
     detail_prompts
         How many of the first prompts also keep their tokens, with the attention that each receives in each layer and
         the logit lens token by token: 4 bytes per token and layer. 0 for none.
     backend
         How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
     remote
-        Run an nnsight model on NDIF; ``"local"`` rehearses that here. Its weights are then never loaded.
+        Run an nnsight model on NDIF; ``"local"`` simulates this locally. The weights are then never loaded.
     self_test
-        Prove first, once per model, that it is measured as masked passes of it are; see `diagnostics.self_test`. A
-        model that fails is refused; one of which only the contribution cannot be proven is measured without it.
+        First prove, once per model, that measurements equal masked passes of the model; see `diagnostics.self_test`. A
+        model that fails is refused; a model that fails only for the contribution is measured without it.
     out
         Run folder to write; without it the run stays in memory.
     resume
-        Continue an interrupted run in ``out``: the numbers are those of an undisturbed one.
+        Continue an interrupted run in ``out``; the numbers equal those of an uninterrupted run.
     teacher
         From `diagnostics.diagnosis.teacher.observe_teacher` on the same prompts: every cutoff, full depth too, is
         compared with that model's full depth, on its references. For a fine-tuned model this measures what was lost
@@ -90,12 +90,12 @@ def diagnose(
     progress
         Called as ``progress(done, total, prompt_id)`` before each prompt and once at the end.
     arguments
-        What the user asked for, kept in the manifest as it is.
+        The user's arguments, stored unchanged in the manifest.
 
     Raises
     ------
     UserError
-        For a prompt that does not fit, a folder that cannot be written, a model whose parts are not understood.
+        For a prompt that does not fit, a folder that cannot be written, or a model that cannot be measured.
     """
     if decode_tokens < 1:
         raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
@@ -114,13 +114,13 @@ def diagnose(
     if teacher is not None:
         teacher.require_prompts(encoded, decode_tokens)
         encoded = [replace(prompt, reference_ids=teacher.references[prompt.prompt_id]) for prompt in encoded]
-    numbers = {
+    settings = {
         "anchors": anchors,
         "decode_tokens": decode_tokens,
         "lens_positions": lens_positions,
         "detail_prompts": detail_prompts,
     }
-    manifest = _manifest(lm, prompts, encoded, capture, probes, numbers, teacher, proof, arguments)
+    manifest = _manifest(lm, prompts, encoded, capture, probes, settings, teacher, proof, arguments)
     writer = RunWriter.open(Path(out), manifest, resume=resume) if out is not None else None
     readout = Readout(lm.anatomy)
     finished: list[Tables] = []
@@ -170,8 +170,8 @@ def _diagnose_prompt(
 ) -> Tables:
     n_prompt = prompt.n_prompt
     layout = Layout.of(n_prompt, anchors)
-    inside = range(layout.prompt.start, layout.prompt.stop)
-    evidence = tuple((max(a, inside.start), min(b, inside.stop)) for a, b in prompt.evidence)
+    segment = layout.prompt
+    evidence = tuple((max(a, segment.start), min(b, segment.stop)) for a, b in prompt.evidence)
     evidence = tuple((a, b) for a, b in evidence if a < b)
     notes = list(prompt.notes)
     if sum(b - a for a, b in evidence) < sum(b - a for a, b in prompt.evidence):
@@ -216,15 +216,15 @@ def _manifest(
     encoded: Sequence[EncodedPrompt],
     capture: Capture,
     probes: Mapping[str, type[Probe]],
-    numbers: dict[str, int],
+    settings: dict[str, int],
     teacher: Teacher | None,
     proof: Proof,
     arguments: dict[str, Any] | None,
 ) -> RunManifest:
-    """Return what a run says of itself; ``identity`` is what a continued run must share for the same numbers."""
+    """Return the manifest of a run; ``identity`` holds what a resumed run must share to give the same numbers."""
     without_bos = [prompt.prompt_id for prompt in encoded if not prompt.has_bos]
     notes = []
-    if numbers["anchors"] and without_bos:
+    if settings["anchors"] and without_bos:
         notes.append(
             f"{len(without_bos)} of {len(encoded)} prompts do not begin with a BoS token: "
             "their first anchor is the first real token"
@@ -252,11 +252,11 @@ def _manifest(
         context_length=prompts.context_length,
         prompts=prompts.fingerprint,
         teacher=None if teacher is None else teacher.weight_hash,
-        **numbers,
+        **settings,
         added_probes=added_probes(probes) or None,
         token_ids=inputs_digest(encoded),
     )
-    about = {
+    details = {
         "schema_version": SCHEMA_VERSION,
         "status": "running",
         "revision": lm.revision,
@@ -270,4 +270,4 @@ def _manifest(
         "columns": {column: text for probe in probes.values() for column, text in probe.describes.items()},
         "notes": notes + head["notes"],
     }
-    return cast(RunManifest, head | about)
+    return cast(RunManifest, head | details)

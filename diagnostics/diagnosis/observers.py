@@ -1,9 +1,9 @@
-"""What a capture hands to its observers, whichever backend reads the activations.
+"""The data that a capture passes to its observers, the same for every backend.
 
-A capture takes one prompt through the model and streams it layer by layer. It holds nothing of a layer that its
-observers do not keep, so memory grows with the number of tokens and not with layers x tokens x tokens.
+A capture runs one prompt through the model and passes it on layer by layer. It keeps nothing of a layer, so memory
+grows with the number of tokens, not with layers x tokens x tokens.
 
-Positions: ``P`` prompt tokens, ``T = P + n_decode - 1`` tokens in all. Rows 0..P-2 are the *context* (anchors, then
+Positions: ``P`` prompt tokens, ``T = P + n_decode - 1`` tokens in total. Rows 0..P-2 are the *context* (anchors, then
 prompt); rows P-1..T-1 are the ``n_decode`` decode-phase rows. Row P-1, the last prompt token, is the first of them.
 """
 
@@ -20,7 +20,7 @@ Columns = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class ContextRows:
-    """Layer ``layer`` as the context runs through it: residuals before and after, each [P-1, width]."""
+    """The context rows in layer ``layer``: residuals before and after the layer, each [P-1, width]."""
 
     layer: int
     residual_in: Tensor
@@ -30,22 +30,23 @@ class ContextRows:
 class Adds(Protocol):
     """What a part of one layer's head outputs, [n_decode, heads * head_dim], adds to the residual, [n_decode, width].
 
-    Parts that sum to the head outputs add up to what the attention added, less ``constant``: its bias.
+    For parts that sum to the head outputs, these additions sum to the addition of the attention minus ``constant``, its
+    bias.
     """
 
     def __call__(self, part: Tensor) -> Tensor:
-        """Return what a part adds, float32."""
+        """Return the addition of a part, float32."""
 
     def constant(self, heads: Tensor) -> Tensor:
-        """Return what is added whatever the heads give."""
+        """Return the addition that does not depend on the head outputs."""
 
 
 class AttentionRows(ABC):
     """Attention of a few query rows of one layer: the last ``n_window`` - 1 context positions, then the decode rows.
 
-    ``value`` [kv_heads, T, head_dim]; ``output`` [n_decode, heads, head_dim] is what the model's own attention gave for
-    the decode rows; ``adds`` gives what a part of that, [n_decode, heads * head_dim], adds to the residual of the
-    decode rows, [n_decode, width].
+    ``value`` has shape [kv_heads, T, head_dim]. ``output`` [n_decode, heads, head_dim] is the output of the model's own
+    attention for the decode rows. ``adds`` maps a part of it, [n_decode, heads * head_dim], to its addition to the
+    residual of the decode rows, [n_decode, width].
     """
 
     value: Tensor
@@ -87,16 +88,16 @@ class AttentionRows(ABC):
         """Return attention weights of the query heads of one KV head, float32 [group, rows, keys].
 
         The softmax runs over the first ``n_keys`` keys (default all) and the model's sinks, whose column is left out:
-        rows sum to 1 without sinks, to less with them. The result may be written to.
+        rows sum to 1 without sinks, to less with them. The caller may modify the result.
         """
 
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Layer ``layer`` as the decode-phase rows run through it: residuals before and after, each [n_decode, width].
+    """The decode-phase rows in layer ``layer``: residuals before and after the layer, each [n_decode, width].
 
-    ``branch`` runs the same layer on other residuals of the same positions, [branches, n_decode, width], that see
-    the anchors' keys and their own branch and nothing of the prompt: an upper layer of SPEED.
+    ``branch`` runs the same layer on other residuals at the same positions, [branches, n_decode, width]. These see the
+    anchors' keys and their own branch but nothing of the prompt, as in an upper layer of SPEED.
     """
 
     layer: int
@@ -108,10 +109,10 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one prompt: the model's logits of the decode rows, float32 [n_decode, vocab], and reference ids.
+    """The result of one prompt: the model's logits at the decode rows, float32 [n_decode, vocab], and reference ids.
 
-    ``measured`` is what each observer measured, in their order; empty while the observers look at the outcome. Logits
-    of a remote run stay where the model is, and are empty here.
+    ``measured`` has the measurements of each observer, in their order; it is empty while the observers look at the
+    outcome. Logits of a remote run stay on the remote machine, and are empty here.
     """
 
     logits: Tensor
@@ -123,8 +124,8 @@ class Outcome:
 class Measured:
     """Columns of one prompt: per layer [L], per layer and head [L, heads], per cutoff 1..L [L], and single numbers.
 
-    Of prompts to be looked at closely also ``tokens``, per token of the prompt segment and layer [tokens, L], and
-    ``lens``, per decode position from the first on and layer [positions, L].
+    For prompts kept in detail also ``tokens``, per token of the prompt segment and layer [tokens, L], and ``lens``, per
+    decode position, from the first on, and layer [positions, L].
     """
 
     layers: Columns = field(default_factory=dict)
@@ -136,7 +137,7 @@ class Measured:
 
 
 class Observer(Protocol):
-    """What a probe implements. For each layer ``on_context`` comes before ``on_decode``; layers ascend."""
+    """The interface of a probe. Layers come in ascending order, and in each ``on_context`` before ``on_decode``."""
 
     def on_context(self, rows: ContextRows) -> None:
         """Look at the context rows of one layer; not called when the prompt is a single token."""
@@ -165,8 +166,8 @@ class Capture(Protocol):
         n_decode: int,
         n_anchors: int,
     ) -> Outcome:
-        """Take one prompt through the model, and return its outcome with what the observers measured.
+        """Run one prompt through the model, and return its outcome with the observers' measurements.
 
-        Without ``reference_ids`` the reference is the model's greedy continuation, at most ``n_decode`` tokens, ended
-        by the end-of-sequence token (which counts). The prompt runs through the model once either way.
+        Without ``reference_ids`` the reference is the model's greedy continuation, at most ``n_decode`` tokens, up to
+        and including the end-of-sequence token. In both cases the prompt runs through the model once.
         """

@@ -1,8 +1,8 @@
-"""Residuals -> distributions over the vocabulary, compared with the model's final one.
+"""Maps residuals to distributions over the vocabulary, and compares them with the model's final distribution.
 
-The logit lens and the cutoff sweep ask the same question, *how far is this residual's next-token distribution from the
-model's own?*, of many residuals at the same positions. The vocabulary is walked in tiles, so that neither candidates x
-vocabulary logits nor a second copy of them ever exist, and a tile is still in the processor's cache when it is reduced.
+The logit lens and the cutoff sweep ask the same question about many residuals at the same positions: *how far is this
+residual's next-token distribution from the model's own?* The vocabulary is processed in tiles, so candidates x
+vocabulary logits never exist at once, and a tile is still in the processor's cache when it is reduced.
 """
 
 import copy
@@ -17,7 +17,7 @@ from diagnostics.support.divergence import StreamedComparison, js_distances, log
 from diagnostics.support.errors import UserError
 from diagnostics.support.sums import total, wide
 
-# Logits held at once: a tile where tiles stream, all of a block of positions where they are needed a second time.
+# Logits held at once: one tile where tiles stream; all logits of a block of positions where they are needed twice.
 TILE_BYTES = 4 << 20
 BLOCK_BYTES = 64 << 20
 
@@ -28,8 +28,8 @@ class Comparison:
 
     ``kl``: KL(p || q) in nats, >= 0. ``rank``: rank of p's most likely token under q, 0 is top. ``nll``: negative
     log-likelihood of the target under q in nats, NaN without targets. ``js``: Jensen-Shannon distance (square root of
-    the divergence in nats, 0..0.833) of candidate i from candidate i-1, NaN for the first and where not asked for.
-    ``rank`` is float32, the others float64 where the device has it.
+    the divergence in nats, 0..0.833) of candidate i from candidate i-1, NaN for the first candidate and if not
+    requested. ``rank`` is float32, the others float64 where the device supports it.
     """
 
     kl: Tensor
@@ -38,20 +38,20 @@ class Comparison:
     js: Tensor
 
     def last_is_final(self) -> "Comparison":
-        """Take the last candidate for the final residual itself: distance and rank are 0, whatever rounding gave."""
+        """Treat the last candidate as the final residual itself: set its distance and rank to 0, without rounding."""
         kl, rank = self.kl.clone(), self.rank.clone()
         kl[:, -1] = rank[:, -1] = 0
         return replace(self, kl=kl, rank=rank)
 
 
 class Readout:
-    """Final norm and unembedding of one model, in float32 whatever the model's own type."""
+    """Final norm and unembedding of one model, in float32 for any type of the model."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self._norm: nn.Module | None = None
 
-    # Not before they are needed: the weights may be elsewhere until then. (No cached_property: this class travels.)
+    # Created on first use: the weights may not be here before. (No cached_property: remote runs send this class.)
 
     @property
     def norm(self) -> nn.Module:
@@ -64,13 +64,13 @@ class Readout:
 
     @property
     def plain(self) -> bool:
-        """Whether the head is a matrix; of a quantised, adapted or offloaded one only the module knows the weights."""
+        """Whether the head is a plain matrix; a quantised, adapted or offloaded head must run as a module."""
         head = self.anatomy.unembedding
         return type(head) is nn.Linear and head.weight.is_floating_point() and not head.weight.is_meta
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the model's last layer."""
+        """Floating-point type of the model's last layer."""
         return next(self.anatomy.layers[-1].parameters()).dtype
 
     def logits(self, residuals: Tensor) -> Tensor:
@@ -87,20 +87,20 @@ class Readout:
         token = torch.zeros_like(best, dtype=torch.long)
         norm = torch.zeros_like(best, dtype=wide(best.device))  # running sum of exp(score - best)
         for columns, tile in self._tiles(hidden):
-            here, at = tile.max(-1)
-            higher = torch.maximum(best, here.to(best.device))
+            tile_best, index = tile.max(-1)
+            higher = torch.maximum(best, tile_best.to(best.device))
             weights = (tile.to(best.device) - higher[:, None]).exp_()
             norm = norm * (best - higher).exp() + total(weights)
-            token = torch.where(higher > best, at.to(best.device) + columns.start, token)
+            token = torch.where(higher > best, index.to(best.device) + columns.start, token)
             best = higher
         return token.view(residuals.shape[:-1]), (1 / norm).view(residuals.shape[:-1])
 
     def require_identity(self, ours: Tensor, logits: Tensor, name: str) -> None:
-        """Refuse the model unless the lens after the last layer reproduces its logits.
+        """Raise UserError unless the lens after the last layer reproduces the model's logits.
 
         ``ours`` [rows, vocab] are `logits` of the last layer's output, ``logits`` [rows, vocab] the model's own.
-        Tolerance: 1e-3 of the logits' standard deviation in float32, 0.1 of it in half precision, whose rounding alone
-        reaches a few hundredths. Raises UserError.
+        Tolerance: 1e-3 of the logits' standard deviation in float32; 0.1 of it in half precision, where rounding alone
+        reaches a few hundredths.
         """
         tolerance = (1e-3 if self.dtype == torch.float32 else 0.1) * float(logits.std())
         error = float((ours - logits.to(ours.device)).abs().max())
@@ -116,12 +116,12 @@ class Readout:
         """Compare candidate residuals with the final distribution at the same positions.
 
         ``final`` [positions, vocab] are `logits` of the last layer's output, ``candidates`` [positions, candidates,
-        width] residuals, ``targets`` [positions] token ids; ``consecutive`` asks for the distance of each candidate
-        from the one before it.
+        width] residuals, ``targets`` [positions] token ids; ``consecutive`` adds the distance of each candidate from
+        the previous one.
         """
         n, m = candidates.shape[:2]
-        # Streaming needs a tile of a block's rows; the second round of ``consecutive`` needs all of their logits. A
-        # head that is no matrix gives all at once, and they are held twice more, in float64.
+        # Streaming needs one tile of a block's rows; the second pass of ``consecutive`` needs all their logits. A head
+        # that is not plain returns all logits at once, and two float64 copies of them are held.
         row_bytes = 4 * final.shape[1] if consecutive else TILE_BYTES // 2048
         block = max(1, BLOCK_BYTES // ((row_bytes if self.plain else 12 * final.shape[1]) * m))
         parts = []
@@ -144,7 +144,7 @@ class Readout:
         hidden = self.norm(candidates.float())
         tiles: Iterable[tuple[slice, Tensor]] = self._tiles(hidden.flatten(0, 1))
         top = log_p.argmax(-1)
-        # The final top token's score, to rank it: its own tile comes too late, so it is computed first ...
+        # The final top token's score, to rank it: its own tile may come last, so the score is computed first ...
         if self.plain:
             best = self._scores_of(hidden, top)
         else:
@@ -159,15 +159,15 @@ class Readout:
         scratch = best.new_empty(0)
         for columns, tile in tiles:
             z = tile.view(n, m, -1)
-            # One buffer for all tiles: fresh memory of this size costs more than the arithmetic.
+            # One buffer for all tiles: allocating memory of this size costs more than the arithmetic.
             scratch = scratch if scratch.shape == z.shape else torch.empty_like(z)
             rank += torch.gt(z, best[..., None], out=scratch).sum(-1)  # whole numbers: any order gives the same sum
-            # ... which may differ in the last bit from the same score in the tile, and must not outrank itself.
-            here, own = _scores_in(columns, z, top)
-            rank -= ((own > best) & here).float()
+            # ... it may differ in the last bit from the same score in the tile, and must not outrank itself.
+            in_tile, scores = _scores_in(columns, z, top)
+            rank -= ((scores > best) & in_tile).float()
             if targets is not None:
-                here, own = _scores_in(columns, z, targets)
-                target_score = torch.where(here, own, target_score)
+                in_tile, scores = _scores_in(columns, z, targets)
+                target_score = torch.where(in_tile, scores, target_score)
             compared.add(columns, z)
             if consecutive:
                 kept.append(z)
@@ -176,7 +176,7 @@ class Readout:
         return compared.kl, rank, log_norm - target_score, js
 
     def _scores_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Logits of one token per position by a head that is a matrix: hidden [n, m, width], tokens [n] -> [n, m]."""
+        """Logits of one token per position from a plain head: hidden [n, m, width], tokens [n] -> [n, m]."""
         head = self.anatomy.unembedding
         tokens = tokens.to(head.weight.device)
         scores = torch.bmm(hidden.to(head.weight.device), head.weight[tokens, :, None].float()).squeeze(-1)
@@ -197,7 +197,7 @@ class Readout:
             yield columns, self._finish(nn.functional.linear(hidden, head.weight[columns].float(), bias))
 
     def _finish(self, logits: Tensor) -> Tensor:
-        """Apply what some families do to the head's output."""
+        """Apply the logit scale and the soft cap that some families have."""
         if self.anatomy.logit_scale != 1.0:
             logits = logits * self.anatomy.logit_scale
         cap = self.anatomy.logit_softcap
@@ -205,11 +205,12 @@ class Readout:
 
 
 def _scores_in(columns: slice, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Look one token per position [n] up in a tile of logits [n, m, columns].
+    """Look up one token per position [n] in a tile of logits [n, m, columns].
 
-    Returns whether the tile has it, bool [n, 1], and its logits, [n, m], which mean nothing where it has not.
+    Returns whether the tile contains the token, bool [n, 1], and the token's logits [n, m], meaningless where it does
+    not.
     """
     tokens = tokens.to(logits.device)
-    here = (tokens >= columns.start) & (tokens < columns.stop)
-    at = (tokens - columns.start).clamp(0, logits.shape[-1] - 1)
-    return here[:, None], logits.gather(-1, at[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)
+    in_tile = (tokens >= columns.start) & (tokens < columns.stop)
+    index = (tokens - columns.start).clamp(0, logits.shape[-1] - 1)
+    return in_tile[:, None], logits.gather(-1, index[:, None, None].expand(*logits.shape[:2], 1)).squeeze(-1)

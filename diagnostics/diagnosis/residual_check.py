@@ -1,10 +1,10 @@
-"""Whether the attention adds to the residual what its path says, and whether parts of the heads can be followed.
+"""Checks the attention's residual path: its addition to the residual, and that parts of the heads can be followed.
 
-Two things are proven of every layer. The sum: the attention's addition, by its residual path, and the other parts of
-the layer make up what the residual gains. And the split: whatever stands between the heads and the residual multiplies
-each number by itself (a gate, a norm's scale), so that a part of the heads can be followed. For that the layer runs a
-second time with other head outputs, and each number must be multiplied as before, but for one factor per token, which
-is the scale of a norm over all of them.
+Two properties are checked in every layer. The sum: the attention's addition, computed by its residual path, and the
+other parts of the layer sum to what the residual gains. The split: every operation between the heads and the residual
+scales each number separately (a gate, a norm's scale), so that a part of the head outputs can be followed. To check the
+split, the layer runs a second time with other head outputs; each number must be scaled by the same factor as before,
+up to one common factor per token, the scale of a norm over all of them.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from diagnostics.self_test.masked import Batch, stock_logits
 
 
 class Gains:
-    """What the residual gained from the attention of each layer in a pass of the stock model, and whether it adds up.
+    """The gain of the residual from each layer's attention in a pass of the stock model, and whether the parts sum up.
 
-    ``paths`` are how it came there; ``added`` [layers][rows, columns, width] is what the attention added, by the paths;
-    ``problem`` says in which layer the parts first differ from their sum.
+    ``paths`` are the residual paths; ``added`` [layers][rows, columns, width] is the addition of the attention, as the
+    paths compute it; ``problem`` names the first layer whose parts differ from their sum.
     """
 
     def __init__(self, anatomy: Anatomy, tolerance: float) -> None:
@@ -35,13 +35,13 @@ class Gains:
         self._problem: str | None = None
 
     def note(self, layer: int, watch: LayerWatch, gained: Gained) -> None:
-        """Compare the parts of one layer with what it added in all."""
+        """Compare the parts of one layer with its total addition."""
         path = ResidualPath(watch.adder, multiplier_of(self.anatomy.layers[layer]))
         self.paths.append(path)
         terms = [term.float() * path.multiplier for term in (gained.attention, *gained.others)]
         self.added.append(terms[0])
         parts, total = torch.stack(terms).sum(0), gained.total.float()
-        # The total is a difference of residuals, and has their rounding.
+        # The total is a difference of residuals, so it has their rounding error.
         rounding = 8 * torch.finfo(gained.total.dtype).eps * float((gained.residual.float() + total).norm())
         error = float((parts - total).norm())
         if not error <= self.tolerance * float(parts.norm()) + rounding and self._problem is None:
@@ -50,7 +50,7 @@ class Gains:
 
     @property
     def problem(self) -> str | None:
-        """What does not add up, or could not be seen."""
+        """What does not sum up, or could not be observed; None if nothing."""
         n_layers = self.anatomy.n_layers
         if len(self.added) != n_layers:
             return f"of {n_layers} layers {len(self.added)} showed what their attention adds to the residual"
@@ -60,7 +60,7 @@ class Gains:
 def split_problem(
     model: Any, anatomy: Anatomy, paths: Sequence[ResidualPath], batch: Batch, tolerance: float
 ) -> str | None:
-    """Return in which layer parts of the head outputs cannot be followed to the residual; None if in none."""
+    """Say in which layer parts of the head outputs cannot be followed to the residual; None if in none."""
     replay = _Replay(anatomy, paths, tolerance)
     handles = []
     try:
@@ -79,7 +79,7 @@ def split_problem(
 
 
 class _Replay:
-    """Runs every layer twice, the second time with other head outputs, and compares what was done to them."""
+    """Runs every layer twice, the second time with other head outputs, and compares the factors applied to them."""
 
     def __init__(self, anatomy: Anatomy, paths: Sequence[ResidualPath], tolerance: float) -> None:
         self.anatomy, self.paths, self.tolerance = anatomy, paths, tolerance
@@ -90,20 +90,20 @@ class _Replay:
         self._generator = torch.Generator().manual_seed(0)
 
     def tap(self, model: Any) -> AbstractContextManager[None]:
-        """See the head outputs; a TransformerBridge computes attention itself, and shows what enters the projection."""
+        """Tap the head outputs; a TransformerBridge computes attention itself: there use the projection's input."""
         if any(unwrapped(attention) is not attention for attention in self.anatomy.attentions):
             return nullcontext()
         self._tapped = True
         return attention_tap(model, self.anatomy.attentions, self.on_attention)
 
     def on_attention(self, call: AttentionCall) -> tuple[Tensor, Any]:
-        """Let the attention run; change what it gives the second time."""
+        """Run the attention; in the second run change its output."""
         output, weights = call.proceed()
         self._heads = output = self._changed(output)
         return output, weights
 
     def before_projection(self, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Change what enters the projection the second time, if the heads could not be changed."""
+        """In the second run change the projection's input, if the attention is not tapped."""
         if self._tapped:
             return None
         self._heads = self._changed(args[0])
@@ -116,15 +116,15 @@ class _Replay:
         return heads * factors.to(heads.device, heads.dtype)
 
     def on_projection(self, _: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        """Note what entered and left the projection."""
+        """Record the projection's input and output."""
         self._shown |= {"entered": args[0], "left": output}
 
     def on_added(self, _: Any, __: Any, output: Any) -> None:
-        """Note what is added to the residual."""
+        """Record the addition to the residual."""
         self._shown.setdefault("added", residual_of(output))
 
     def layer_hook(self, layer: int) -> Any:
-        """Return the hook of one layer: it runs the layer again, and compares."""
+        """Return the hook of one layer, which runs the layer again and compares."""
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
             if self._again or self.problem is not None:
@@ -147,7 +147,7 @@ class _Replay:
         return hook
 
     def _steps(self) -> tuple[Tensor | None, Tensor | None]:
-        """What was done to each number before and after the output projection, in the run that has just ended."""
+        """Return the factors applied to each number before and after the output projection in the latest run."""
         assert self._heads is not None
         shown, self._shown = Shown(**self._shown), {}
         heads = self._heads.reshape(shown.entered.shape)

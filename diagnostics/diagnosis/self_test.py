@@ -1,7 +1,7 @@
-"""The self-test of a diagnosis: the sweep gives the logits of masked passes, and contributions are the residual's gain.
+"""The self-test of a diagnosis: the sweep equals masked passes, and contributions equal the gain of the residual.
 
-What a capture shows of a few dozen tokens is compared with the stock model. A model whose sweep differs is refused;
-where only the contribution cannot be proven, it is left out.
+A capture of a few dozen tokens is compared with the stock model. A model whose sweep differs is refused; if only the
+contribution differs, the contribution is left out.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from diagnostics.self_test.proving import prove, refuse
 from diagnostics.self_test.subject import N_DECODE, N_PROMPT, Subject
 
 N_GREEDY = 2
-# Share of its size by which an addition to the residual may differ.
+# Tolerated relative error of an addition to the residual.
 ADDITIONS = {torch.float32: 1e-3, torch.float64: 1e-3}
 ADDITIONS_IN_HALF = 0.05
 
 
 def require_measurable(lm: Any, capture: Any) -> Proof:
-    """Return what is proven of a model that ``capture`` is to measure; raise UserError if it would be mismeasured."""
-    if getattr(capture, "remote", False):  # what the sweep holds stays where the model runs
+    """Return the proof for a model that ``capture`` will measure; raise UserError if it would be mismeasured."""
+    if getattr(capture, "remote", False):  # the sweep's tensors stay on the remote machine
         return Proof(unproved="the self-test did not run: the model runs elsewhere")
     proof = prove_measurable(lm, capture)
     refuse(proof, ("causality", "sweep"), lm.name, "measured")
@@ -43,7 +43,7 @@ def require_measurable(lm: Any, capture: Any) -> Proof:
 
 
 def prove_measurable(lm: Any, capture: Any) -> Proof:
-    """Return what is proven of a loaded model that ``capture`` reads."""
+    """Return the proof for a loaded model that ``capture`` reads."""
     subject = WatchedSubject(lm.model, lm.anatomy)
     captured = _Captured(subject, capture)
     checks = {
@@ -54,7 +54,7 @@ def prove_measurable(lm: Any, capture: Any) -> Proof:
 
 
 class WatchedSubject(Subject):
-    """A model under test whose stock pass also shows what the residual gains from each attention."""
+    """A model under test whose stock pass also records the gain of the residual from each attention."""
 
     @cached_property
     def _watched(self) -> tuple[Tensor, Gains]:
@@ -69,21 +69,21 @@ class WatchedSubject(Subject):
 
     @property
     def gains(self) -> Gains:
-        """What the residual gained from each attention in that pass."""
+        """The gain of the residual from each attention in that pass."""
         return self._watched[1]
 
     @property
     def tolerance(self) -> float:
-        """Share of its size by which an addition to the residual may differ."""
+        """Tolerated relative error of an addition to the residual."""
         return ADDITIONS.get(self.dtype, ADDITIONS_IN_HALF)
 
 
 @dataclass(frozen=True)
 class CapturedRow:
-    """What a capture showed of the first row.
+    """What a capture observed of the first row.
 
-    ``branches``: logits of the sweep by cutoff, [n_decode, vocabulary]; ``added``: what each attention adds to the
-    residual, biases included, [layers][n_decode, width].
+    ``branches``: logits of the sweep by cutoff, [n_decode, vocabulary]; ``added``: the addition of each attention to
+    the residual, including biases, [layers][n_decode, width].
     """
 
     branches: dict[int, Tensor]
@@ -91,7 +91,7 @@ class CapturedRow:
 
 
 class _Captured:
-    """The first row through a capture, run when a check first asks for it."""
+    """The first row through a capture, run when a check first needs it."""
 
     def __init__(self, subject: Subject, capture: Any) -> None:
         self.subject, self.capture = subject, capture
@@ -107,13 +107,13 @@ class _Captured:
 
 
 def capture_first_row(subject: Subject, capture: Any, n_decode: int, reference: Sequence[int] | None) -> CapturedRow:
-    """Run the first row's prompt through a capture, with this reference or a greedy one."""
+    """Run the first row's prompt through a capture, with this reference or, if None, a greedy one."""
     prompt, readout = subject.batch.ids[0, :N_PROMPT].tolist(), Readout(capture.lm.anatomy)
     context = PromptContext(
         layout=Layout(1, N_PROMPT), n_layers=subject.anatomy.n_layers, readout=readout, model_name=capture.lm.name
     )
     sweep, additions = CutoffSweep(context), _Additions(context)
-    # The probe of the attention refuses what it does not understand, here rather than after the first prompt.
+    # With the attention probe a model that it refuses fails here, not after the first prompt.
     observers = [AttentionMass(context), sweep, additions]
     capture.run(prompt, reference, observers, n_decode=n_decode, n_anchors=1)
     assert sweep.branches is not None
@@ -121,7 +121,7 @@ def capture_first_row(subject: Subject, capture: Any, n_decode: int, reference: 
 
 
 class _Additions(Probe):
-    """Keeps of every layer what its attention adds by the capture: all of it, [n_decode, width]."""
+    """Keeps the addition of every layer's attention, as the capture computes it, [n_decode, width]."""
 
     def __init__(self, context: PromptContext) -> None:
         super().__init__(context)
@@ -136,8 +136,11 @@ class _Additions(Probe):
 
 
 def sweep_differs(subject: Subject, given: CapturedRow, greedy: CapturedRow) -> str | None:
-    """Each branch of the cutoff sweep equals the masked pass, with a given reference and with a greedy one."""
-    # With another reference only the first decode row has the same tokens before it.
+    """Check that each branch of the cutoff sweep equals the masked pass, with a given and with a greedy reference.
+
+    Returns the first difference, or None.
+    """
+    # With another reference only the first decode row follows the same tokens.
     for how, row, positions in (("", given, slice(None)), ("with a greedy reference ", greedy, slice(1))):
         for cutoff, logits in subject.masked.items():
             expected = logits[0, subject.batch.decode][positions]
@@ -150,7 +153,10 @@ def sweep_differs(subject: Subject, given: CapturedRow, greedy: CapturedRow) -> 
 
 
 def contribution_differs(subject: WatchedSubject, given: CapturedRow) -> str | None:
-    """What the attention adds to the residual, by this capture, is what the stock model adds, and can be split."""
+    """Check that the capture's additions of the attention equal the stock model's, and that they can be split.
+
+    Returns the first difference, or None.
+    """
     first = Batch(subject.batch.ids[:1], subject.batch.mask[:1], N_PROMPT)
     gains = subject.gains
     problem = gains.problem or split_problem(subject.model, subject.anatomy, gains.paths, first, subject.tolerance)

@@ -1,4 +1,4 @@
-"""What the probes measured of one prompt -> its rows of the run's tables."""
+"""Builds the rows of a run's tables from the probes' measurements of one prompt."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,8 +18,8 @@ from diagnostics.support.errors import UserError
 def prompt_tables(row: Mapping[str, Any], measured: Mapping[str, Measured], anatomy: Anatomy) -> Tables:
     """Return a prompt's rows of ``prompts``, ``layers``, ``heads`` and ``cutoffs``.
 
-    ``row`` is what the table of prompts says besides measurements, ``prompt_id`` included; ``measured`` is by probe.
-    Raises UserError for a probe whose columns have another shape, or the name of a column that exists.
+    ``row`` has the columns of the prompts table that are not measured, including ``prompt_id``; ``measured`` is by
+    probe. Raises UserError for a probe whose columns have another shape, or the name of an existing column.
     """
     n_layers, n_heads = anatomy.n_layers, anatomy.n_heads
     key = {"prompt_id": row["prompt_id"]}
@@ -56,15 +56,15 @@ def detail_tables(
     context: PromptContext,
     measured: Iterable[Measured],
 ) -> Tables:
-    """Return the tables of a prompt that is looked at closely.
+    """Return the tables of a prompt that is kept in detail.
 
-    ``tokens`` has one row per token of prompt and reference, ``lens`` one per decode position, from the first on, and
-    layer.
+    ``tokens`` has one row per token of prompt and reference; ``lens`` has one row per layer and decode position, from
+    the first position on.
     """
     measured = list(measured)
-    token_ids, inside = [*prompt.token_ids, *reference_ids], context.layout.prompt
+    token_ids, prompt_part = [*prompt.token_ids, *reference_ids], context.layout.prompt
     segment = np.full(len(token_ids), "decode", dtype=object)
-    segment[: inside.start], segment[inside] = "anchor", "prompt"
+    segment[: prompt_part.start], segment[prompt_part] = "anchor", "prompt"
     evidence = np.zeros(len(token_ids), dtype=bool)
     for start, stop in context.evidence:
         evidence[start:stop] = True
@@ -80,10 +80,11 @@ def detail_tables(
     )
     for columns in measured:
         for name, values in columns.tokens.items():
-            tokens[name] = [None] * inside.start + list(values) + [None] * (len(token_ids) - inside.start - len(values))
+            start = prompt_part.start
+            tokens[name] = [None] * start + list(values) + [None] * (len(token_ids) - start - len(values))
     lens = {name: column for columns in measured for name, column in columns.lens.items()}
     n_positions, n_layers = next(iter(lens.values())).shape
-    shown = pd.DataFrame(
+    lens_rows = pd.DataFrame(
         {
             "prompt_id": prompt.prompt_id,
             "position": context.layout.n_prompt - 1 + np.repeat(np.arange(n_positions), n_layers),
@@ -91,5 +92,5 @@ def detail_tables(
         }
         | {name: column.reshape(-1) for name, column in lens.items()}
     )
-    shown["lens_text"] = [tokenizer.decode([token]) for token in shown["lens_token"]]
-    return {"tokens": tokens, "lens": shown}
+    lens_rows["lens_text"] = [tokenizer.decode([token]) for token in lens_rows["lens_token"]]
+    return {"tokens": tokens, "lens": lens_rows}

@@ -1,4 +1,4 @@
-"""Another model's full depth to measure against: that of the model from which a fine-tuned one was made."""
+"""The teacher: another model whose full depth is the baseline, such as the original of a fine-tuned model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """What a model says at full depth to some prompts.
+    """A model's logits at full depth for some prompts.
 
-    ``prompts`` are the tokens of each prompt, ``references`` those that follow it, given or greedy; ``logits``
-    [n_decode, vocabulary] are those at its decode positions, in the type of the weights, on the CPU: as many as all
-    prompts have together are held.
+    ``prompts`` are the tokens of each prompt; ``references`` are those that follow it, given or greedy. ``logits``
+    [n_decode, vocabulary] are those at its decode positions, in the type of the weights, on the CPU; the logits of all
+    prompts are held at once.
     """
 
     name: str
@@ -30,11 +30,11 @@ class Teacher:
     logits: Mapping[str, Tensor] = field(repr=False)
 
     def require_prompts(self, encoded: Sequence[EncodedPrompt], n_decode: int) -> None:
-        """Raise UserError unless it was observed on these very tokens, with ``n_decode`` of the reference at most."""
+        """Raise UserError unless it was observed on these tokens, with at most ``n_decode`` reference tokens each."""
         for prompt in encoded:
             if self.prompts.get(prompt.prompt_id) != prompt.token_ids:
-                known = f"the teacher has not seen prompt {prompt.prompt_id!r} as it is"
-                raise UserError(f"{known}: give observe_teacher the same prompts")
+                problem = f"the teacher has not seen prompt {prompt.prompt_id!r} as it is"
+                raise UserError(f"{problem}: give observe_teacher the same prompts")
             if len(self.references[prompt.prompt_id]) > n_decode:
                 raise UserError(f"the teacher has more than {n_decode} reference tokens: give the same decode_tokens")
 
@@ -42,20 +42,20 @@ class Teacher:
 def observe_teacher(
     lm: LoadedModel, prompts: PromptSet, *, decode_tokens: int = DECODE_TOKENS, progress: Progress | None = None
 ) -> Teacher:
-    """Run a model over prompts at full depth, with ``decode_tokens`` reference tokens each at most, as `diagnose` does.
+    """Run a model over prompts at full depth, with at most ``decode_tokens`` reference tokens each, as `diagnose` does.
 
     Raises UserError for a prompt that does not fit.
     """
     capture = HooksCapture(lm)
-    asked, references, logits = {}, {}, {}
+    prompt_ids, references, logits = {}, {}, {}
     encoded = encode_for_diagnosis(prompts, lm.tokenizer, lm.anatomy.max_positions, decode_tokens)
     for index, prompt in enumerate(encoded):
         if progress:
             progress(index, len(encoded), prompt.prompt_id)
         outcome = capture.run(prompt.token_ids, prompt.reference_ids, (), n_decode=decode_tokens, n_anchors=1)
-        asked[prompt.prompt_id] = prompt.token_ids
+        prompt_ids[prompt.prompt_id] = prompt.token_ids
         references[prompt.prompt_id] = tuple(outcome.reference_ids.tolist())
         logits[prompt.prompt_id] = outcome.logits.to("cpu", lm.dtype)
     if progress:
         progress(len(encoded), len(encoded), "")
-    return Teacher(lm.name, lm.weight_hash, asked, references, logits)
+    return Teacher(lm.name, lm.weight_hash, prompt_ids, references, logits)

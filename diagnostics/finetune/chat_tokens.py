@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from diagnostics.finetune.conversations import Conversation
 from diagnostics.finetune.examples import IGNORED
 from diagnostics.prompts import chat_template
-from diagnostics.prompts.chat_template import Span, find_contents, refuse_control_tokens
+from diagnostics.prompts.chat_template import Span, content_spans, refuse_control_tokens
 from diagnostics.prompts.prompt import Message
 from diagnostics.support.errors import UserError
 
@@ -43,7 +43,7 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
         refuse_control_tokens(subject, tokenizer, f"message {number}", message["content"])
     text, answers = _write(conversation, tokenizer)
     for role in ("system", "user"):  # answers are checked by now
-        if find_contents([message for message in conversation.messages if message["role"] == role], text) is None:
+        if content_spans([message for message in conversation.messages if message["role"] == role], text) is None:
             raise _refusal(conversation, tokenizer, f"does not write all that the {role} says")
     ids: list[int] = []
     labels: list[int] = []

@@ -1,4 +1,4 @@
-"""Prompts: reading them, generating the built-in ones, and encoding them as tokens."""
+"""Prompts: read from files or generated, and encoded as tokens."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
 """The built-in prompts: seven kinds of task over long real text, generated for any context length.
 
-The text is what every Python brings along (`diagnostics.prompts.standard_library`). Documents are longer than any
-tokenizer needs, and are cut when they are encoded. What a task depends on is *inserted* and survives the cut; without
-any document every prompt is below 256 tokens.
+The text comes with every Python installation (`diagnostics.prompts.standard_library`). Documents are longer than any
+tokenizer needs, and are cut when they are encoded. Texts that a task depends on are *inserted* and survive the cut;
+without a document every prompt is below 256 tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_CONTEXT_LENGTH = 2**20
 
 
 def builtin_prompts(context_length: int, *, seed: int = 0, max_prompts: int | None = None) -> tuple[Prompt, ...]:
-    """The built-in set, in rounds over its categories; ``max_prompts`` takes the start of it.
+    """Return the built-in set, which cycles through its categories; ``max_prompts`` limits it to the first prompts.
 
     Raises
     ------
@@ -46,13 +46,13 @@ def builtin_prompts(context_length: int, *, seed: int = 0, max_prompts: int | No
     return tuple(prompts)
 
 
-# --- The tasks. Each takes its own random numbers, its number in the category, the size of its document ---
+# --- The tasks. Each takes a random generator, its number in the category and the size of its document ---
 
 
 def question(rng: Random, number: int, size: int) -> Prompt:
-    """A question that one paragraph of the language reference answers, which stands at a known depth."""
-    known = [topic for topic in QUESTIONS if topic in reference_topics()]  # not the same in all versions of Python
-    topic = rng.choice(known[number::PROMPTS_PER_CATEGORY])
+    """A question that one paragraph of the language reference answers; the paragraph is at a known depth."""
+    available = [topic for topic in QUESTIONS if topic in reference_topics()]  # topics differ between Python versions
+    topic = rng.choice(available[number::PROMPTS_PER_CATEGORY])
     title, paragraph = reference_topics()[topic].split("\n\n")[:2]
     return ask(
         "Read this part of the Python reference.",
@@ -64,7 +64,7 @@ def question(rng: Random, number: int, size: int) -> Prompt:
 
 
 def needle(rng: Random, number: int, size: int) -> Prompt:
-    """One of several numbers hidden in text that has nothing to do with them."""
+    """One of several numbers hidden in unrelated text."""
     cities = rng.sample(CITIES, 4)
     needles = [f"The secret access code for {city} is {rng.randrange(100_000, 10**6)}." for city in cities]
     depths = [_depth(number), *(rng.random() for _ in cities[1:])]
@@ -78,12 +78,12 @@ def needle(rng: Random, number: int, size: int) -> Prompt:
 
 
 def summary(rng: Random, number: int, size: int) -> Prompt:
-    """A summary of all of the document."""
+    """A summary of the entire document."""
     return ask("Here is a text about Python.", SUMMARIES[number], document=documentation(rng, size))
 
 
 def variables(rng: Random, number: int, size: int) -> Prompt:
-    """A value handed from variable to variable along the document, beside a second, shorter chain."""
+    """A value passed from variable to variable through the document, beside a second, shorter chain."""
     names = rng.sample(VARIABLES, 6)
     chain = assignments(names[: 3 + number % 2], rng.randrange(10_000, 100_000))
     other = assignments(names[4:], rng.randrange(10_000, 100_000))
@@ -99,7 +99,7 @@ def variables(rng: Random, number: int, size: int) -> Prompt:
 
 
 def code(rng: Random, number: int, size: int) -> Prompt:
-    """What a small function returns, which stands among many others."""
+    """The return value of a small function among many others."""
     name = f"{rng.choice(VERBS)}_{rng.choice(THINGS)}"
     function = FUNCTIONS[number].format(name=name, a=rng.randrange(2, 10), b=rng.randrange(2, 10)).strip()
     return ask(
@@ -113,12 +113,12 @@ def code(rng: Random, number: int, size: int) -> Prompt:
 
 
 def instructions(rng: Random, number: int, size: int) -> Prompt:
-    """Strict rules for the form of the answer, after the text that it is about."""
+    """Strict rules for the form of the answer, after the text that the answer is about."""
     return ask("Here is a text about Python.", INSTRUCTIONS[number], document=documentation(rng, size))
 
 
 def arithmetic(rng: Random, number: int, size: int) -> Prompt:
-    """Word problems with worked answers, as many as fit, then one without its answer."""
+    """Word problems with worked answers, as many as fit, then one without an answer."""
     shots: list[str] = []
     while size > 0:
         shots.append("Problem: {}\nAnswer: {}".format(*_word_problem(rng)))
@@ -251,8 +251,8 @@ def ask(
     inserts: tuple[Insert, ...] = (),
     evidence: tuple[str, ...] = (),
 ) -> Prompt:
-    """One message of the user: an opening, the document, and what is asked last. Named by the caller."""
-    omission = " [...]" if cut == "word" else ""  # tells the reader of half a sentence where the text ends
+    """Return a prompt of one user message: an opening, the document, and the task. The caller sets its id."""
+    omission = " [...]" if cut == "word" else ""  # marks the end of a text that may stop within a sentence
     content = f"{before}\n\n{PLACEHOLDER}{omission}\n\n{after}"
     return Prompt(
         id="unnamed",
@@ -265,12 +265,12 @@ def ask(
 
 
 def _depth(number: int) -> float:
-    """Relative depth of what is asked for: the prompts of a category spread it over the document."""
+    """Relative depth of the answer in the document: the prompts of a category spread it evenly."""
     return (number + 0.5) / PROMPTS_PER_CATEGORY
 
 
 def assignments(names: list[str], value: int) -> list[str]:
-    """A chain: the first variable gets the value, each of the others that of the one before."""
+    """A chain: the first variable gets the value, each further variable the value of the previous one."""
     copies = [f"The variable {new} is set to the value of {old}." for old, new in pairwise(names)]
     return [f"The variable {names[0]} is set to {value}.", *copies]
 

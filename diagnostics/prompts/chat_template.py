@@ -1,8 +1,8 @@
-"""Messages through a chat template, with the proof that the template wrote each of them, and where.
+"""Renders messages with a chat template, and checks that the template wrote each of them, and where.
 
-A chat template is a program of the tokenizer's author. It may drop a turn, cut it, or render nothing of a content that
-is a string and not a list of parts; what is left would be measured without a word. So the template is rendered once
-more with a short word in place of every content, which shows where contents go; the text is compared with that.
+A chat template is a program by the tokenizer's author. It may drop a turn, cut it, or ignore a content that is a string
+and not a list of parts; the incomplete text would then be measured silently. So the template is rendered a second time
+with a short word in place of every content, which shows where contents go, and the text is compared with the result.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 
-# In place of content number n; no text or template has such words.
+# Replaces content number n; no text or template contains such words.
 _PROBE = "cOnTeNt{}hErE"
 _PROBES = re.compile(r"cOnTeNt(\d+)hErE")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Messages as one text, and the characters of it that contents are, in order."""
+    """Messages as one text, and the character spans of their contents in it, in order."""
 
     text: str
     contents: tuple[Span, ...]
 
 
 def render(subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Rendered:
-    """Write messages and the generation prompt as the tokenizer's chat template does.
+    """Render messages and the generation prompt with the tokenizer's chat template.
 
-    White space at the ends of a content may be lost, as many templates have it; nothing else may. A template that
-    takes only lists of parts gets them. ``subject`` begins the messages of errors.
+    The template may strip white space at the ends of a content, as many do, but must keep everything else. A template
+    that takes only lists of parts gets these. Error messages begin with ``subject``.
 
     Raises
     ------
     UserError
-        If the template refuses the messages, or does not write all of every content in the order of the turns; or if a
-        content holds a control token, which would end its turn.
+        If the template refuses the messages, or does not write every content completely in the order of the turns; or
+        if a content holds a control token, which would end its turn.
     """
     _refuse_control_tokens(subject, tokenizer, messages)
     probes = [{**message, "content": _PROBE.format(n)} for n, message in enumerate(messages)]
@@ -52,14 +52,14 @@ def render(subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[
         text = _apply(subject, tokenizer, messages, as_parts)
         try:
             skeleton = _apply(subject, tokenizer, probes, as_parts)
-        except UserError:  # a template may look into contents
+        except UserError:  # a template may inspect contents
             skeleton = ""
-        if as_parts and "'type'" in skeleton:  # a list written out as Python shows it
+        if as_parts and "'type'" in skeleton:  # the template printed the list itself
             break
         spans = _matched(skeleton, messages, text)
-        # A short content may stand elsewhere in the text by chance: where its probe is lost, so is the content.
+        # A short content may occur elsewhere in the text by chance: if its probe is lost, so is the content.
         if spans is None and (not skeleton or all(probe["content"] in skeleton for probe in probes)):
-            spans = find_contents(messages, text)
+            spans = content_spans(messages, text)
         if spans is not None:
             order = [int(number) for number in _PROBES.findall(skeleton)]
             turns = [n for n in order if messages[n]["role"] != "system"]
@@ -76,12 +76,12 @@ def render(subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[
     )
 
 
-def refuse_control_tokens(subject: str, tokenizer: PreTrainedTokenizerBase, where: str, content: str) -> None:
-    """Raise UserError if a text that is data holds a control token of the model, which would end its turn."""
+def refuse_control_tokens(subject: str, tokenizer: PreTrainedTokenizerBase, part: str, content: str) -> None:
+    """Raise UserError if ``content``, which is data, holds a control token of the model; ``part`` names it."""
     for token in _control_tokens(tokenizer):
         if token in content:
             raise UserError(
-                f"{subject}: {where} holds {token!r}, a control token of the model: write it otherwise, or the model "
+                f"{subject}: {part} holds {token!r}, a control token of the model: write it otherwise, or the model "
                 "takes what is quoted for the conversation itself"
             )
 
@@ -92,9 +92,9 @@ def _refuse_control_tokens(subject: str, tokenizer: PreTrainedTokenizerBase, mes
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens that no text may hold: special ones, and other added ones that the chat template itself writes.
+    """Tokens that no text may contain: special ones, and other added ones that the chat template itself writes.
 
-    Not the unknown token, which stands for text.
+    The unknown token is not among them: it represents text.
     """
     template = str(getattr(tokenizer, "chat_template", None) or "")
     special = set(getattr(tokenizer, "all_special_tokens", ()))
@@ -107,26 +107,26 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def apply(
     subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, opening: bool = True
 ) -> str:
-    """Write messages as the tokenizer's chat template does, with its generation prompt unless ``opening`` is off.
+    """Render messages with the tokenizer's chat template, with its generation prompt unless ``opening`` is False.
 
-    Raises UserError where the template refuses them. Whether it wrote all of them is checked by `render` alone.
+    Raises UserError if the template refuses them. Only `render` checks that the template wrote all of them.
     """
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening))
-    except Exception as error:  # templates are programs of the tokenizer's author and raise what they like
+    except Exception as error:  # templates are programs by the tokenizer's author and may raise anything
         reason = " ".join(str(error).split())
         raise UserError(f"{subject}: the chat template refuses its messages ({reason})") from error
 
 
 def _apply(subject: str, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], as_parts: bool) -> str:
-    given: list[Mapping[str, Any]] = list(messages)
+    turns: list[Mapping[str, Any]] = list(messages)
     if as_parts:
-        given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    return apply(subject, tokenizer, given)
+        turns = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return apply(subject, tokenizer, turns)
 
 
 def _matched(skeleton: str, messages: Sequence[Message], text: str) -> list[Span] | None:
-    """Find the contents by the places of the probes; None if a probe is lost or the text is not built like that."""
+    """Return the spans of the contents at the positions of the probes; None if a probe is lost or the text differs."""
     pieces = _PROBES.split(skeleton)  # text, number, text, number, ..., text
     if {int(number) for number in pieces[1::2]} != set(range(len(messages))) or not text.startswith(pieces[0]):
         return None
@@ -143,8 +143,8 @@ def _matched(skeleton: str, messages: Sequence[Message], text: str) -> list[Span
     return spans if end == len(text) else None
 
 
-def find_contents(messages: Sequence[Message], text: str) -> list[Span] | None:
-    """Find the contents in order, each after the one before; None if one is missing."""
+def content_spans(messages: Sequence[Message], text: str) -> list[Span] | None:
+    """Return the spans of the contents, each after the previous one; None if one is missing."""
     spans, end = [], 0
     for message in messages:
         content = message["content"].strip()

@@ -1,4 +1,4 @@
-"""What tells one input of a model from another: digests of encoded prompts, of rows of tokens, and of a tokenizer."""
+"""Digests that identify a model's input: of encoded prompts, of rows of tokens, and of a tokenizer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from diagnostics.support.digests import json_digest
 
 
 def inputs_digest(encoded: Iterable[EncodedPrompt]) -> str:
-    """SHA-256 (hex) of what a model reads: the tokens of each prompt and its reference, and where evidence is.
+    """SHA-256 (hex) of a model's input: the tokens of each prompt and its reference, and the evidence spans.
 
-    Tokens decide, so another tokenizer, another chat template or a date in one makes another digest.
+    The digest depends on tokens, so another tokenizer, another chat template or a date in one changes it.
     """
     digest = hashlib.sha256()
     for prompt in encoded:
@@ -23,7 +23,7 @@ def inputs_digest(encoded: Iterable[EncodedPrompt]) -> str:
 
 
 def tokens_digest(rows: Iterable[Any]) -> str:
-    """SHA-256 (hex) of rows of token ids, or of anything else that JSON can hold."""
+    """SHA-256 (hex) of rows of token ids, or of any other JSON values."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
@@ -31,12 +31,12 @@ def tokens_digest(rows: Iterable[Any]) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 (hex) of how a tokenizer reads texts and conversations, as of now: a template may hold the date."""
+    """SHA-256 (hex) of how a tokenizer encodes texts and conversations at present: a template may insert the date."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None:
         vocabulary = json.loads(fast.to_str())
-        for call in ("truncation", "padding"):  # how it was last called
-            vocabulary.pop(call, None)
+        for setting in ("truncation", "padding"):  # state of the latest call
+            vocabulary.pop(setting, None)
     else:
         vocabulary = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
     template = getattr(tokenizer, "chat_template", None)
@@ -45,7 +45,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
         turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
         try:
             rendered = tokenizer.apply_chat_template([*turns, turns[0]], tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like; those that raise are told apart by their text
+        except Exception as error:  # templates may raise anything; then only their text distinguishes them
             rendered = type(error).__name__
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     return json_digest([vocabulary, template, rendered, special])

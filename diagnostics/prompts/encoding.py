@@ -1,4 +1,4 @@
-"""From a prompt to the tokens a model reads: chat template, cut of the document, evidence as token spans."""
+"""Encodes a prompt as tokens: chat template, cut of the document, evidence as token spans."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from diagnostics.support.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Reference tokens per prompt of a diagnosis, unless asked for otherwise.
-
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -34,13 +32,13 @@ class EncodedPrompt:
     reference_ids
         The tokens of the reference, or None if the prompt has none.
     evidence
-        Half-open ranges of ``token_ids`` that hold the evidence, in order, apart from each other.
+        Half-open ranges of ``token_ids`` that hold the evidence, in order and not touching.
     text
-        What was tokenized: the chat template and the cut document included.
+        The tokenized text, including the chat template and the cut document.
     has_bos
-        Whether the first token is the tokenizer's begin-of-text token; if not, the anchor is an ordinary one.
+        Whether the first token is the tokenizer's begin-of-text token; if not, the anchor is an ordinary token.
     notes
-        What was done to the prompt that its author may not expect, one sentence each.
+        Changes to the prompt that its author may not expect, one sentence each.
     """
 
     prompt_id: str
@@ -59,7 +57,7 @@ class EncodedPrompt:
 
 
 class PromptTooLong(UserError):
-    """A prompt that does not fit, even without its document."""
+    """Raised for a prompt that does not fit, even without its document."""
 
     def __init__(self, prompt: Prompt, needed: int, allowed: int, context_length: int | None) -> None:
         self.prompt_id, self.needed = prompt.id, needed
@@ -75,9 +73,9 @@ class PromptTooLong(UserError):
 def encode_for_diagnosis(
     prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, positions: int | None, decode_tokens: int = DECODE_TOKENS
 ) -> list[EncodedPrompt]:
-    """Encode prompts so that the decode tokens fit after them into a model's positions (None: no limit).
+    """Encode prompts so that they and the decode tokens fit into a model's positions (None: no limit).
 
-    Raises UserError if no prompt could fit, and for what `encode_prompts` refuses.
+    Raises UserError if no prompt can fit, and as `encode_prompts` does.
     """
     limit = prompt_room(positions, decode_tokens)
     if limit is not None and limit < 1:
@@ -92,12 +90,12 @@ def encode_prompts(
     limit: int | None = None,
     max_reference_tokens: int | None = None,
 ) -> list[EncodedPrompt]:
-    """Encode every prompt of a set within the set's context length, as ``encode_prompt`` does it for one.
+    """Encode every prompt of a set within the set's context length, as `encode_prompt` does for one prompt.
 
     Raises
     ------
     UserError
-        If a prompt cannot be encoded; of several that are too long, the message names the longest.
+        If a prompt cannot be encoded; if several are too long, the message names the longest.
     """
     encoded: list[EncodedPrompt] = []
     too_long: list[PromptTooLong] = []
@@ -123,10 +121,10 @@ def encode_prompt(
     context_length: int | None = None,
     max_reference_tokens: int | None = None,
 ) -> EncodedPrompt:
-    """Encode one prompt; if it is too long its document is cut, at its end and nowhere else.
+    """Encode one prompt; if it is too long, only the end of its document is cut off.
 
-    Messages go through the tokenizer's chat template, which writes its own special tokens. A plain text gets
-    those that the tokenizer puts before it, such as BoS, but none after it: the model is to go on from there.
+    Messages go through the tokenizer's chat template, which writes its own special tokens. A plain text gets those that
+    the tokenizer puts before it, such as BoS, but none after it: the model continues from there.
 
     Parameters
     ----------
@@ -135,19 +133,19 @@ def encode_prompt(
     tokenizer
         A transformers tokenizer. Evidence needs a fast one, which knows the characters of each token.
     limit
-        Tokens the prompt may have at most: the model's positions, less those to be decoded.
+        Maximum number of prompt tokens: the model's positions minus those for decoding.
     context_length
-        Tokens it is wanted to have at most. The document is cut as little as that takes: to within 0.5% or 2
-        tokens of the smaller of the two, as far as its words (lines, paragraphs) allow.
+        Desired maximum number of prompt tokens. The document is cut as little as possible: to within 0.5% or 2 tokens
+        of the smaller of the two, as far as its words (lines, paragraphs) allow.
     max_reference_tokens
-        Tokens of the reference to keep.
+        Maximum number of reference tokens to keep.
 
     Raises
     ------
     PromptTooLong
-        If the prompt does not fit, and cutting its document does not help.
+        If the prompt does not fit even without its document.
     UserError
-        If the chat template refuses the messages, or if no token comes of the prompt or the reference.
+        If the chat template refuses the messages, or if the prompt or the reference has no tokens.
     """
     notes: list[str] = []
     chat = prompt.messages is not None and bool(tokenizer.chat_template)
@@ -155,7 +153,7 @@ def encode_prompt(
         notes.append("no chat template: the messages are joined as plain paragraphs")
 
     subject = f"prompt {prompt.id!r}"
-    if prompt.messages is None or not chat:  # what the author wrote around it may hold such tokens, data may not
+    if prompt.messages is None or not chat:  # the author's own text may hold control tokens, data may not
         for data in (prompt.document, *(insert.text for insert in prompt.inserts)):
             refuse_control_tokens(subject, tokenizer, "the document", data)
 
@@ -166,9 +164,9 @@ def encode_prompt(
             if chat:
                 return tokenize(tokenizer, rendered.text, special=False, contents=rendered.contents)
             return tokenize(tokenizer, rendered.text, special=True, contents=rendered.contents)
-        # A text that begins with BoS brings its special tokens itself; a second BoS would be one too many.
-        written = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
-        return tokenize(tokenizer, content, special=not written)
+        # A text that begins with BoS has its own special tokens and must not get a second BoS.
+        has_bos = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
+        return tokenize(tokenizer, content, special=not has_bos)
 
     allowed = min((n for n in (limit, context_length) if n is not None), default=None)
     cuts = cut_points(prompt)
@@ -197,7 +195,7 @@ def encode_prompt(
 
 
 def encode_messages(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Encode messages as they are through the tokenizer's chat template; raise UserError where it refuses them."""
+    """Encode messages with the tokenizer's chat template, without a cut; raise UserError if it refuses them."""
     return tokenize(tokenizer, render("the prompt", tokenizer, messages).text, special=False).ids
 
 

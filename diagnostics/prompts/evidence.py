@@ -1,4 +1,4 @@
-"""Where a prompt's evidence is among its tokens."""
+"""Finds a prompt's evidence among its tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diagnostics.prompts.tokenized import Tokenized
 
 
 def evidence_spans(prompt: Prompt, tokens: Tokenized, notes: list[str]) -> tuple[Span, ...]:
-    """Return the token spans of the evidence, merged where they touch; add to ``notes`` what is not marked."""
+    """Return the token spans of the evidence, merged where they touch; add a note for evidence that is not marked."""
     if not prompt.evidence:
         return ()
     if tokens.offsets is None:
@@ -26,18 +26,18 @@ def evidence_spans(prompt: Prompt, tokens: Tokenized, notes: list[str]) -> tuple
 
 
 def _occurrences(tokens: Tokenized, part: str) -> list[Span]:
-    """Where a string occurs in what the author wrote, overlapping occurrences included."""
+    """Return the spans of a string in the author's text, including overlapping ones."""
     spans = []
     for start, stop in tokens.contents:
-        at = tokens.text.find(part, start, stop)
-        while at >= 0:
-            spans.append((at, at + len(part)))
-            at = tokens.text.find(part, at + 1, stop)
+        position = tokens.text.find(part, start, stop)
+        while position >= 0:
+            spans.append((position, position + len(part)))
+            position = tokens.text.find(part, position + 1, stop)
     return spans
 
 
 def _runs(flags: Sequence[bool]) -> list[Span]:
-    """The half-open ranges where ``flags`` are true."""
+    """Return the half-open ranges where ``flags`` are true."""
     runs: list[Span] = []
     for index, flag in enumerate(flags):
         if flag and runs and runs[-1][1] == index:

@@ -1,4 +1,4 @@
-"""Sets of prompts by name: the built-in one, and JSONL files."""
+"""Loads sets of prompts: the built-in one by name, others from JSONL files."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def load_prompts(
     source
         ``"builtin"``, or the path of a file with one JSON object per line (fields: ``FILE_FIELDS``).
     max_prompts
-        How many prompts at most, from the start. The built-in set takes turns over its categories, so any start is
-        balanced.
+        Maximum number of prompts, from the start. The built-in set cycles through its categories, so any number of
+        first prompts is balanced.
     context_length
-        Tokens that every prompt is to stay within, at least 16. The built-in set fills it, 1024 unless given.
+        Maximum number of tokens of every prompt, at least 16. The built-in set fills it; its default is 1024.
     seed
         For the built-in set: the same seed and length give the same prompts.
 
@@ -61,13 +61,13 @@ def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
         raise UserError(f"no prompt set {str(path)!r}: use 'builtin' or the path of a .jsonl file")
     prompts: dict[str, Prompt] = {}
 
-    def take(record: dict[str, Any], number: int) -> None:
+    def add(record: dict[str, Any], number: int) -> None:
         prompt = _parse(record, default_id=f"line-{number}")
         if prompt.id in prompts:
             raise wrong("id", f"{shown(prompt.id)} is already the id of an earlier prompt")
         prompts[prompt.id] = prompt
 
-    read_records(path, "prompts", take, most=max_prompts)
+    read_records(path, "prompts", add, most=max_prompts)
     if not prompts:
         raise UserError(f"{path} has no prompts: write one JSON object per line")
     return list(prompts.values())
@@ -77,6 +77,6 @@ def _parse(record: dict[str, Any], default_id: str) -> Prompt:
     for field in record:
         if field not in FILE_FIELDS:
             raise UserError(f"unknown field {shown(field)}; the fields are {', '.join(FILE_FIELDS)}")
-    # null means "not given", as writers of JSON from tables have it.
-    given = {field: value for field, value in record.items() if value is not None}
-    return Prompt(**{"id": default_id, **given})
+    # null means a missing field: JSON written from tables has such fields.
+    values = {field: value for field, value in record.items() if value is not None}
+    return Prompt(**{"id": default_id, **values})

@@ -1,8 +1,8 @@
-"""What is asked of a model: a prompt, and a set of prompts.
+"""A prompt, and a set of prompts.
 
-A prompt may hold a long *document* at the mark ``{document}``. The document is what gives way when a prompt
-is too long: it is cut at its end, while everything around it and everything inserted into it stays whole.
-``{{document}}`` is no mark, but stands for the text ``{document}``.
+A prompt may hold a long *document* at the mark ``{document}``. If the prompt is too long, the document is cut at its
+end; the text around it and the texts inserted into it stay complete. ``{{document}}`` is not a mark, but stands for the
+text ``{document}``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from diagnostics.support.fields import check_name, check_text, kind, wrong
 Message = dict[str, str]
 
 PLACEHOLDER = "{document}"
-# The mark, or the mark in a second pair of braces, which stands for the mark's own text.
+# The mark, or its escaped form with a second pair of braces.
 _MARKS = re.compile(r"\{\{document\}\}|\{document\}")
 ROLES = ("system", "user", "assistant")
 
 
 def escaped(text: str) -> str:
-    """Return a text in which nothing is a mark, as a prompt's ``text`` or content."""
+    """Escape the marks in a text, so that it can be a prompt's ``text`` or content."""
     return text.replace(PLACEHOLDER, f"{{{PLACEHOLDER}}}")
 
 
@@ -38,22 +38,22 @@ class Prompt:
     Parameters
     ----------
     id
-        Its name, unique in its set, 1 to 200 characters.
+        The prompt's name, unique in its set, 1 to 200 characters.
     messages
         ``{"role": ..., "content": ...}`` in order, the last one from the user; a content is text, or a list of
         ``{"type": "text", "text": ...}``.
     text
-        The prompt as it is, given to the model without a chat template.
+        The prompt as plain text, without a chat template.
     document
         Long text for the one ``{document}`` mark in ``text`` or in a message.
     inserts
-        Texts placed in the document after it was cut, so that they are never lost.
+        Texts inserted into the document after the cut, so that they are never lost.
     reference
         The text expected to follow the prompt. Without one, the model's own continuation is used.
     evidence
-        What the answer rests on: strings that occur in the prompt, or half-open character ranges of ``text``.
+        The parts that the answer depends on: strings in the prompt, or half-open character ranges of ``text``.
     category
-        The kind of task, to group results by.
+        The kind of task, by which results are grouped.
     cut
         The unit in which the document is cut: words, lines or paragraphs.
 
@@ -90,7 +90,7 @@ class Prompt:
         object.__setattr__(self, "evidence", self._checked_evidence())
 
     def fill(self, document: str) -> str | tuple[Message, ...]:
-        """The prompt with ``document`` (and the inserts) at its mark: a text, or messages."""
+        """Return the prompt with ``document`` and the inserts at its mark: a text, or messages."""
         document = place_inserts(document, self.inserts)
 
         def filled(content: str) -> str:
@@ -144,10 +144,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet(Sequence[Prompt]):
-    """Prompts in a fixed order, with where they come from.
+    """Prompts in a fixed order, with the name of their source.
 
-    ``context_length`` is the number of tokens that every prompt is to stay within (None: no limit);
-    ``seed`` is what a generated set was made with (None: read from a file).
+    ``context_length`` is the maximum number of tokens of every prompt (None: no limit); ``seed`` is that of a generated
+    set (None: read from a file).
     """
 
     prompts: tuple[Prompt, ...]
@@ -172,10 +172,10 @@ class PromptSet(Sequence[Prompt]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what decides what the model reads: every field of every prompt, and the length."""
+        """SHA-256 (hex) of everything that determines the model's input: all fields of all prompts, and the length."""
         digest = hashlib.sha256(json.dumps(self.context_length).encode())
         for prompt in self.prompts:
-            # One prompt at a time: a long set is never twice in memory.
+            # One prompt at a time, so that a long set is not copied in memory.
             digest.update(json.dumps(asdict(prompt), sort_keys=True, ensure_ascii=True).encode() + b"\n")
         return digest.hexdigest()
 
@@ -199,7 +199,7 @@ def _checked_messages(messages: Any) -> tuple[Message, ...]:
 
 
 def text_of(content: Any) -> str:
-    """Text of a message's content: a string, or a list of parts ``{"type": "text", "text": ...}``, joined as they are.
+    """Return the text of a message's content: a string, or a list of parts ``{"type": "text", "text": ...}``, joined.
 
     Raises UserError for anything else, such as a part that is an image.
     """
@@ -217,6 +217,6 @@ def text_of(content: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Write a value as JSON for a message, in 80 characters at most."""
+    """Return a value as JSON for an error message, in at most 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""Long real text that every Python brings along: the language reference of ``pydoc``, and the library's own source."""
+"""Long real text that comes with every Python: the language reference of ``pydoc``, and the library's source code."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ MODULES = (
 
 
 def documentation(rng: Random, size: int, without: str | None = None) -> str:
-    """``size`` characters of the language reference in random order, but no topic that holds ``without``."""
+    """Return ``size`` characters of the language reference in random order, without topics that contain ``without``."""
     return _fill(rng, [text for text in reference_topics().values() if without is None or without not in text], size)
 
 
 def source_code(rng: Random, size: int) -> str:
-    """``size`` characters of functions of the standard library, in random order."""
-    # A Python without source files still has its reference.
+    """Return ``size`` characters of functions of the standard library, in random order."""
+    # A Python without source files still has the language reference.
     return _fill(rng, _library() or list(reference_topics().values()), size)
 
 
 def _fill(rng: Random, texts: list[str], size: int) -> str:
-    """``size`` characters of the texts in random order, over and over if need be."""
+    """Return ``size`` characters of the texts in random order, repeated as often as needed."""
     once = "\n\n".join(rng.sample(texts, len(texts))) + "\n\n"
     return (once * (size // len(once) + 1))[:size]
 
 
 @cache
 def reference_topics() -> dict[str, str]:
-    """The topics of the language reference as running text: no tables, no lines broken by hand."""
+    """Return the topics of the language reference as running text, without tables and hard line breaks."""
     return {name: _running_text(topics[name]) for name in sorted(topics)}
 
 
@@ -59,7 +59,7 @@ def _running_text(text: str) -> str:
 
 @cache
 def _library() -> list[str]:
-    """The functions of some modules of the standard library, as source."""
+    """Return the source of the functions of some standard library modules."""
     functions: list[str] = []
     for name in MODULES:
         try:

@@ -1,4 +1,4 @@
-"""A text with its tokens, the characters of each token, and the characters that the prompt's author wrote."""
+"""A text with its tokens, the characters of each token, and the characters by the prompt's author."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Tokenized:
     """A text and its tokens.
 
-    ``offsets`` are the characters of each token, None if unknown; ``stripped`` counts closing special tokens that were
-    left out; ``contents`` are the characters that the prompt's author wrote: the rest is the chat template's.
+    ``offsets`` are the characters of each token, None if unknown; ``stripped`` is the number of closing special tokens
+    that were left out; ``contents`` are the characters by the prompt's author: the rest is the chat template's.
     """
 
     text: str
@@ -44,7 +44,7 @@ def tokenize(
     ids: list[int] = output["input_ids"]
     added = output["special_tokens_mask"]
     stop = len(ids)
-    # The mask marks what the tokenizer added by itself; if that is all there is, nothing of the text is left.
+    # The mask marks tokens that the tokenizer added; if there are no others, the text has no tokens.
     while special and stop and added[stop - 1]:
         stop -= 1
     contents = ((0, len(text)),) if contents is None else contents
@@ -52,7 +52,7 @@ def tokenize(
 
 
 def joined(messages: Sequence[Message]) -> Rendered:
-    """Write messages as plain paragraphs, for a model without a chat template."""
+    """Join messages as plain paragraphs, for a model without a chat template."""
     text, contents = "", []
     for message in messages:
         text += f"{message['role']}: "

@@ -1,6 +1,6 @@
-"""Prove a model before it is measured or run: once per model, on a few dozen tokens.
+"""Tests a model before it is measured or run: once per model, on a few dozen tokens.
 
-The checks live beside what they check and ask `prove` for its judgement: `diagnostics.diagnosis.self_test` proves the
+Each check is in the package that it checks and runs through `prove`: `diagnostics.diagnosis.self_test` proves the
 cutoff sweep and the contribution, `diagnostics.policies.self_test` every policy, `diagnostics.finetune.self_test`
 training. Each compares with masked passes of the stock model (`masked`). A model that fails is refused by name.
 """

@@ -1,7 +1,7 @@
-"""The slow reference of the self-test: passes of the stock model over whole sequences, under masks.
+"""The slow reference of the self-test: passes of the stock model over complete sequences, under masks.
 
-Nothing of the sweep, the policies or their caches is used: the model's own code runs every token through every layer,
-builds its own mask of each layer (causal, sliding, ...), and only has some of its entries hidden.
+It shares no code with the sweep, the policies or their caches: the model's own code runs every token through every
+layer and builds its own mask for each layer (causal, sliding, ...); the test only hides some more entries.
 """
 
 import inspect
@@ -27,8 +27,8 @@ class Unprovable(Exception):
 class Batch:
     """Sequences of one length, padded on the left: token ids and mask (1 for tokens), int64 [rows, columns].
 
-    In every row the tokens before column ``n_prompt`` - 1 are prompt, the others decode phase; the first token that is
-    no padding is the anchor.
+    In every row the tokens before column ``n_prompt`` - 1 are prompt, the others decode phase; the first token after
+    the padding is the anchor.
     """
 
     ids: Tensor
@@ -47,7 +47,7 @@ class Batch:
 
     @property
     def hidden(self) -> Tensor:
-        """What SPEED hides in its upper layers: bool [rows, queries, keys], prompt tokens from decode-phase tokens."""
+        """Keys that SPEED hides in its upper layers, prompt from decode-phase queries: bool [rows, queries, keys]."""
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         decode = columns >= self.n_prompt - 1
         prompt = (self.mask.cumsum(-1) > 1) & ~decode
@@ -65,14 +65,14 @@ def stock_logits(model: Any, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def masked_logits(model: Any, anatomy: Anatomy, batch: Batch, cutoff: int) -> Tensor:
-    """Return logits of a full-length pass in which layers from ``cutoff`` on hide what SPEED hides."""
+    """Return logits of a full-length pass in which layers from ``cutoff`` on hide the keys that SPEED hides."""
     with _hiding(anatomy, cutoff, batch.hidden):
         return stock_logits(model, batch)
 
 
 @contextmanager
 def masks(model: Any) -> Iterator[None]:
-    """Have the model take masks inside the block, whatever its attention implementation."""
+    """Make the model take masks inside the block, with any attention implementation."""
     if model.config._attn_implementation in MASKED_BY:
         yield
         return
@@ -87,11 +87,11 @@ def _hiding(anatomy: Anatomy, cutoff: int, hidden: Tensor) -> Iterator[None]:
         mask = named.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != hidden.shape[-2:]:
             raise Unprovable("its layers take no mask of queries and keys")
-        where = hidden[:, None].to(mask.device)
+        entries = hidden[:, None].to(mask.device)
         if mask.dtype == torch.bool:
-            changed = mask & ~where
+            changed = mask & ~entries
         else:
-            changed = mask.expand(len(hidden), -1, -1, -1).masked_fill(where, torch.finfo(mask.dtype).min)
+            changed = mask.expand(len(hidden), -1, -1, -1).masked_fill(entries, torch.finfo(mask.dtype).min)
         return (), named | {"attention_mask": changed}
 
     handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in anatomy.layers[cutoff:]]

@@ -1,7 +1,7 @@
-"""Findings of the self-test about a model, kept in the cache folder: a model is tested once.
+"""Findings of the self-test about a model, stored in the cache folder: a model is tested once.
 
 A finding holds for one architecture, configuration, set of library versions, backend, attention implementation, type
-and kind of device; the weights' values do not decide it, and one file of a few lines keeps it.
+and kind of device; it does not depend on the weights' values. Each finding is one small file.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from diagnostics.support.digests import json_digest
 from diagnostics.support.files import read_json, write_sealed
 from diagnostics.support.versions import versions
 
-# Whose versions decide every finding.
+# Packages whose versions affect every finding.
 DECIDING = ("python", "speed-diagnostics", "torch", "transformers", "numpy")
 
 
@@ -39,9 +39,9 @@ class Proof:
 
 
 def key_of(model: Any, *, use: str, backend: str | None, device: str) -> dict[str, Any]:
-    """Return what a finding holds for; ``structure`` is that of modules and weights, without the weights' values."""
-    # Not of all that is loaded: what another part of the process imports changes no finding.
-    took_part = {*DECIDING, backend, *(type(module).__module__.partition(".")[0] for module in model.modules())}
+    """Return the conditions of a finding; ``structure`` is that of modules and weights, without the weights' values."""
+    # Not every loaded library: what another part of the process imports changes no finding.
+    involved = {*DECIDING, backend, *(type(module).__module__.partition(".")[0] for module in model.modules())}
     return {
         "class": type(model).__qualname__,
         "configuration": configuration_digest(model),
@@ -49,7 +49,7 @@ def key_of(model: Any, *, use: str, backend: str | None, device: str) -> dict[st
         "use": use,
         "backend": backend,
         "device": device,
-        "versions": {k: v for k, v in versions().items() if k in took_part},
+        "versions": {k: v for k, v in versions().items() if k in involved},
         "source": _source(),
     }
 
@@ -65,16 +65,16 @@ def digest_of(key: Mapping[str, Any]) -> str:
 
 
 def read_proof(digest: str) -> Proof | None:
-    """Return a kept finding; None if none can be read."""
+    """Return a stored finding; None if none can be read."""
     try:
-        kept = read_json(proofs_folder() / f"{digest}.json")
-        return Proof({str(k): str(v) for k, v in kept["failed"].items()}, kept["unproved"])
+        stored = read_json(proofs_folder() / f"{digest}.json")
+        return Proof({str(k): str(v) for k, v in stored["failed"].items()}, stored["unproved"])
     except (OSError, ValueError, KeyError, AttributeError):
         return None
 
 
 def keep_proof(digest: str, key: Mapping[str, Any], proof: Proof) -> None:
-    """Keep a finding for later processes; where the cache folder cannot be written each process tests for itself."""
+    """Store a finding for later processes; if the cache folder is not writable, each process runs its own test."""
     target = proofs_folder() / f"{digest}.json"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def _structure(model: nn.Module) -> str:
 
 @cache
 def _source() -> str:
-    """Digest of this package's own code: a finding of an older one is none."""
+    """Digest of this package's own code: findings of other versions do not count."""
     digest = hashlib.sha256()
     for file in sorted(Path(diagnostics.__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Run the checks of one use of a model, or recall their findings; refuse a model that failed."""
+"""Runs the checks for one use of a model, or looks up their findings; refuses a model that failed."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,24 +15,24 @@ from diagnostics.self_test.subject import Subject, causality, unsteady
 from diagnostics.self_test.switching import self_test, skipped
 from diagnostics.support.errors import UserError
 
-# A check ends in nothing, or in one line that says what differs.
+# A check returns None, or one line that says what differs.
 Check = Callable[[], str | None]
 
 SKIPPED = "the self-test was skipped"
 _HINT = "`self_test=False` skips the test, for those who know why it fails"
 
 _proofs: dict[str, Proof] = {}
-# Proofs by model, use and what else may easily change, inside `looked_up_once`.
+# Inside `looked_up_once`: proofs by model, use, backend, device, type and attention implementation.
 _recalled: ContextVar[dict[tuple[Any, ...], Proof] | None] = ContextVar("recalled", default=None)
 
 
 @contextmanager
 def looked_up_once() -> Iterator[None]:
-    """Look up the proof of a model once inside the block, however often a policy is entered there.
+    """Look up the proof of a model once inside the block, however often a policy's block is entered there.
 
-    What a proof holds for is read from every module of the model, which takes as long as a decode step of a small one.
-    Only for work that changes no settings of a model between its first use and its last; its type, device and
-    attention implementation may change.
+    The conditions of a proof are read from every module of the model, which takes as long as a decode step of a small
+    model. Use it only for work that does not change a model's settings between its first use and its last; type,
+    device and attention implementation may change.
     """
     if _recalled.get() is not None:
         yield
@@ -45,10 +45,10 @@ def looked_up_once() -> Iterator[None]:
 
 
 def prove(subject: Subject, use: str, checks: Mapping[str, Check], *, backend: str | None = None) -> Proof:
-    """Test a model for a ``use``, or recall the finding of an earlier test.
+    """Test a model for a ``use``, or return the finding of an earlier test.
 
-    Every use needs `causality`, and its own ``checks`` by name. ``backend`` is the capture that they run, if any.
-    Weights that are elsewhere (remote, or offloaded) are not tested, and the proof says so.
+    Every use needs `causality` and its own ``checks``, by name. ``backend`` is the capture that they run, if any. A
+    model with remote or offloaded weights is not tested, and the proof says so.
     """
     if skipped():
         return Proof(unproved=SKIPPED)
@@ -72,7 +72,7 @@ def prove(subject: Subject, use: str, checks: Mapping[str, Check], *, backend: s
 
 
 def refuse(proof: Proof, needed: tuple[str, ...], name: str, use: str) -> None:
-    """Raise UserError if one of the ``needed`` checks failed: model ``name`` cannot be used so."""
+    """Raise UserError if one of the ``needed`` checks failed: model ``name`` cannot be used this way."""
     for check in needed:
         if line := proof.failed.get(check):
             raise UserError(f"model {name!r} cannot be {use}: in its self-test {line} ({_HINT})")
@@ -80,7 +80,7 @@ def refuse(proof: Proof, needed: tuple[str, ...], name: str, use: str) -> None:
 
 def _tested(subject: Subject, checks: Mapping[str, Check]) -> Proof:
     failed = findings({"causality": lambda: causality(subject), **checks})
-    # Asked only then: it is one more pass, and says that the test had nothing to go by.
+    # Checked only after a failure: it costs one more pass, and means that the test cannot tell anything.
     if failed and (reason := unsteady(subject)):
         return Proof(unproved=f"the self-test could not tell: {reason}")
     return Proof(failed)
@@ -92,25 +92,25 @@ def findings(checks: Mapping[str, Check]) -> dict[str, str]:
 
 
 def _finding(name: str, check: Check) -> str | None:
-    """Run a check; an error of the model's own code is a finding like any other."""
+    """Run a check; an error in the model's own code counts as a finding."""
     try:
         return check()
     except torch.OutOfMemoryError:
         raise
     except (UserError, Unprovable) as error:
         return str(error)
-    except Exception as error:  # the code of any model, and of any library that wraps it
+    except Exception as error:  # a model, or a library that wraps it, may raise anything
         text = " ".join(str(error).split())[:200]
         return f"the check of {name} ended in {type(error).__name__}: {text}"
 
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Have all modules in evaluation mode inside the block, each as it was afterwards."""
-    before = {module: module.training for module in model.modules()}
+    """Put all modules into evaluation mode inside the block, and restore each one's mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, training in before.items():
+        for module, training in modes.items():
             module.training = training

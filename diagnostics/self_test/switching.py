@@ -1,4 +1,4 @@
-"""Whether models are tested at all: a switch for the process, a block, or the environment."""
+"""Switches the self-test on or off: for the process, for a block, or by the environment."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _on: ContextVar[bool] = ContextVar("self_test", default=True)
 
 @contextmanager
 def self_test(on: bool) -> Iterator[None]:
-    """Switch the self-test off, or on again, inside the block."""
+    """Switch the self-test on or off inside the block."""
     token = _on.set(on)
     try:
         yield
@@ -21,10 +21,10 @@ def self_test(on: bool) -> Iterator[None]:
 
 
 def switch(on: bool) -> None:
-    """Switch the self-test on or off from here on, as a command does by its option."""
+    """Switch the self-test on or off from now on, as a command's option does."""
     _on.set(on)
 
 
 def skipped() -> bool:
-    """Whether models are taken without a test, by `self_test`, or by ``SPEED_DIAGNOSTICS_SELF_TEST=off``."""
+    """Whether the self-test is off, by `self_test`, by `switch` or by ``SPEED_DIAGNOSTICS_SELF_TEST=off``."""
     return not _on.get() or os.environ.get(VARIABLE, "").lower() in ("off", "0", "no")
