@@ -1,4 +1,4 @@
-"""``bench``: what policies cost and save, beside full depth and the limit."""
+"""``bench``: what policies cost and save, compared with full depth and the limit."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What all commands do: name and hold their folder, and load the model."""
+"""Steps that all commands share: they name and hold their folder, and load the model."""
 
 import re
 from contextlib import ExitStack

@@ -71,7 +71,7 @@ def dashboard(
 
 
 def _program() -> Path:
-    """Find the app: beside this package in a checkout, and installed under a name of its own otherwise."""
+    """Return the path of the app: beside this package in a checkout, else in its own installed package."""
     checkout = Path(__file__).parents[2] / "app" / "server.py"
     if checkout.is_file() and (checkout.parent / "dashboard").is_dir():
         return checkout

@@ -1,4 +1,4 @@
-"""Quality: how well a model does its tasks under a policy, beside full depth."""
+"""Quality: how well a model solves tasks under a policy, compared with full depth."""
 
 from typing import TYPE_CHECKING
 

@@ -57,7 +57,7 @@ def evaluate(
     lm
         The model.
     tasks, policies
-        What to answer, and how the model runs.
+        The tasks to answer, and the policies to compare.
     limit
         Items of each task, drawn at random; all if None.
     query

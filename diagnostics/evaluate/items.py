@@ -1,7 +1,7 @@
-"""What a task asks: items with a right answer, and how an answer is scored.
+"""The items of a task, each with its right answer, and how an answer is scored.
 
 An item's prompt may come in two parts: a *document*, which can be prefilled once for many questions, and the *query*
-about it. Where there is no document the query is the whole prompt.
+about it. Without a document the query is the whole prompt.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class PolicyLM(HFLM):
         super().set_cache_hook(cache_hook)
 
     def _identity(self) -> dict[str, Any]:
-        """What decides a response besides the request: lm-eval's cache knows requests as texts."""
+        """Return what decides a response besides the text of its request, the only key of lm-eval's cache."""
         lm, identity = self.loaded, self.loaded.identity()
         runtime = {"device": lm.device.type, "tokenizer": tokenizer_digest(lm.tokenizer)}
         return {"configuration": identity.configuration, "identity": identity.entries() | runtime}

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 NOBODY = 65534
-# Of <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>.
+# Constants of <linux/sched.h>, <linux/mount.h>, <linux/prctl.h> and <linux/capability.h>.
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_NOSUID_NODEV_NOEXEC, MS_PRIVATE_RECURSIVE = 2 | 4 | 8, (1 << 18) | (1 << 14)
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1

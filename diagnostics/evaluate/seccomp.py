@@ -8,9 +8,9 @@ import platform
 import struct
 import sys
 
-# Of <linux/bpf_common.h>: load a word of the call, jump if equal, jump if any bit is set, mask, return.
+# Codes of <linux/bpf_common.h>: load a word of the call, jump if equal, jump if any bit is set, mask, return.
 LOAD, EQUAL, GREATER_OR_EQUAL, ANY_BIT, MASK, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
-# Of <linux/seccomp.h>; EPERM and ENOSYS are error numbers, of which the second makes libc fall back to ``clone``.
+# Actions of <linux/seccomp.h>; EPERM and ENOSYS are error numbers, and ENOSYS makes libc fall back to ``clone``.
 ALLOW, KILL_PROCESS, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050000 | 1, 0x00050000 | 38
 # Offsets in struct seccomp_data; the lower half of the first and second argument (both machines are little-endian).
 NUMBER, ARCHITECTURE, FIRST, SECOND = 0, 4, 16, 24
@@ -23,7 +23,7 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
 SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
-# Refused whatever the arguments. From 424 on the numbers are the same everywhere.
+# Calls refused with any arguments. From 424 on the numbers are the same on every machine.
 REFUSED = {
     # Ways out: sockets (of tmux, ssh-agent, X11, D-Bus), other programs, other processes, files by handle.
     "socket": {"x86_64": 41, "aarch64": 198},

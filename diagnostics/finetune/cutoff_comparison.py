@@ -1,4 +1,4 @@
-"""What a fine-tuning changed: every cutoff before and after."""
+"""Compares every cutoff before and after a fine-tuning."""
 
 from __future__ import annotations
 

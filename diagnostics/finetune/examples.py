@@ -18,7 +18,7 @@ class Example(TypedDict):
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of conversations or prompts, and the tokens of those kept.
+    """How many conversations or prompts were kept, cut and dropped, and the tokens of those kept.
 
     ``cut`` counts those kept without their end: without turns that did not fit or that nothing answers, part of a
     document, or the rest of a generated answer. ``target_tokens`` have a label, ``prompt_tokens`` have none.

@@ -1,4 +1,4 @@
-"""What a fine-tuning does, with defaults that follow from the size of the model."""
+"""The settings of a fine-tuning, with defaults that follow from the size of the model."""
 
 from __future__ import annotations
 

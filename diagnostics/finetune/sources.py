@@ -1,4 +1,4 @@
-"""What to train on: conversations with their answers, or conversations and prompts that the model answers itself."""
+"""Data to train on: conversations with their answers, or conversations and prompts that the model answers itself."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def finetune(
     lm
         The model; it is trained in place, and ends with the training merged into its weights.
     source
-        What to train on: see `diagnostics.finetune.sources`.
+        The data to train on: see `diagnostics.finetune.sources`.
     held_out
         Prompts to measure on; none of them is trained on.
     settings

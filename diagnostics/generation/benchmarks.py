@@ -55,7 +55,7 @@ def benchmark(
     lm
         The model; its weights do not matter for times, so a random one serves.
     policies
-        What to compare; full depth is added in front if it is missing.
+        Policies to compare; full depth is added in front if it is missing.
     lengths
         Prompt lengths in tokens. Prompts are random tokens, the same for all policies.
     repeats

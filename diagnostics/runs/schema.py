@@ -9,7 +9,7 @@ import pandas as pd
 TABLES = ("prompts", "layers", "heads", "cutoffs")
 # Tables of the first prompts only, or of none.
 DETAIL_TABLES = ("tokens", "lens")
-# What readers of a run rely on; a run may have more.
+# Columns that readers of a run rely on; a run may have more.
 COLUMNS = {
     "prompts": "prompt_id category n_prompt n_decode",
     "layers": "prompt_id layer mass_anchor mass_prompt mass_decode prompt_contribution selectivity prompt_entropy "

@@ -1,8 +1,8 @@
 """Checks a run folder from elsewhere in a separate process, with bounded memory and time.
 
 A parquet file of a few kilobytes can hold columns of gigabytes, types nested a thousand deep, or bytes that crash the
-reader. The process checks the files' metadata (rows, columns, types) before it reads them as `load_run` does;
-if it dies, the process that started it goes on.
+reader. The process checks the files' metadata (rows, columns, types) before it reads them as `load_run` does; if it
+dies, the process that started it goes on.
 
     python -m diagnostics.runs.untrusted FOLDER      prints what is wrong, in JSON; null if nothing is
 """

@@ -1,1 +1,1 @@
-"""What every other package builds on, and nothing of models or layers."""
+"""Helpers that every other package builds on; they know nothing of models or layers."""

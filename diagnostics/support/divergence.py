@@ -1,8 +1,8 @@
 """How far two next-token distributions are apart, in nats: the one definition of KL, for measuring and training.
 
 A vocabulary is 50,000 numbers or more. Added one after the other in float32, as some processors do, the last of them
-are lost, and a distribution differs from itself by 1e-3 nats. So all here is float64, where there is one. What remains
-is the rounding of the logits themselves: see ``RESOLUTION``.
+are lost, and a distribution differs from itself by 1e-3 nats. So this module sums in float64, where there is one. What
+remains is the rounding of the logits themselves: see ``RESOLUTION``.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What is wrong with a line of a JSONL file, or with a field of it, in the words of the file."""
+"""Checks lines of JSONL files and their fields; errors name the field as the file does."""
 
 import json
 from typing import Any

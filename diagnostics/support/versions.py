@@ -1,4 +1,4 @@
-"""What a result was made with: package versions and hardware, kept in every manifest."""
+"""Package versions and hardware that produced a result; every manifest keeps them."""
 
 import platform
 import sys

@@ -1,1 +1,1 @@
-"""What a person reads in the terminal, one file per kind of result. It computes no numbers."""
+"""Prints results in the terminal, one file per kind of result. It computes no numbers."""
