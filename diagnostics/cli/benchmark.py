@@ -26,7 +26,7 @@ def bench(
         str | None,
         typer.Option(help="such as full,speed:24,fastkv  [full, and the others at 3/4 of the layers]"),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="measurements per length, after a warm-up")] = defaults.REPEATS,
+    repeats: Annotated[int, typer.Option(help="measurements of each case, after a warm-up")] = defaults.REPEATS,
     new_tokens: Annotated[int, typer.Option(help="tokens to generate, 2 or more")] = defaults.NEW_TOKENS,
     batch_size: Annotated[int, typer.Option(help="prompts at a time")] = 1,
     chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
