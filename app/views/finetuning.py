@@ -7,14 +7,22 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from dashboard.catalog import AFTER, BEFORE, Entry, Signature
+from dashboard.catalog import Entry, Signature
 from dashboard.headline import metrics
 from dashboard.state import COMPARED, entries, md, recommendation, runs_folder, show
 from diagnostics import figures
-from diagnostics.cutoffs.recommendation import MAX_KL
 from diagnostics.finetune.cutoff_comparison import compare_cutoffs
-from diagnostics.finetune.finetuning_folder import FINETUNING_FOLDER, STEPS, SWEEPS, FineTuning, load_finetuning
+from diagnostics.finetune.finetuning_folder import (
+    AFTER,
+    BEFORE,
+    FINETUNING_FOLDER,
+    STEPS,
+    SWEEPS,
+    FineTuning,
+    load_finetuning,
+)
 from diagnostics.report import finetuning_data
+from diagnostics.support.defaults import MAX_KL
 from diagnostics.support.errors import UserError
 
 Runs = dict[str, Entry]

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.cutoffs.bounds import CONFIDENCE, MIN_PROMPTS, upper_bound
+from diagnostics.cutoffs.bounds import MIN_PROMPTS, upper_bound
 from diagnostics.cutoffs.regions import Region, RegionRules, Regions, find_regions
 from diagnostics.cutoffs.savings import LENGTHS, predict_savings
 from diagnostics.runs.run import Run
-from diagnostics.support.defaults import MAX_KL
+from diagnostics.support.defaults import CONFIDENCE, MAX_KL
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import dump_json, write_sealed
 

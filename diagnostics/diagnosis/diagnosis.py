@@ -20,7 +20,7 @@ from diagnostics.diagnosis.teacher import Teacher
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.segments import Layout
 from diagnostics.prompts.digests import inputs_digest
-from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
+from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.runs.manifest import SCHEMA_VERSION, RunManifest
 from diagnostics.runs.parts import merge
@@ -29,7 +29,7 @@ from diagnostics.runs.schema import Tables
 from diagnostics.runs.writer import RunWriter
 from diagnostics.self_test import Proof, skipped
 from diagnostics.self_test import self_test as testing
-from diagnostics.support.defaults import ANCHORS, DETAIL_PROMPTS
+from diagnostics.support.defaults import ANCHORS, DECODE_TOKENS, DETAIL_PROMPTS
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer

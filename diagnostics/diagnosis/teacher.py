@@ -7,8 +7,9 @@ from torch import Tensor
 
 from diagnostics.diagnosis.capture.hooks import HooksCapture
 from diagnostics.models.loading import LoadedModel
-from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
+from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
+from diagnostics.support.defaults import DECODE_TOKENS
 from diagnostics.support.errors import UserError
 
 Progress = Callable[[int, int, str], None]

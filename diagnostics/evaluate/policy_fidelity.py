@@ -14,9 +14,10 @@ from diagnostics.generation.generation import decode, generate
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
-from diagnostics.prompts.encoding import DECODE_TOKENS, EncodedPrompt, encode_for_diagnosis
+from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.self_test import looked_up_once
+from diagnostics.support.defaults import DECODE_TOKENS
 from diagnostics.support.divergence import kl_divergence, log_probabilities, reported
 from diagnostics.support.errors import UserError
 

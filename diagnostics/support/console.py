@@ -28,8 +28,8 @@ def quiet() -> None:
     """Keep the libraries' own progress bars and advice out of what the user reads."""
     warnings.filterwarnings("ignore", module="transformers|torch|peft")
     # Their environment variables would be too late: both are imported by now.
-    from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
     logging.disable_progress_bar()
