@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run, an evaluation or a fine-tuning, to be mailed; no network needed."""
+"""A self-contained HTML page of a run, an evaluation or a fine-tuning, to send by mail; it needs no network."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLUMNS, EVALUATION_COLUMNS = 110, 1000
 
 
 def report(run: Run, recommendation: Recommendation, benchmark: Benchmark | None = None) -> str:
-    """Return the page as text: about 5 MB, since plotly's program is in it."""
+    """Return the page of a run as text: about 5 MB, since it contains plotly's program."""
     drawn = _figures(run, recommendation)
     if benchmark is not None:
         drawn.append(figures.benchmark_ratios(benchmark))
@@ -39,7 +39,7 @@ def report(run: Run, recommendation: Recommendation, benchmark: Benchmark | None
 
 
 def evaluation_report(evaluation: Evaluation) -> str:
-    """Return the page of an evaluation, at the margin and with the seed that it was made with."""
+    """Return the page of an evaluation, with its own margin and seed."""
     from diagnostics.evaluate.score_table import summarize
     from diagnostics.terminal.evaluation import show_evaluation
 
@@ -65,13 +65,13 @@ def evaluation_report(evaluation: Evaluation) -> str:
     identity = m.get("identity", {})
     facts |= {name.capitalize(): str(identity[name]) for name in ("dtype", "query", "seed") if name in identity}
     title = f"Quality of {m['model']} under {table['policy'].nunique()} policies"
-    return _page(title, text.getvalue(), [one for one in drawn if one is not None], facts.items())
+    return _page(title, text.getvalue(), [figure for figure in drawn if figure is not None], facts.items())
 
 
 def finetuning_report(finetuning: FineTuning, after: Run, recommendation: Recommendation) -> str:
-    """Return the page of a finished fine-tuning: what it changed, then the report of the trained model's run.
+    """Return the page of a finished fine-tuning: its changes, then the report of the trained model's run.
 
-    Raises UserError for a folder that lacks what a finished one has.
+    Raises UserError for a folder that lacks parts of a finished one.
     """
     from diagnostics.finetune.cutoff_comparison import compare_cutoffs
     from diagnostics.terminal.finetuning import show_finetuning
@@ -80,9 +80,8 @@ def finetuning_report(finetuning: FineTuning, after: Run, recommendation: Recomm
     text = StringIO()
     try:
         plain = Console(file=text, width=COLUMNS, highlight=False, no_color=True)
-        show_finetuning(
-            finetuning, compare_cutoffs(finetuning), plain, notes=False
-        )  # the recommendation below has them
+        # Without notes: the recommendation below has them.
+        show_finetuning(finetuning, compare_cutoffs(finetuning), plain, notes=False)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"fine-tuning {str(finetuning.path)!r} is damaged: {type(error).__name__} {error}") from None
     drawn = [
@@ -95,11 +94,11 @@ def finetuning_report(finetuning: FineTuning, after: Run, recommendation: Recomm
     facts |= {"Data": f"{m.get('source', '')}: {finetuning_data(m)}", "Model": str(m["model"])}
     title = f"Cutoff {recommendation.cutoff} of {after.n_layers} for {m['model']} trained at {m['settings']['cutoff']}"
     summary = f"{text.getvalue()}\n{_summary(after, recommendation)}"
-    return _page(title, summary, [one for one in drawn if one is not None], [*facts.items(), *_facts(after)])
+    return _page(title, summary, [figure for figure in drawn if figure is not None], [*facts.items(), *_facts(after)])
 
 
 def finetuning_data(manifest: Mapping[str, Any]) -> str:
-    """Say what became of the data of a fine-tuning; nothing if that is not known yet, or was changed by hand."""
+    """Return a sentence on how a fine-tuning used its data; "" if the manifest does not have it or was edited."""
     from diagnostics.finetune.examples import Counts
 
     try:
@@ -109,21 +108,21 @@ def finetuning_data(manifest: Mapping[str, Any]) -> str:
 
 
 def asked_margin(manifest: Mapping[str, Any]) -> float:
-    """Return the margin of non-inferiority that an evaluation was asked for, as a share of the score."""
+    """Return an evaluation's margin of non-inferiority, as a share of the score."""
     from diagnostics.support.defaults import MARGIN
 
-    asked = manifest.get("margin", manifest.get("arguments", {}).get("margin"))  # earlier only among the arguments
-    return float(asked) if isinstance(asked, int | float) and 0 <= asked <= 1 else MARGIN
+    margin = manifest.get("margin", manifest.get("arguments", {}).get("margin"))  # older manifests: only an argument
+    return float(margin) if isinstance(margin, int | float) and 0 <= margin <= 1 else MARGIN
 
 
 def asked_seed(manifest: Mapping[str, Any]) -> int:
     """Return the seed of an evaluation."""
-    asked = manifest.get("identity", {}).get("seed")
-    return asked if isinstance(asked, int) and asked >= 0 else 0
+    seed = manifest.get("identity", {}).get("seed")
+    return seed if isinstance(seed, int) and seed >= 0 else 0
 
 
 def write_report(path: str | Path, page: str) -> None:
-    """Write a page atomically; raise UserError where that is not possible."""
+    """Write a page atomically; raise UserError if that fails."""
     try:
         write_text(Path(path), page)
     except OSError as error:
@@ -163,10 +162,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Prompt set": f"{len(run.prompts)} of {m.get('prompt_set', '')}",
         "Versions": ", ".join(f"{name} {version}" for name, version in m.get("versions", {}).items()),
     }
-    shown: dict[str, Any] = {
-        name: value for name, value in identity.items() if name != "libraries"
-    }  # among the versions
-    if "adapters" in shown:
-        shown["adapters"] = "; ".join(shown["adapters"]) or "none"
-    facts |= {name.replace("_", " ").capitalize(): str(value) for name, value in shown.items()}
+    # The libraries are among the versions.
+    entries: dict[str, Any] = {name: value for name, value in identity.items() if name != "libraries"}
+    if "adapters" in entries:
+        entries["adapters"] = "; ".join(entries["adapters"]) or "none"
+    facts |= {name.replace("_", " ").capitalize(): str(value) for name, value in entries.items()}
     return list(facts.items())

@@ -1,4 +1,4 @@
-"""Cutoffs: regions, bounds, savings and the recommendation, all from a finished run, without a model."""
+"""Cutoffs: regions, bounds, savings and the recommendation, all computed from a finished run without a model."""
 
 from typing import TYPE_CHECKING
 

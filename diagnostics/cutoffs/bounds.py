@@ -1,4 +1,4 @@
-"""Confidence bounds by bootstrap over prompts: the prompt is the unit that is sampled, not the token."""
+"""Confidence bounds by bootstrap over prompts: the sampling unit is the prompt, not the token."""
 
 from collections.abc import Iterator
 
@@ -8,11 +8,11 @@ from scipy import special
 from diagnostics.support.defaults import CONFIDENCE
 
 N_RESAMPLES = 9999
-# Below this a bootstrap only reshuffles a handful of numbers; its bound would promise what it cannot know.
+# With fewer prompts a bootstrap only reshuffles a handful of numbers, and its bound would be misleading.
 MIN_PROMPTS = 5
-# Draws held at once while resampling: 16 MB.
+# Number of draws held at once while resampling: 16 MB.
 BLOCK = 2_000_000
-# A resample that is the sample in another order has its mean, but for rounding.
+# A resample that is a permutation of the sample has the same mean up to rounding.
 TIE = 1e-12
 
 
@@ -41,7 +41,7 @@ def upper_bound(
 def resample_counts(rng: np.random.Generator, n: int, n_resamples: int) -> Iterator[np.ndarray]:
     """Yield how often each of ``n`` items is drawn in each resample, a block of resamples at a time: [block, n].
 
-    The counts determine a mean, in n numbers per resample whatever is averaged; the draws are those of
+    The counts of a resample, n numbers, determine the mean of any values; the draws are those of
     `scipy.stats.bootstrap` with the same generator.
     """
     block = max(1, BLOCK // n)
@@ -57,7 +57,7 @@ def _bounds(values: np.ndarray, means: np.ndarray, confidence: float) -> np.ndar
     distance = means - mean
     ties = np.abs(distance) <= TIE * scale
     below = ((distance < 0) & ~ties).mean(axis=0) + ties.mean(axis=0) / 2
-    # Jackknife: leaving one out moves the mean by its distance from the mean, so that skewness is the acceleration.
+    # Jackknife: leaving out a value shifts the mean by its distance from it, so the skewness gives the acceleration.
     centred = values - mean
     acceleration = (centred**3).sum(axis=0) / (6 * (centred**2).sum(axis=0) ** 1.5)
     bias = special.ndtri(below)

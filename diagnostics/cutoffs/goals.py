@@ -1,4 +1,4 @@
-"""The goals that a cutoff can be asked to meet: the argument of `recommend`, and how a sentence names it."""
+"""The goals that a cutoff can have to meet: the argument of `recommend`, and its wording in a sentence."""
 
 GOALS = {
     "max_kl": "KL at most",

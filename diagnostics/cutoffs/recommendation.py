@@ -1,8 +1,8 @@
-"""Which cutoff, and why.
+"""Recommends a cutoff from a run, with the evidence for it.
 
 A cutoff is *admissible* when the upper confidence bound, over prompts, of its measured loss is within the goal. The
-recommendation is the smallest admissible cutoff from which every larger one is admissible too. The regions, found
-without looking at the loss, are set beside it: where they disagree, the reader is told.
+recommendation is the smallest admissible cutoff from which every larger one is admissible too. It is compared with the
+regions, which do not use the loss, and says whether they agree.
 """
 
 import math
@@ -22,17 +22,17 @@ from diagnostics.support.defaults import CONFIDENCE, MAX_KL
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import dump_json, write_sealed
 
-MAX_LOSS = 1000.0  # nats per token; no goal is that loose
+MAX_LOSS = 1000.0  # nats per token; the largest goal that is accepted
 ROUNDING = 1e-9  # so that an agreement of 0.9 meets a goal of 0.9
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a cutoff must hold to; limits that are None are not asked for.
+    """The limits that a cutoff must meet; None means no limit.
 
-    ``max_kl`` and ``max_nll_increase`` in nats per token, ``min_agreement`` and ``kv_budget`` as shares 0..1;
-    ``kv_budget`` stands alone: it asks for the largest cutoff that fits, whatever its loss. With ``every_category`` the
-    mean of every category of prompts has to be within the limits too.
+    ``max_kl`` and ``max_nll_increase`` are in nats per token, ``min_agreement`` and ``kv_budget`` are shares 0..1.
+    ``kv_budget`` excludes the others: it requests the largest cutoff that fits, whatever its loss. With
+    ``every_category`` the mean of every category of prompts must also be within the limits.
     """
 
     max_kl: float | None = None
@@ -50,7 +50,7 @@ class Criterion:
             ("kv_budget", 0, 1),
         ):
             value = getattr(self, name)
-            # "not ... <=" so that NaN is refused as well
+            # "not ... <=" so that NaN is refused too
             if value is not None and not (low <= value <= high):
                 raise UserError(f"{name} is {value}: give a number from {low} to {high}")
         if not 0.5 <= self.confidence < 1:
@@ -60,7 +60,7 @@ class Criterion:
             raise UserError("kv_budget asks for the largest cutoff that fits: give it without a loss goal")
 
     def limits(self) -> dict[str, float]:
-        """Return the limit of each loss asked for, by its evidence name; all are losses, so lower is better."""
+        """Return the limit of each requested loss, by its name in the evidence; for every loss lower is better."""
         limits = {"kl": self.max_kl, "nll_increase": self.max_nll_increase}
         limits["disagreement"] = None if self.min_agreement is None else 1 - self.min_agreement
         return {name: limit for name, limit in limits.items() if limit is not None}
@@ -80,12 +80,12 @@ class Recommendation:
 
     @property
     def selection_region(self) -> Region | None:
-        """Layers that select from the prompt."""
+        """Layers that select information from the prompt."""
         return self.regions.selection
 
     @property
     def stabilization_region(self) -> Region | None:
-        """Layers from which on the prompt no longer changes."""
+        """Layers in which the prompt no longer changes, up to the last layer."""
         return self.regions.stabilization
 
     @property
@@ -118,20 +118,18 @@ def recommend(
     lengths: Sequence[int] = LENGTHS,
     seed: int = 0,
 ) -> Recommendation:
-    """Recommend a cutoff from a run; without any goal, ``max_kl`` = 0.1 nats per token.
+    """Recommend a cutoff from a run; the default goal is ``max_kl`` = 0.1 nats per token.
 
-    Goals given together must all hold. With too few prompts for a bound the mean decides, and the notes say so; where
-    nothing below L is admissible, full depth is recommended. Raises UserError for goals that make no sense.
+    If several goals are given, all must hold. With too few prompts for a bound the mean decides, and the notes say so.
+    If no cutoff below L is admissible, full depth is recommended. Raises UserError for invalid goals.
     """
     if all(goal is None for goal in (max_kl, max_nll_increase, min_agreement, kv_budget)):
         max_kl = MAX_KL
     criterion = Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence, bool(every_category))
     losses = _losses(run)
-    # Together: the prompts that are drawn are the same for all of them.
-    together = upper_bound(np.hstack([*losses.values()]), confidence=confidence, seed=seed)
-    bounds = dict(
-        zip(losses, [None] * len(losses) if together is None else np.split(together, len(losses)), strict=True)
-    )
+    # One bootstrap for all losses: every loss gets the same resamples of prompts.
+    joint = upper_bound(np.hstack([*losses.values()]), confidence=confidence, seed=seed)
+    bounds = dict(zip(losses, [None] * len(losses) if joint is None else np.split(joint, len(losses)), strict=True))
     means = {name: rows.mean(axis=0) for name, rows in losses.items()}
     n_layers, anchors = run.n_layers, int(run.manifest["identity"]["anchors"])
     notes = list(run.manifest["notes"])
@@ -142,7 +140,7 @@ def recommend(
             f"too few prompts for a confidence bound ({len(run.prompts)} of at least {MIN_PROMPTS}): "
             "the mean alone decides"
         )
-    # A cutoff takes nothing from a prompt that is all anchors and first decode-phase token.
+    # A cutoff changes nothing in a prompt that consists of the anchors and the first decode-phase token.
     if empty := int((run.prompts["n_prompt"] <= anchors + 1).sum()):
         notes.append(f"{empty} of {len(run.prompts)} prompts are too short to be cut: their loss says nothing")
     admissible = np.ones(n_layers, dtype=bool)
@@ -158,8 +156,8 @@ def recommend(
         cutoff = smallest_admissible(admissible)
         if cutoff == n_layers:
             notes.append("no cutoff below full depth is admissible: run the model as it is, or relax the goal")
-    of_categories = by_category(run, losses["kl"])
-    notes += _above_the_goal(of_categories, cutoff, criterion.max_kl)
+    category_means = by_category(run, losses["kl"])
+    notes += _category_above_goal(category_means, cutoff, criterion.max_kl)
     regions = find_regions(run, rules, seed=seed)
     shape, positions = run.manifest["shape"], run.manifest["max_positions"]
     predicted = predict_savings(shape, cutoff, anchors=anchors, lengths=lengths, max_positions=positions)
@@ -177,7 +175,7 @@ def recommend(
         "region_rules": vars(regions.rules),
         "agreement": _agreement(cutoff, regions, n_layers),
         "retention": retention_at(run, cutoff),
-        "by_category": of_categories[cutoff].to_dict(),
+        "by_category": category_means[cutoff].to_dict(),
         "evidence": [_evidence(k, means, bounds, admissible) for k in range(1, n_layers + 1)],
         "predicted": [savings.to_dict() for savings in predicted],
         "notes": notes,
@@ -186,7 +184,7 @@ def recommend(
 
 
 def _losses(run: Run) -> dict[str, np.ndarray]:
-    """Every loss as [prompts, cutoffs 1..L], in the order of the prompts table."""
+    """Return every loss as [prompts, cutoffs 1..L], in the order of the prompts table."""
     table = run.cutoffs.assign(
         nll_increase=run.cutoffs["nll"] - run.cutoffs["nll_full"],
         disagreement=1 - run.cutoffs["top1_agreement"],
@@ -206,7 +204,7 @@ def _losses(run: Run) -> dict[str, np.ndarray]:
 
 
 def smallest_admissible(admissible: np.ndarray) -> int:
-    """Return the smallest k from which on all of ``admissible`` [L], entry k-1 for cutoff k, holds; L if none does."""
+    """Return the smallest k such that cutoffs k..L-1 are all admissible, from bool [L], entry k-1 for k; L if none."""
     k = len(admissible)
     while k > 1 and admissible[k - 2]:
         k -= 1
@@ -224,21 +222,21 @@ def _fits(kv_budget: float, n_layers: int) -> np.ndarray:
 
 
 def _agreement(cutoff: int, regions: Regions, n_layers: int) -> dict[str, Any]:
-    """Say where the regions put the cutoff: above the last selecting layer; at the first stable one."""
+    """Return the cutoffs by the regions: above the last selecting layer, and at the first stable layer."""
     by_selection = regions.selection.last + 1 if regions.selection else None
     by_stabilization = regions.stabilization.first if regions.stabilization else None
     tolerance = max(1, round(0.05 * n_layers))
-    said = [k for k in (by_selection, by_stabilization) if k is not None]
+    by_regions = [k for k in (by_selection, by_stabilization) if k is not None]
     return {
         "cutoff_by_selection": by_selection,
         "cutoff_by_stabilization": by_stabilization,
         "tolerance_layers": tolerance,
-        "agree": all(abs(k - cutoff) <= tolerance for k in said) if said else None,
+        "agree": all(abs(k - cutoff) <= tolerance for k in by_regions) if by_regions else None,
     }
 
 
 def retention_at(run: Run, cutoff: int) -> dict[str, float | None]:
-    """Return the share of the prompt mass and of the prompt contribution that lies in layers below the cutoff, 0..1."""
+    """Return the share of the prompt mass and of the prompt contribution in the layers below the cutoff, 0..1."""
     means = run.layers.groupby("layer")[["mass_prompt", "prompt_contribution"]].mean()
     kept, total = means.iloc[:cutoff].sum(), means.sum()
     return {
@@ -253,15 +251,15 @@ def by_category(run: Run, losses: np.ndarray) -> pd.DataFrame:
     return table.groupby(run.prompts["category"].astype(str).to_numpy()).mean()
 
 
-def _above_the_goal(kl: pd.DataFrame, cutoff: int, max_kl: float | None) -> list[str]:
-    """Say which category of prompts loses most, if that is more than was asked for all of them together."""
+def _category_above_goal(kl: pd.DataFrame, cutoff: int, max_kl: float | None) -> list[str]:
+    """Return a note on the category of prompts with the largest loss, if that loss is above the goal; else nothing."""
     if max_kl is None or len(kl) < 2 or kl[cutoff].max() <= max_kl + ROUNDING:
         return []
     worst = kl[cutoff].idxmax()
-    enough = smallest_admissible((kl.max(axis=0) <= max_kl + ROUNDING).to_numpy())
+    sufficient = smallest_admissible((kl.max(axis=0) <= max_kl + ROUNDING).to_numpy())
     return [
         f"prompts of category {worst} lose {kl[cutoff].max():.3g} nats per token there, above the goal; "
-        f"every category is within it from cutoff {enough} on (`every_category=True`)"
+        f"every category is within it from cutoff {sufficient} on (`every_category=True`)"
     ]
 
 

@@ -1,21 +1,22 @@
-"""Where the prompt is selected from, and from where on it no longer changes.
+"""Locates the layers that select from the prompt, and the layers in which the prompt no longer changes.
 
-Selection. A layer selects from the prompt if different queries look at different prompt tokens (*selectivity*) and if
-what they take there is a good part of what the layer writes (*contribution* to the update). Their product is the
-layer's *uptake*:
+Selection. A layer selects from the prompt if different queries attend to different prompt tokens (*selectivity*) and if
+what they read there is a large part of what the layer writes (*contribution* relative to the update). The product is
+the layer's *uptake*:
 
     uptake_l = selectivity_l * prompt_contribution_l / update_decode_l
 
 Attention mass alone is no evidence: sinks on common tokens have mass without selectivity, and late layers have mass
-without contribution. Selection layers are those whose uptake reaches ``uptake_share`` of the largest; neighbours
-at most ``max_gap`` layers apart form one interval, single layers are dropped, and the interval with the largest total
-uptake is the selection region. With no uptake above ``min_uptake`` there is none.
+without contribution. Selection layers are those whose uptake reaches ``uptake_share`` of the largest. Selection layers
+with at most ``max_gap`` other layers between them form one interval, intervals shorter than ``min_layers`` are dropped,
+and the interval with the largest total uptake is the selection region. If no uptake reaches ``min_uptake``, there is
+none.
 
-Stabilization. From layer s on the prompt is stable if no later layer changes what the next ones read: centred drift
-at most ``max_drift`` (cosine 0.9), and the salient tokens remain the salient ones, overlap at least ``min_overlap``.
-The last layer's own drift does not count: no key or value is computed from its output.
+Stabilization. From layer s on the prompt is stable if no later layer changes the input of the next ones: centred drift
+is at most ``max_drift`` (cosine 0.9), and the salient tokens remain the same, with an overlap of at least
+``min_overlap``. The last layer's own drift does not count: no key or value is computed from its output.
 
-Both are found on the mean curves over prompts; a bootstrap over prompts says how far their ends move.
+Both regions are computed from the mean curves over prompts; a bootstrap over prompts gives the range of their ends.
 """
 
 import math
@@ -34,7 +35,7 @@ N_RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class RegionRules:
-    """Thresholds of both rules; see the module's text."""
+    """Thresholds of both rules; see the module's docstring."""
 
     uptake_share: float = 0.4
     min_uptake: float = 0.02
@@ -56,8 +57,8 @@ class RegionRules:
 class Region:
     """An inclusive interval of layers ``[first, last]``.
 
-    ``first_range`` and ``last_range`` hold 90% of the bootstrap's ends, ``found`` the share of resamples that found
-    a region at all, 0..1; they are None with too few prompts. ``others`` are further intervals, strongest first.
+    ``first_range`` and ``last_range`` contain 90% of the bootstrap's ends; ``found`` is the share of resamples with a
+    region, 0..1. They are None with too few prompts. ``others`` are further intervals, strongest first.
     """
 
     first: int
@@ -74,7 +75,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Regions:
-    """Both regions of a run, None where none was found, with the rules and the curve of the selection."""
+    """Both regions of a run, each None if there is none, with the rules and the mean uptake per layer [L]."""
 
     selection: Region | None
     stabilization: Region | None
@@ -107,7 +108,7 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
         _region(
             find(*(means[name] for name in names)),
             [
-                found[0] if (found := find(*drawn)) else None
+                intervals[0] if (intervals := find(*drawn)) else None
                 for drawn in zip(*(resampled[n] for n in names), strict=True)
             ],
         )
@@ -118,7 +119,7 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
 
 def uptake(run: Run) -> np.ndarray:
     """Return selectivity * contribution / update per prompt and layer: [prompts, L]; NaN without a prompt segment."""
-    with np.errstate(invalid="ignore"):  # a residual of 0, as of a padding token's embedding, makes both infinite
+    with np.errstate(invalid="ignore"):  # a residual of 0, such as a padding token's embedding, makes both infinite
         return (
             _per_prompt(run, "selectivity")
             * _per_prompt(run, "prompt_contribution")
@@ -127,7 +128,7 @@ def uptake(run: Run) -> np.ndarray:
 
 
 def selection_intervals(curve: np.ndarray, rules: RegionRules) -> list[tuple[int, int]]:
-    """Return the intervals of layers that select, strongest first, from the mean uptake per layer [L]."""
+    """Return the intervals of selection layers, strongest first, from the mean uptake per layer [L]."""
     if not np.isfinite(curve).any() or np.nanmax(curve) < rules.min_uptake:
         return []
     layers = np.flatnonzero(curve >= rules.uptake_share * np.nanmax(curve))
@@ -138,19 +139,19 @@ def selection_intervals(curve: np.ndarray, rules: RegionRules) -> list[tuple[int
 
 
 def stable_interval(drift: np.ndarray, overlap: np.ndarray, rules: RegionRules) -> list[tuple[int, int]]:
-    """Return ``[(s, L-1)]`` or nothing, from mean centred drift and saliency overlap per layer, each [L]."""
+    """Return ``[(s, L-1)]`` or an empty list, from mean centred drift and saliency overlap per layer, each [L]."""
     n_layers = len(drift)
-    calm = (drift <= rules.max_drift) & ((overlap >= rules.min_overlap) | np.isnan(overlap))
+    stable = (drift <= rules.max_drift) & ((overlap >= rules.min_overlap) | np.isnan(overlap))
     first = n_layers - 1
-    while first > 0 and calm[first - 1]:
+    while first > 0 and stable[first - 1]:
         first -= 1
     return [(first, n_layers - 1)] if n_layers - first >= rules.min_layers + 1 else []
 
 
-def _region(found: list[tuple[int, int]], resampled: list[tuple[int, int] | None]) -> Region | None:
-    if not found:
+def _region(intervals: list[tuple[int, int]], resampled: list[tuple[int, int] | None]) -> Region | None:
+    if not intervals:
         return None
-    (first, last), others = found[0], tuple(found[1:])
+    (first, last), others = intervals[0], tuple(intervals[1:])
     ends = np.array([interval for interval in resampled if interval])
     if not len(ends):
         return Region(first, last, others=others)
@@ -159,6 +160,6 @@ def _region(found: list[tuple[int, int]], resampled: list[tuple[int, int] | None
 
 
 def _per_prompt(run: Run, column: str) -> np.ndarray:
-    """One column of the layers table as [prompts, L], in the order of the prompts table."""
+    """Return one column of the layers table as [prompts, L], in the order of the prompts table."""
     table = run.layers.pivot(index="prompt_id", columns="layer", values=column)
     return table.loc[run.prompts["prompt_id"]].to_numpy()

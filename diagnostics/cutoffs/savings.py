@@ -1,7 +1,7 @@
-"""What SPEED saves at a cutoff, by counting operations and bytes: predictions, not measurements.
+"""Predicts what SPEED saves at a cutoff, by counting operations and bytes; nothing is measured.
 
-Time to first token is taken to follow the prefill's floating-point operations, time per output token the bytes of
-weights and cache that one step reads. Both hold where a device is busy: long prompts, and decoding bound by memory.
+The model: time to first token is proportional to the prefill's floating-point operations, time per output token to the
+bytes of weights and cache that one step reads. Both hold for a busy device: long prompts, and memory-bound decoding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class Savings:
     """Prediction at one prompt length; ratios are SPEED / full depth, so below 1 is better.
 
     ``speedup_ttft`` is the inverse of ``ttft_ratio``: a quarter less work is 1.33 times as fast. ``kv_bytes`` is the
-    cache of one prompt under SPEED; ``within_positions`` tells whether the model has positions for that length at all.
+    cache of one prompt under SPEED; ``within_positions`` says whether the model has enough positions for that length.
     """
 
     n_prompt: int
@@ -68,9 +68,9 @@ def predict_savings(
 
 @dataclass(frozen=True)
 class Held:
-    """Positions that each layer's cache holds of one row, if no window slides: ``total`` tokens were seen.
+    """Positions that each layer's cache holds for one row after ``total`` tokens, not counting sliding windows.
 
-    A layer that dropped some holds the first ``anchors`` and otherwise the last ones.
+    A layer that dropped some tokens holds the first ``anchors`` ones and the last ones.
     """
 
     total: int
@@ -79,18 +79,18 @@ class Held:
 
     @classmethod
     def after(cls, n_prompt: int, n_new: int, prompt_held: Sequence[int], anchors: int) -> "Held":
-        """Add new tokens, which all layers hold, to what they hold of a prompt."""
+        """Return the positions held after ``n_new`` tokens, which all layers hold, from those held after the prompt."""
         return cls(n_prompt + n_new, [n + n_new for n in prompt_held], anchors)
 
     def within(self, layer: int, window: int) -> int:
-        """Positions of a layer that the next token sees: itself and ``window`` - 1 others."""
+        """Number of held positions of a layer that the next token sees: it sees itself and ``window`` - 1 others."""
         held, reach = self.layers[layer], window - 1
         first = min(self.anchors, held) if held < self.total else 0
         return max(0, first - max(0, self.total - reach)) + min(held - first, reach)
 
 
 def kv_bytes(shape: Mapping[str, Any], held: Held) -> int:
-    """Bytes of keys and values of one row; sliding layers hold what their window shows the next token."""
+    """Bytes of keys and values of one row; a sliding layer holds the positions in the next token's window."""
     per_position = 2 * shape["n_kv_heads"] * shape["head_dim"] * shape["bytes_per_value"]
     return per_position * sum(
         held.within(layer, window) if window else held.layers[layer] for layer, window in enumerate(windows(shape))
@@ -104,9 +104,9 @@ def decode_bytes(shape: Mapping[str, Any], held: Held, batch: int = 1) -> int:
 
 
 def prefill_flops(shape: Mapping[str, Any], run: Sequence[int], projected: Sequence[int] | None = None) -> float:
-    """Operations of the prefill of one row in which layer l runs ``run[l]`` positions; head on one position included.
+    """Operations of one row's prefill in which layer l runs ``run[l]`` positions, including the head on one position.
 
-    ``projected[l]`` positions go through the layer's key and value projections alone.
+    ``projected[l]`` positions go only through the layer's key and value projections.
     """
     total = 2.0 * shape["head_parameters"]
     for parameters, n, window in zip(shape["layer_parameters"], run, windows(shape), strict=True):
@@ -118,5 +118,5 @@ def prefill_flops(shape: Mapping[str, Any], run: Sequence[int], projected: Seque
 
 
 def windows(shape: Mapping[str, Any]) -> list[int | None]:
-    """Sliding window of each layer, None where it sees everything."""
+    """Sliding window of each layer in positions, None for full attention."""
     return [shape["sliding_window"] if kind == "sliding_attention" else None for kind in shape["layer_types"]]

@@ -1,6 +1,6 @@
-"""Run tables -> plotly figures: pure functions, for the dashboard, notebooks and reports alike.
+"""Draws result tables as plotly figures: pure functions for the dashboard, notebooks and reports.
 
-Every figure has a transparent background and takes its text colours from plotly's template, so it serves light and dark
+Every figure has a transparent background and takes its text colours from plotly's template, so it suits light and dark
 pages.
 """
 

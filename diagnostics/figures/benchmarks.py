@@ -1,4 +1,4 @@
-"""What policies cost beside full depth and beside what counting allows."""
+"""Measured costs of policies relative to full depth, beside the limits from counting operations and bytes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
     figure = make_subplots(rows=1, cols=3, subplot_titles=[name for *_, name in panels], horizontal_spacing=0.06)
     for number, (spec, rows) in enumerate(table[table["policy"] != FullPolicy.name].groupby("spec", sort=False)):
         colour = PALETTE[number % len(PALETTE)]
-        for at, (measured, limit, name) in enumerate(panels, start=1):
-            group: dict[str, Any] = {"legendgroup": str(spec), "showlegend": at == 1}
+        for panel, (measured, limit, name) in enumerate(panels, start=1):
+            group: dict[str, Any] = {"legendgroup": str(spec), "showlegend": panel == 1}
             add_line(
                 figure,
                 rows["n_prompt"],
@@ -31,7 +31,7 @@ def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
                 str(spec),
                 colour,
                 "{}, " + name + " %{{y:.3f}}",
-                col=at,
+                col=panel,
                 **group,
             )
             dotted = {"color": colour, "dash": "dot", "width": 1}
@@ -48,7 +48,7 @@ def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
                     hovertemplate="limit %{y:.3f}<extra></extra>",
                 ),
                 row=1,
-                col=at,
+                col=panel,
             )
     figure.add_hline(1, line={"color": GREY, "width": 1})
     figure.update_xaxes(title_text="prompt tokens", type="log", tickvals=sorted(table["n_prompt"].unique()))
@@ -57,5 +57,5 @@ def benchmark_ratios(benchmark: Benchmark) -> go.Figure:
     m = benchmark.manifest
     subject = f"{literal(m['model'])}, {literal(m['hardware'])}"
     figure = finished(figure, "Measured beside the limit (dotted)", 460, subject)
-    # Below: above are the panels' titles.
+    # The legend is below: the panels' titles are above.
     return figure.update_layout(legend={"y": -0.22, "yanchor": "top"}, margin={"t": 90, "b": 90})

@@ -1,4 +1,4 @@
-"""What a cutoff costs and saves: loss, savings, retention, and several runs beside each other."""
+"""What a cutoff costs and saves: loss, savings, retention, and a comparison of several runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,22 +35,22 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
     """Draw the measured loss against the cutoff above the savings predicted for prompts of ``n_prompt`` tokens.
 
     The band reaches up to the confidence bound that decides; the tolerance is dashed. Loss is on a logarithmic axis.
-    The grey line is the recommended cutoff; another one to look at, ``cutoff``, is dotted.
+    The grey line is the recommended cutoff; the dotted line is ``cutoff``, another one to inspect.
     """
     evidence = pd.DataFrame(recommendation.evidence)
     cutoffs = evidence["cutoff"].to_numpy()
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
-    has_place = _has_place(run, evidence["kl"], evidence["cutoff"])
-    shown = evidence["kl"].where(has_place)
+    drawable = _drawable(run, evidence["kl"], evidence["cutoff"])
+    loss = evidence["kl"].where(drawable)
     if "kl_bound" in evidence and evidence["kl_bound"].notna().any():
-        bound = evidence["kl_bound"].astype(float).where(has_place)
+        bound = evidence["kl_bound"].astype(float).where(drawable)
         band = {"x": cutoffs, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        figure.add_trace(go.Scatter(y=shown, **band), row=1, col=1)
+        figure.add_trace(go.Scatter(y=loss, **band), row=1, col=1)
         figure.add_trace(go.Scatter(y=bound, fill="tonexty", fillcolor=faint(BLUE), **band), row=1, col=1)
     figure.add_trace(
         go.Scatter(
             x=cutoffs,
-            y=shown,
+            y=loss,
             customdata=evidence[["top1_agreement", "nll_increase"]],
             mode="lines+markers",
             name="KL from full depth",
@@ -62,11 +62,11 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
         col=1,
     )
     limit = recommendation.data["criterion"].get("max_kl")
-    if limit:  # 0 has no place on the axis either
+    if limit:  # a logarithmic axis has no 0
         figure.add_hline(limit, line={"dash": "dash", "color": VERMILION}, row=1, col=1)
-        # plotly places annotations, unlike lines, by the logarithm
-        place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": np.log10(limit), "yanchor": "bottom"}
-        figure.add_annotation(text=f"tolerance {limit:g}", showarrow=False, row=1, col=1, **place)
+        # plotly positions annotations, unlike lines, by the logarithm
+        position = {"x": 1, "xref": "x domain", "xanchor": "right", "y": np.log10(limit), "yanchor": "bottom"}
+        figure.add_annotation(text=f"tolerance {limit:g}", showarrow=False, row=1, col=1, **position)
     ratios = _predicted(run, n_prompt)
     for (column, name), colour in zip(
         (("ttft_ratio", "TTFT"), ("tpot_ratio", "TPOT"), ("kv_ratio", "KV")), (ORANGE, GREEN, PURPLE), strict=True
@@ -74,7 +74,7 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
         add_line(
             figure, ratios["cutoff"], ratios[column], f"{name}, predicted", colour, "{}: %{{y:.3f}} of full", row=2
         )
-    figure.data[-1].line.dash = "dot"  # TTFT is often the same, and below it
+    figure.data[-1].line.dash = "dot"  # it often covers TTFT's line
     figure.update_yaxes(title_text="loss, nats per token", type="log", exponentformat="power", dtick=1, row=1, col=1)
     figure.update_yaxes(title_text=f"of full depth, {n_prompt:,} tokens", range=[0, 1.05], row=2, col=1)
     figure.update_xaxes(title_text="cutoff: layers that prompt tokens run through", row=2, col=1)
@@ -87,7 +87,7 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
 
 
 def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figure:
-    """Draw which share of the prompt's attention mass and contribution lies below each cutoff, summed over layers."""
+    """Draw the share of the prompt's attention mass and contribution in the layers below each cutoff."""
     figure = go.Figure()
     for (column, name), colour in zip(
         (("mass_prompt", "attention mass"), ("prompt_contribution", "contribution")), (BLUE, GREEN), strict=True
@@ -105,9 +105,9 @@ def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figu
 
 
 def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] | None = None) -> go.Figure:
-    """Draw a measure of several runs against relative depth: of a loss, cutoff / layers; else (layer + 1) / layers.
+    """Draw a measure of several runs against relative depth: cutoff / layers for a loss, else (layer + 1) / layers.
 
-    Runs are called by ``names``, unless given by their own.
+    ``names`` labels the runs; by default each run has its own name.
     """
     names = [run.name for run in runs] if names is None else names
     figure = go.Figure()
@@ -115,7 +115,7 @@ def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] |
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         mean = finite_mean(per_layer(run, column), axis=0)
         if column == "kl":
-            mean = np.where(_has_place(run, mean, np.arange(1, run.n_layers + 1)), mean, np.nan)
+            mean = np.where(_drawable(run, mean, np.arange(1, run.n_layers + 1)), mean, np.nan)
         depth = np.arange(1, run.n_layers + 1) / run.n_layers
         hover = f"{{}}: {column} %{{{{y:.4f}}}} at %{{{{x:.0%}}}}"
         add_line(figure, depth, mean, literal(name), PALETTE[number % len(PALETTE)], hover)
@@ -128,10 +128,10 @@ def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] |
     return finished(figure, f"{'Loss' if column == 'kl' else column} at relative depth", height=460)
 
 
-def _has_place(run: Run, kl: Any, cutoffs: Any) -> Any:
-    """Say which losses a logarithmic axis has: that of full depth is 0, up to rounding, unless against a teacher."""
-    taught = bool(run.manifest.get("identity", {}).get("teacher"))
-    return (kl > 1e-6) & (taught | (cutoffs < run.n_layers))
+def _drawable(run: Run, kl: Any, cutoffs: Any) -> Any:
+    """Say which losses fit a logarithmic axis: without a teacher the loss at full depth is 0 up to rounding."""
+    has_teacher = bool(run.manifest.get("identity", {}).get("teacher"))
+    return (kl > 1e-6) & (has_teacher | (cutoffs < run.n_layers))
 
 
 def _predicted(run: Run, n_prompt: int) -> pd.DataFrame:

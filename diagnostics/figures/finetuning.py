@@ -1,4 +1,4 @@
-"""What a fine-tuning changed: the loss of every cutoff, the course of training, and kinds of prompts."""
+"""What a fine-tuning changed: the loss of every cutoff, the progress of training, and categories of prompts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from diagnostics.support.errors import UserError
 if TYPE_CHECKING:
     from diagnostics.finetune.finetuning_folder import FineTuning
 
-# Curves drawn between the first and the last, however often was measured.
+# Maximum number of curves between the first and the last.
 MOST_BETWEEN = 8
-# Steps to which single points are marked, and the share of all steps that the moving mean is over.
+# Up to FEW_STEPS steps single points are marked; the moving mean is over SMOOTHING of all steps.
 FEW_STEPS, SMOOTHING = 30, 0.1
 BEFORE = "before"
 
 
 def finetuning_cutoffs(finetuning: FineTuning, goal: float | None = None) -> go.Figure | None:
-    """Draw the loss of every cutoff before training, on the way and after it; None if nothing was measured yet.
+    """Draw the loss of every cutoff before, during and after training; None if nothing has been measured yet.
 
-    Means over the held-out prompts, on a logarithmic axis; of many measurements on the way eight are drawn, later ones
-    darker. ``goal`` (nats per token) is dashed, the cutoff that was trained is grey. Full depth has no place where it
-    is compared with itself.
+    Losses are means over the held-out prompts, on a logarithmic axis. At most eight measurements during training are
+    drawn, later ones darker. ``goal`` (nats per token) is dashed, the trained cutoff is grey. Full depth is not drawn
+    where it is compared with itself.
     """
     measured = _measured(finetuning)
     if not measured:
@@ -48,11 +48,11 @@ def finetuning_cutoffs(finetuning: FineTuning, goal: float | None = None) -> go.
     if last != first:
         figure.add_trace(_curve(finetuning, last, _last_name(finetuning)).update(line={"color": BLUE, "width": 3}))
     n_layers = int(finetuning.manifest["n_layers"])
-    if goal:  # 0 has no place on a logarithmic axis
+    if goal:  # a logarithmic axis has no 0
         figure.add_hline(goal, line={"dash": "dash", "color": VERMILION})
-        # plotly places annotations, unlike lines, by the logarithm
-        place = {"x": 0, "xref": "x domain", "xanchor": "left", "y": np.log10(goal), "yanchor": "top"}
-        figure.add_annotation(text=f"goal {goal:g}", showarrow=False, **place)
+        # plotly positions annotations, unlike lines, by the logarithm
+        position = {"x": 0, "xref": "x domain", "xanchor": "left", "y": np.log10(goal), "yanchor": "top"}
+        figure.add_annotation(text=f"goal {goal:g}", showarrow=False, **position)
     trained = _trained(finetuning)
     figure.add_vline(
         trained,
@@ -63,23 +63,24 @@ def finetuning_cutoffs(finetuning: FineTuning, goal: float | None = None) -> go.
         annotation_xshift=-4,
     )
     figure.update_xaxes(title_text="cutoff: layers that prompt tokens run through", dtick=tick(n_layers))
-    of = "own full depth" if _against_itself(finetuning) else "full depth before training"
-    figure.update_yaxes(title_text=f"KL from {of},<br>nats per token", type="log", exponentformat="power", dtick=1)
+    baseline = "own full depth" if _against_itself(finetuning) else "full depth before training"
+    unit = f"KL from {baseline},<br>nats per token"
+    figure.update_yaxes(title_text=unit, type="log", exponentformat="power", dtick=1)
     return _finished(figure, "Loss of every cutoff", 480, finetuning)
 
 
 def finetuning_steps(finetuning: FineTuning) -> go.Figure | None:
     """Draw the loss of every training step with its moving mean, and the KL of held-out prompts at the trained cutoff.
 
-    Both are in nats per token. The moving mean is over the last tenth of the steps that there are. A cutoff that
-    changes on the way has a panel of its own. None where there is neither a step nor a measurement.
+    Both are in nats per token. The window of the moving mean is a tenth of the steps. A cutoff that changes during
+    training has its own panel. None if there is neither a step nor a measurement.
     """
     steps, measured, trained = finetuning.steps, _measured(finetuning), _trained(finetuning)
     if steps.empty and not measured:
         return None
-    lowers = steps["cutoff"].nunique() > 1
+    lowered = steps["cutoff"].nunique() > 1
     figure = make_subplots(
-        rows=1 + lowers, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.75, 0.25][: 1 + lowers]
+        rows=1 + lowered, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.75, 0.25][: 1 + lowered]
     )
     mode = "lines" if len(steps) > FEW_STEPS else "lines+markers"
     x = steps["step"]
@@ -89,22 +90,22 @@ def finetuning_steps(finetuning: FineTuning) -> go.Figure | None:
         mean = steps["loss"].rolling(window, min_periods=1).mean()
         _add(figure, y=mean, name=f"its mean over {window} steps", colour=BLUE, mode="lines", width=2.5, x=x)
     if measured:
-        # Of a schedule, too: what counts is the cutoff that it ends with.
+        # Also with a schedule: the cutoff at its end counts.
         kl = [finetuning.curve(step).get(trained, np.nan) for step in measured]
         name = f"KL at cutoff {trained}, held-out prompts"
         add_line(figure, measured, kl, name, VERMILION, "{}<br>step %{{x}}: %{{y:.4f}} nats/token")
         figure.data[-1].update(line={"width": 2.5}, marker={"size": 9})
     figure.update_yaxes(title_text="nats per token", rangemode="tozero", row=1, col=1)
-    if lowers:
+    if lowered:
         _add(figure, y=steps["cutoff"], name="cutoff of the step", colour=GREEN, mode="lines", x=x, row=2)
         figure.data[-1].update(line={"shape": "hv"}, hovertemplate="step %{x}: cutoff %{y}<extra></extra>")
         spread = int(steps["cutoff"].max() - steps["cutoff"].min())
         figure.update_yaxes(title_text="cutoff", dtick=max(1, -(-spread // 4)), row=2, col=1)
-    figure.update_xaxes(title_text="training step", row=1 + lowers, col=1)
+    figure.update_xaxes(title_text="training step", row=1 + lowered, col=1)
     if max([*steps["step"], *measured]) <= FEW_STEPS:
-        figure.update_xaxes(dtick=2)  # there are no half steps
-    figure = _finished(figure, "Training", 460 + 140 * lowers, finetuning)
-    # Below: in a narrow window so many names would run into the title.
+        figure.update_xaxes(dtick=2)  # no labels at half steps
+    figure = _finished(figure, "Training", 460 + 140 * lowered, finetuning)
+    # The legend is below: in a narrow window its many names would overlap the title.
     return figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 66, "b": 150})
 
 
@@ -113,8 +114,8 @@ def finetuning_categories(
 ) -> go.Figure | None:
     """Draw the loss at a cutoff by category of held-out prompts, before and after: bars for means, a dot per prompt.
 
-    The trained cutoff unless given; ``goal`` (nats per token) is dashed. None if nothing was measured yet. Raises
-    UserError for a cutoff that the model does not have.
+    The default is the trained cutoff; ``goal`` (nats per token) is dashed. None if nothing has been measured yet.
+    Raises UserError for a cutoff that the model does not have.
     """
     cutoff = _trained(finetuning) if cutoff is None else cutoff
     if not 1 <= cutoff <= int(finetuning.manifest["n_layers"]):
@@ -122,14 +123,14 @@ def finetuning_categories(
     measured = _measured(finetuning)
     if not measured:
         return None
-    at = finetuning.sweeps[finetuning.sweeps["cutoff"] == cutoff]
-    categories = list(dict.fromkeys(at["category"]))
+    losses = finetuning.sweeps[finetuning.sweeps["cutoff"] == cutoff]
+    categories = list(dict.fromkeys(losses["category"]))
     figure = go.Figure()
     sides = {measured[0]: (BEFORE, ORANGE, 0.0)}
     if len(measured) > 1:
         sides = {measured[0]: (BEFORE, ORANGE, -0.2), measured[-1]: (_last_name(finetuning), BLUE, 0.2)}
     for step, (name, colour, shift) in sides.items():
-        rows = at[at["step"] == step]
+        rows = losses[losses["step"] == step]
         grouped = rows.groupby("category")["kl"].agg(["mean", "size"]).reindex(categories)
         figure.add_trace(
             go.Bar(
@@ -144,13 +145,13 @@ def finetuning_categories(
                 hovertemplate=f"%{{customdata[0]}}, {name}: KL %{{x:.4f}}, %{{customdata[1]}} prompts<extra></extra>",
             )
         )
-        # Beside each other in their bar, in their order, so that equal ones show.
-        within = rows.groupby("category").cumcount() + 0.5
-        of = rows.groupby("category")["kl"].transform("size")
+        # Dots of a bar are spread across it in their order, so that equal ones are visible.
+        rank = rows.groupby("category").cumcount() + 0.5
+        size = rows.groupby("category")["kl"].transform("size")
         figure.add_trace(
             go.Scatter(
                 x=rows["kl"],
-                y=rows["category"].map(categories.index) + shift + 0.28 * (within / of - 0.5),
+                y=rows["category"].map(categories.index) + shift + 0.28 * (rank / size - 0.5),
                 mode="markers",
                 name=name,
                 legendgroup=name,
@@ -170,17 +171,17 @@ def finetuning_categories(
 
 
 def _measured(finetuning: FineTuning) -> list[int]:
-    """Steps at which all cutoffs were measured, in order."""
+    """Return the steps at which all cutoffs were measured, in order."""
     return sorted(int(step) for step in finetuning.sweeps["step"].unique())
 
 
 def _thinned(steps: list[int]) -> list[int]:
-    places = np.linspace(0, len(steps) - 1, min(len(steps), MOST_BETWEEN)).round().astype(int)
-    return [steps[place] for place in places]
+    indices = np.linspace(0, len(steps) - 1, min(len(steps), MOST_BETWEEN)).round().astype(int)
+    return [steps[index] for index in indices]
 
 
 def _curve(finetuning: FineTuning, step: int, name: str) -> go.Scatter:
-    """The mean loss by cutoff at a measured step; what is nothing but rounding has no place on a logarithmic axis."""
+    """Return the mean loss by cutoff at a measured step, without losses that are only rounding error."""
     kl, same = finetuning.curve(step), finetuning.curve(step, "top1_agreement")
     is_itself = step == 0 or _against_itself(finetuning)
     shown = kl.where((kl > 1e-6) & ~(is_itself & (kl.index == finetuning.manifest["n_layers"])))
@@ -204,7 +205,7 @@ def _add(figure: go.Figure, *, name: str, colour: str, row: int = 1, width: floa
 
 def _finished(figure: go.Figure, title: str, height: int, finetuning: FineTuning) -> go.Figure:
     figure = finished(figure, title, height, _about(finetuning))
-    return figure.update_layout(showlegend=True)  # one curve alone has a name, too
+    return figure.update_layout(showlegend=True)  # also for a single curve
 
 
 def _trained(finetuning: FineTuning) -> int:

@@ -1,4 +1,4 @@
-"""What each layer does: probe curves with the regions, heads, and the logit lens of one prompt."""
+"""Measurements by layer: probe curves with the regions, heads, and the logit lens of one prompt."""
 
 import html
 
@@ -25,7 +25,7 @@ CURVES = {
 
 
 def layer_curves(run: Run, recommendation: Recommendation | None = None) -> go.Figure:
-    """Draw the probes layer by layer: mean over prompts, with the quarter of prompts above and below shaded.
+    """Draw the probes layer by layer: the mean over prompts, with the band between their quartiles.
 
     With a recommendation the selection region is shaded orange, the stabilization region green, and the cutoff is a
     line between the last layer that prompt tokens run through and the next.
@@ -41,7 +41,7 @@ def layer_curves(run: Run, recommendation: Recommendation | None = None) -> go.F
     if recommendation is not None:
         _mark_regions(figure, recommendation)
     figure = finished(figure, "What each layer does with the prompt", 980, about(run))
-    # Below: so many names would run into the title.
+    # The legend is below: its many names would overlap the title.
     return figure.update_layout(legend={"y": -0.07, "yanchor": "top"}, margin={"t": 66, "b": 160})
 
 
@@ -66,9 +66,9 @@ def head_map(run: Run, column: str = "selectivity") -> go.Figure:
 def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.Figure:
     """Draw the logit lens of one prompt: the most likely token after every layer, at ``count`` decode positions.
 
-    Colour is its probability; bold is what the last layer says too. The axis below has the tokens of the reference,
-    which each column predicts; ``first`` is the first column shown. Raises UserError for a prompt that the run does not
-    keep in detail.
+    Colour is the token's probability; tokens that the last layer also predicts are bold. The axis below has the
+    reference tokens that the columns predict; ``first`` is the first column shown. Raises UserError for a prompt that
+    the run does not keep in detail.
     """
     rows = run.lens[run.lens["prompt_id"] == prompt_id]
     if rows.empty:
@@ -81,7 +81,7 @@ def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.
     }
     agrees = grid["lens_token"] == grid["lens_token"][-1]
     text = np.vectorize(_cell, otypes=[object])(grid["lens_text"], agrees)
-    shown = np.vectorize(_visible, otypes=[object])(grid["lens_text"])
+    hover_text = np.vectorize(_visible, otypes=[object])(grid["lens_text"])
     tokens = run.tokens[run.tokens["prompt_id"] == prompt_id].set_index("position")["text"]
     columns = np.arange(len(positions))
     following = [_visible(tokens.get(position + 1, "")) for position in positions]
@@ -90,7 +90,7 @@ def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.
             x=columns,
             z=grid["lens_probability"].astype(float),
             text=text,
-            customdata=shown,
+            customdata=hover_text,
             texttemplate="%{text}",
             textfont={"size": 11},
             zmin=0,
@@ -110,14 +110,13 @@ def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.
 
 
 def _visible(text: str) -> str:
-    """Show white space, and let nothing in a token act as markup."""
-    shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7")
-    return literal(shown)
+    """Make white space visible, and escape markup in a token."""
+    return literal(text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7"))
 
 
 def _shortened(visible: str, most: int = 9) -> str:
-    whole = html.unescape(visible)
-    return visible if len(whole) <= most else literal(whole[: most - 1]) + "\u2026"
+    text = html.unescape(visible)
+    return visible if len(text) <= most else literal(text[: most - 1]) + "\u2026"
 
 
 def _cell(text: str, agrees: bool) -> str:

@@ -1,6 +1,6 @@
-"""What policies keep of quality: scores, paired differences, cutoffs and ways to fail.
+"""Quality under policies: scores, paired differences, cutoffs and failures.
 
-All are drawn from the table that `diagnostics.evaluate.score_table.summarize` makes.
+All figures are drawn from the table that `diagnostics.evaluate.score_table.summarize` returns.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from diagnostics.policies import Policy, parse_policy
 from diagnostics.support.errors import UserError
 
 COLOURS = tuple(colour for colour in PALETTE if colour != GREY)
-# Colours come again after seven policies, or tasks, and then with another mark.
+# After seven policies or tasks colours repeat, with another symbol or dash.
 SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 DASHES = ("solid", "dash", "dot")
 LONGEST_NAME = 28
-# What is not of the plot itself in a figure's height: title above; axis below, and the legend under it.
+# Parts of a figure's height outside the plot: the title above it, the axis below, and the legend below the axis.
 ABOVE, AXIS, LEGEND = 50, 66, 50
 
 
@@ -43,10 +43,10 @@ def quality_scores(summary: pd.DataFrame) -> go.Figure:
             _dots(
                 policy,
                 number,
-                y=_places(rows, tasks, number, len(policies)),
+                y=_heights(rows, tasks, number, len(policies)),
                 values=100 * rows[["score", "low", "high"]].to_numpy(float),
-                told=rows[["task", "n"]].assign(task=rows["task"].map(literal)),
-                said="%{customdata[0]}: %{x:.1f} (%{customdata[2]:.1f} to %{customdata[3]:.1f}), "
+                hover_data=rows[["task", "n"]].assign(task=rows["task"].map(literal)),
+                hover="%{customdata[0]}: %{x:.1f} (%{customdata[2]:.1f} to %{customdata[3]:.1f}), "
                 "%{customdata[1]} items",
             )
         )
@@ -55,10 +55,10 @@ def quality_scores(summary: pd.DataFrame) -> go.Figure:
 
 
 def quality_differences(summary: pd.DataFrame, margin: float) -> go.Figure | None:
-    """Draw paired differences to full depth with their 95% intervals; None where there is nothing to compare.
+    """Draw paired differences to full depth with their 95% intervals; None if there is nothing to compare.
 
-    ``margin`` is that of non-inferiority, as a share of the score. A star marks what is significant at 5% after
-    correction over tasks. Non-inferiority is decided by a one-sided bound, which lies inside the interval drawn here.
+    ``margin`` is the margin of non-inferiority, as a share of the score. A star marks differences that are significant
+    at 5% after correction over tasks. A one-sided bound decides non-inferiority; it lies inside the drawn interval.
     """
     if "difference" not in summary or summary["difference"].isna().all():
         return None
@@ -67,16 +67,16 @@ def quality_differences(summary: pd.DataFrame, margin: float) -> go.Figure | Non
     for number, policy in enumerate(policies):
         rows = summary[(summary["policy"] == policy) & summary["difference"].notna()]
         values = 100 * rows[["difference", "difference_low", "difference_high"]].to_numpy(float)
-        y = _places(rows, tasks, number, len(policies))
+        y = _heights(rows, tasks, number, len(policies))
         p_values = pd.to_numeric(rows["p_holm"])
-        told = pd.DataFrame(
+        hover_data = pd.DataFrame(
             {
                 "task": rows["task"].map(literal),
                 "p": [f", p = {p:.2g} corrected" if np.isfinite(p) else "" for p in p_values],
             }
         )
-        said = "%{customdata[0]}: %{x:+.1f} (%{customdata[2]:+.1f} to %{customdata[3]:+.1f})%{customdata[1]}"
-        figure.add_trace(_dots(policy, number, y=y, values=values, told=told, said=said))
+        hover = "%{customdata[0]}: %{x:+.1f} (%{customdata[2]:+.1f} to %{customdata[3]:+.1f})%{customdata[1]}"
+        figure.add_trace(_dots(policy, number, y=y, values=values, hover_data=hover_data, hover=hover))
         stars = (p_values < 0.05).to_numpy(bool)
         ends = np.where(np.isfinite(values[:, 2]), values[:, 2], values[:, 0])
         figure.add_trace(
@@ -102,9 +102,9 @@ def quality_differences(summary: pd.DataFrame, margin: float) -> go.Figure | Non
 
 
 def quality_by_cutoff(summary: pd.DataFrame) -> go.Figure | None:
-    """Draw what each cutoff keeps of full depth's score, a panel per kind of policy and a line per task.
+    """Draw each cutoff's score relative to full depth, with a panel per kind of policy and a line per task.
 
-    A kind is a policy with all its settings but the cutoff. None where no kind has two cutoffs, or full depth is
+    A kind is a policy with all its settings except the cutoff. None if no kind has two cutoffs, or full depth is
     missing; a task on which full depth scores 0 has no line.
     """
     full = summary[summary["policy"] == FULL].set_index("task")["score"].astype(float)
@@ -152,7 +152,7 @@ def quality_by_cutoff(summary: pd.DataFrame) -> go.Figure | None:
 
 
 def quality_failures(summary: pd.DataFrame) -> go.Figure | None:
-    """Draw how often the generated answers of every policy fail, as means over tasks; None where none fails."""
+    """Draw how often the generated answers of every policy fail, as means over tasks; None if none fails."""
     of_tasks = summary[summary["task"] != AVERAGE]
     names = [name for name in FAILURES if name in of_tasks and (of_tasks[name] > 0).any()]
     if not names:
@@ -172,9 +172,9 @@ def quality_failures(summary: pd.DataFrame) -> go.Figure | None:
 
 
 def policy_label(spec: str) -> str:
-    """Name a policy for readers: ``SPEED 24, no anchor`` for ``speed:24:anchors=0``; what is unknown stays as it is."""
+    """Return a policy's name for readers: ``SPEED 24, no anchor`` for ``speed:24:anchors=0``; else the spec itself."""
     policy = _parsed(spec)
-    return spec if policy is None else _said(policy)
+    return spec if policy is None else _described(policy)
 
 
 # --- Policies ---
@@ -183,31 +183,31 @@ def policy_label(spec: str) -> str:
 def _parsed(spec: str) -> Policy | None:
     try:
         return parse_policy(spec)
-    except UserError:  # of another version
+    except UserError:  # a policy of another version
         return None
 
 
-def _said(policy: Policy, *, with_cutoff: bool = True) -> str:
-    title, more = policy.title, []
+def _described(policy: Policy, *, with_cutoff: bool = True) -> str:
+    title, settings = policy.title, []
     for field in fields(policy):
         value = getattr(policy, field.name)
         if field.name == "cutoff":
             title += f" {value}" if with_cutoff else ""
         elif value != field.default:
-            said = f"{field.name.replace('_', ' ')} {value}"
-            more.append("no anchor" if said == "anchors 0" else said)
-    return ", ".join([title, *more])
+            setting = f"{field.name.replace('_', ' ')} {value}"
+            settings.append("no anchor" if setting == "anchors 0" else setting)
+    return ", ".join([title, *settings])
 
 
 def _cutoffs(specs: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Cutoff of every policy, by kind; kinds with two or more."""
+    """Return the cutoff of every policy, by kind, for kinds with two or more cutoffs."""
     kinds: dict[Policy, dict[str, int]] = {}
     for spec in specs:
         policy: Any = _parsed(spec)
         if policy is not None and policy.takes_cutoff():
             kinds.setdefault(replace(policy, cutoff=1), {})[spec] = policy.cutoff
-    several = {kind: found for kind, found in kinds.items() if len(set(found.values())) > 1}
-    return {_said(kind, with_cutoff=False): found for kind, found in several.items()}
+    several = {kind: cutoffs for kind, cutoffs in kinds.items() if len(set(cutoffs.values())) > 1}
+    return {_described(kind, with_cutoff=False): cutoffs for kind, cutoffs in several.items()}
 
 
 def _label(spec: str) -> str:
@@ -218,7 +218,7 @@ def _label(spec: str) -> str:
 
 
 def _tasks(summary: pd.DataFrame) -> list[str]:
-    """Tasks in their order, the average last."""
+    """Return the tasks in their order, the average last."""
     return sorted(dict.fromkeys(summary["task"]), key=lambda task: task == AVERAGE)
 
 
@@ -231,14 +231,16 @@ def _short(task: str) -> str:
     return f"<b>{literal(name)}</b>" if task == AVERAGE else literal(name)
 
 
-def _places(rows: pd.DataFrame, tasks: list[str], number: int, n_policies: int) -> np.ndarray:
-    """Heights of a policy's dots: below each other within a task's row."""
-    within = 0.7 * ((number + 0.5) / n_policies - 0.5)
-    return np.array([tasks.index(task) + within for task in rows["task"]])
+def _heights(rows: pd.DataFrame, tasks: list[str], number: int, n_policies: int) -> np.ndarray:
+    """Return the heights of a policy's dots: policies are below each other within a task's row."""
+    offset = 0.7 * ((number + 0.5) / n_policies - 0.5)
+    return np.array([tasks.index(task) + offset for task in rows["task"]])
 
 
-def _dots(policy: str, number: int, *, y: np.ndarray, values: np.ndarray, told: pd.DataFrame, said: str) -> go.Scatter:
-    """Dots at ``values`` [tasks, (mean, low, high)]; ``said`` is told of ``told``'s two columns, low and high."""
+def _dots(
+    policy: str, number: int, *, y: np.ndarray, values: np.ndarray, hover_data: pd.DataFrame, hover: str
+) -> go.Scatter:
+    """Return dots at ``values`` [tasks, (mean, low, high)]; ``hover`` uses ``hover_data``'s columns, low and high."""
     mean, low, high = values.T
     colour = COLOURS[number % len(COLOURS)]
     bars = {"type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low, "width": 0}
@@ -250,28 +252,28 @@ def _dots(policy: str, number: int, *, y: np.ndarray, values: np.ndarray, told: 
         marker={"color": colour, "size": 9, "symbol": SYMBOLS[number // len(COLOURS) % len(SYMBOLS)]},
         name=_label(policy),
         legendgroup=_label(policy),
-        customdata=told.assign(low=low, high=high).to_numpy(object),
-        hovertemplate=f"{_label(policy)}<br>{said}<extra></extra>",
+        customdata=hover_data.assign(low=low, high=high).to_numpy(object),
+        hovertemplate=f"{_label(policy)}<br>{hover}<extra></extra>",
     )
 
 
 def _add_full(figure: go.Figure, full: pd.DataFrame, tasks: list[str]) -> None:
-    """Full depth as a bar across each task's row, on its interval."""
+    """Draw full depth as a bar across each task's row, over its interval."""
     gap = [None]
-    at = [tasks.index(task) for task in full.index]
+    heights = [tasks.index(task) for task in full.index]
     score, low, high = (100 * full[["score", "low", "high"]].to_numpy(float)).T
     band_x = [x for a, b in zip(low, high, strict=True) for x in (a, b, b, a, *gap)]
-    band_y = [y for row in at for y in (row - 0.42, row - 0.42, row + 0.42, row + 0.42, *gap)]
+    band_y = [y for row in heights for y in (row - 0.42, row - 0.42, row + 0.42, row + 0.42, *gap)]
     band = {"fill": "toself", "fillcolor": faint(GREY), "mode": "lines", "line": {"width": 0}}
     group = {"legendgroup": FULL, "name": _label(FULL)}
     figure.add_trace(go.Scatter(x=band_x, y=band_y, showlegend=False, hoverinfo="skip", **group, **band))
     figure.add_trace(
         go.Scatter(
             x=[x for s in score for x in (s, s, s, *gap)],
-            y=[y for row in at for y in (row - 0.42, row, row + 0.42, *gap)],
+            y=[y for row in heights for y in (row - 0.42, row, row + 0.42, *gap)],
             mode="lines",
             line={"color": GREY, "width": 3},
-            text=[said for task in full.index for said in [literal(task)] * 4],
+            text=[name for task in full.index for name in [literal(task)] * 4],
             hovertemplate=f"{_label(FULL)}<br>%{{text}}: %{{x:.1f}}<extra></extra>",
             **group,
         )
@@ -288,7 +290,7 @@ def _by_task(figure: go.Figure, title: str, tasks: list[str], n_policies: int) -
 
 
 def _legend_below(figure: go.Figure, title: str, height: int) -> go.Figure:
-    """Finish a figure whose plot has ``height`` pixels; its legend may be long, so it is not beside the title."""
+    """Finish a figure whose plot has ``height`` pixels; its legend may be long, so it is below the plot."""
     figure = finished(figure, title, height=height + ABOVE + AXIS + LEGEND)
     legend = {"y": -AXIS / height, "yanchor": "top"}
     figure.update_xaxes(title_standoff=8)

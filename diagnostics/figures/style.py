@@ -1,7 +1,7 @@
-"""What all figures share: colours, curves with their spread, axes, layout.
+"""Shared parts of all figures: colours, curves with their spread, axes, layout.
 
-Colours are those of Okabe and Ito (2008), which people with any colour vision can tell apart, without their yellow,
-which does not show on white.
+Colours are those of Okabe and Ito (2008), which people with any colour vision can distinguish, without their yellow,
+which is hardly visible on white.
 """
 
 import html
@@ -20,7 +20,7 @@ PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY)
 
 
 def per_layer(run: Run, column: str) -> np.ndarray:
-    """Return one measure [prompt, layer], or [prompt, L] of a cutoff's; of measures per head the mean over heads."""
+    """Return a column of the layers table as [prompts, layers], or of the cutoffs table as [prompts, cutoffs 1..L]."""
     table, axis = (run.layers, "layer") if column in run.layers else (run.cutoffs, "cutoff")
     wide = table.pivot(index="prompt_id", columns=axis, values=column).sort_index(axis=1)
     return wide.loc[run.prompts["prompt_id"]].to_numpy(float)
@@ -29,20 +29,20 @@ def per_layer(run: Run, column: str) -> np.ndarray:
 def add_curve(
     figure: go.Figure, x: np.ndarray, values: np.ndarray, name: str, colour: str, row: int | None = None
 ) -> None:
-    """Mean over prompts of [prompts, x], between its quartiles."""
-    place = {} if row is None else {"row": row, "col": 1}
-    counted = np.isfinite(values)
+    """Add the mean over prompts of ``values`` [prompts, x], with the band between its quartiles."""
+    panel = {} if row is None else {"row": row, "col": 1}
+    finite = np.isfinite(values)
     if len(values) > 1:
-        filled = np.where(counted, values, np.nan)
-        filled[:, ~counted.any(axis=0)] = 0  # drawn nowhere: their mean is missing
+        filled = np.where(finite, values, np.nan)
+        filled[:, ~finite.any(axis=0)] = 0  # not drawn: the mean is missing there
         low, high = np.nanquantile(filled, [0.25, 0.75], axis=0)
         band = {"x": x, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        figure.add_trace(go.Scatter(y=low, legendgroup=name, **band), **place)
-        figure.add_trace(go.Scatter(y=high, fill="tonexty", fillcolor=faint(colour), legendgroup=name, **band), **place)
-    mean = np.where(counted, values, 0).sum(axis=0) / np.where(counted.any(axis=0), counted.sum(axis=0), np.nan)
+        figure.add_trace(go.Scatter(y=low, legendgroup=name, **band), **panel)
+        figure.add_trace(go.Scatter(y=high, fill="tonexty", fillcolor=faint(colour), legendgroup=name, **band), **panel)
+    mean = np.where(finite, values, 0).sum(axis=0) / np.where(finite.any(axis=0), finite.sum(axis=0), np.nan)
     hover = f"{name}<br>%{{x}}: %{{y:.3f}}<extra></extra>"
     line = go.Scatter(x=x, y=mean, mode="lines", name=name, legendgroup=name, line={"color": colour})
-    figure.add_trace(line.update(hovertemplate=hover), **place)
+    figure.add_trace(line.update(hovertemplate=hover), **panel)
 
 
 def add_line(
@@ -56,44 +56,44 @@ def add_line(
     col: int = 1,
     **more: Any,
 ) -> None:
-    """Add one curve with markers; ``hover`` has a place for its name."""
+    """Add one curve with markers; ``hover`` is a format string for its name."""
     hover = hover.format(name) + "<extra></extra>"
     trace = go.Scatter(x=x, y=y, mode="lines+markers", name=name, line={"color": colour}, hovertemplate=hover, **more)
     figure.add_trace(trace, **({} if figure._grid_ref is None else {"row": row, "col": col}))
 
 
 def about(run: Run) -> str:
-    """Say whose figure it is, for the title."""
+    """Return the subject of a run's figure, for the title: the model and the number of prompts."""
     n = len(run.prompts)
     return f"{literal(run.manifest['model'])}, {n} prompt{'s' if n > 1 else ''}"
 
 
 def literal(text: object) -> str:
-    """Return a name so that plotly shows it as it is: it takes ``<b>`` and the like for markup."""
+    """Escape a name so that plotly shows it unchanged: it interprets ``<b>`` and the like as markup."""
     return html.escape(str(text), quote=False)
 
 
 def tick(n: int) -> int:
-    """Step of an axis of ``n`` whole numbers, so that labels do not crowd."""
+    """Return the tick step of an axis of ``n`` integers, so that labels do not overlap."""
     return next(step for step in (1, 2, 4, 5, 10, 20, 50, 100, n) if n / step <= 20)
 
 
 def faint(colour: str) -> str:
-    """Return a colour of the palette for a band."""
+    """Return a transparent version of a palette colour, for a band."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.15)"
 
 
 def finished(figure: go.Figure, title: str, height: int, subject: str = "") -> go.Figure:
-    """Give a figure its title, height in pixels, and the layout that all share.
+    """Set a figure's title, height in pixels, and the layout that all figures share.
 
-    ``subject`` says what was measured; it has a line of its own, since plotly cuts a line that the window cannot hold.
+    ``subject`` says what was measured; it has a separate line, since plotly cuts a line that is wider than the window.
     """
     if subject:
         title = f'{title}<br><span style="font-size: 13px">{subject}</span>'
     return (
         figure.update_layout(
-            # At the top, whatever is below it: a legend of two rows has room between title and curves.
+            # Always at the top: a legend of two rows fits between title and curves.
             title={"text": title, "font": {"size": 17}} | TITLE_PLACE,
             height=height,
             margin={"l": 70, "r": 20, "t": 110, "b": 60},
