@@ -1,17 +1,17 @@
 # make demo   from a fresh machine to a recommended cutoff for the embedded model
 # make test   lint, types, and the tests: about ten minutes on two cores
-# make test-slow   tests that take long for what they add, and property tests at length
+# make test-slow   slow tests, and property tests with many examples
 # make test-notebooks   every notebook from top to bottom
 # make test-docs   every command and Python block of README and docs/, as pasted, and the strict build of the site
-# make test-browser   the dashboard in a headless Chromium, which is installed if there is none
-# make mutate   what the tests would miss: seeded faults, one at a time, in a copy of the tree; about an hour
-# make notebooks, make pictures   what is committed under analyses/, made anew
+# make test-browser   the dashboard in a headless Chromium, which is installed if it is missing
+# make mutate   which faults the tests miss: seeded faults, one at a time, in a copy of the tree; about an hour
+# make notebooks, make pictures   regenerate what is committed under analyses/
 # make docs   the documentation site, built strictly into site/
-# make dist   wheel and sdist in dist/, each installed in a bare environment and tried there
+# make dist   wheel and sdist in dist/, each installed and tested in a bare environment
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Everything needed ships with the packages: no hub is asked.
+# The packages contain everything that is needed: no request goes to a hub.
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -48,13 +48,13 @@ test-slow: install
 test-notebooks: install
 	$(PYTEST) $(WORKERS) -m notebooks
 
-# One process: pages that continue from another share what it left.
+# One process: some pages continue from the files of another.
 test-docs: install
 	$(PYTEST) tests/docs
 
 CHROMIUM = command -v chromium || command -v chromium-browser || command -v google-chrome
 
-# Without a Chromium, and without a way to get one, it says so and fails nothing.
+# If there is no Chromium and none can be installed, it prints so and does not fail.
 test-browser: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	$(CHROMIUM) || timeout 300 $(BIN)/python -m playwright install --with-deps chromium || true

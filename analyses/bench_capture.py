@@ -1,8 +1,8 @@
-"""What a diagnosis costs beside a bare forward pass of the same tokens.
+"""Cost of a diagnosis relative to a bare forward pass of the same tokens.
 
 Interleaves the bare forward (stock attention, no cache, logits of the decode positions only) and, through each backend,
 the probes, and the probes with the all-cutoff sweep; prints and writes medians of the ratios inside each repeat. Peak
-memory is measured in a process of its own per variant and length.
+memory is measured in a separate process per variant and length.
 
     python analyses/bench_capture.py [--lengths 512 1024 2048 4096 8192] [--repeats 3] [--out FILE.json]
     python analyses/bench_capture.py --backends hooks transformer-lens nnsight --lengths 512 1024 2048 4096
@@ -52,7 +52,7 @@ def run(lm: LoadedModel, variant: str, ids: list[int], captures: dict[str, Captu
     context = PromptContext(Layout(1, n_prompt), lm.anatomy.n_layers, Readout(lm.anatomy), lm.name)
     probes = [probe for probe in all_probes().values() if probe is not CutoffSweep or observed == "probes+sweep"]
     observers = [probe(context) for probe in probes]
-    # The last reference token is predicted, never an input: any id serves.
+    # The last reference token is predicted, never an input: any id will do.
     reference = [*ids[n_prompt:], ids[0]]
     captures[backend].run(ids[:n_prompt], reference, observers, n_decode=N_DECODE, n_anchors=1)
 
@@ -77,7 +77,7 @@ def measure_memory(variant: str, length: int) -> None:
     lm = load_model()
     ids = token_ids(lm, length)
     captures = {} if variant == BARE else {variant.split()[0]: make_capture(variant.split()[0], lm)}
-    run(lm, BARE, ids[:128], captures)  # libraries allocate on first use; that is not the variant's
+    run(lm, BARE, ids[:128], captures)  # libraries allocate on first use, which does not belong to the variant
     with peak_memory(lm.device) as peak:
         run(lm, variant, ids, captures)
     print((peak.bytes or 0) / 2**30)

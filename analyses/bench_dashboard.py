@@ -2,9 +2,9 @@
 
 python analyses/bench_dashboard.py [--out FILE]    # analyses/results/bench_dashboard.json
 
-On a made run of 64 prompts, 32 layers and 32 heads with 1024-token prompts. Times are seen from the browser: from the
-click or key to the server being done with the page. "first" is the first visit, with every figure drawn; "again" is a
-later one.
+On a synthetic run of 64 prompts, 32 layers and 32 heads with 1024-token prompts. Times are measured in the browser,
+from the click or key until the server has finished the page. "first" is the first visit, with every figure drawn;
+"again" is a later one.
 Needs `pip install -e '.[app,browser]'` and a Chromium.
 """
 
@@ -38,7 +38,7 @@ SHAPE = {
 }
 
 
-def made_run(folder: Path) -> None:
+def synthetic_run(folder: Path) -> None:
     """Write a run of random measures."""
     rng = np.random.default_rng(0)
     identity = {"weight_hash": "0" * 64, "anchors": 1, "context_length": N_TOKENS}
@@ -90,9 +90,9 @@ def detail(key: dict[str, str], rng: np.random.Generator) -> dict[str, pd.DataFr
 
 
 def timed(act: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    launched = time.perf_counter()
     act()
-    return round(time.perf_counter() - begun, 3)
+    return round(time.perf_counter() - launched, 3)
 
 
 def measure(runs: Path, repeats: int) -> dict[str, Any]:
@@ -100,14 +100,14 @@ def measure(runs: Path, repeats: int) -> dict[str, Any]:
     with browsing() as browser:
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(60_000)
-        begun = time.perf_counter()
+        launched = time.perf_counter()
         with serving(runs) as address:
-            listening = time.perf_counter() - begun
+            listening = time.perf_counter() - launched
             page.goto(address)
             page.locator("h1").wait_for()
             settled(page)
-            start = time.perf_counter() - begun
-            page.wait_for_timeout(8000)  # what is imported ahead, behind the first page
+            start = time.perf_counter() - launched
+            page.wait_for_timeout(8000)  # imports that the server does in the background after the first page
             first, again = {}, {}
 
             for title in PAGES:
@@ -156,7 +156,7 @@ def main() -> None:
     import torch
 
     with tempfile.TemporaryDirectory() as scratch:
-        made_run(Path(scratch) / "made")
+        synthetic_run(Path(scratch) / "made")
         result = measure(Path(scratch), options.repeats)
     about = {"command": "python analyses/bench_dashboard.py", "hardware": hardware(torch.device("cpu"))}
     text = json.dumps(about | {"versions": versions()} | result, indent=1)

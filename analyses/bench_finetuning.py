@@ -2,7 +2,7 @@
 
     python analyses/bench_finetuning.py
 
-Steps of all cutoffs take turns in one process, so that a busy machine slows all of them; the ratios are medians over
+Steps of all cutoffs alternate in one process, so that a busy machine slows all of them; the ratios are medians over
 rounds. ``distillation`` adds the teacher's forward pass at full depth. The result goes to
 ``analyses/results/bench_finetuning_DEVICE.json``.
 """
@@ -86,7 +86,7 @@ def main() -> None:
 def _time_step(
     model: Any, ids: torch.Tensor, labels: torch.Tensor, cutoff: int | None, n_layers: int, distilled: bool
 ) -> float:
-    """Seconds of one forward and backward pass; without a cutoff those of the stock model."""
+    """Return the seconds of one forward and backward pass; without a cutoff, of the stock model."""
     kept = int((labels[0] != -100).sum()) + 1
     model.zero_grad()
     started = _now(ids.device)

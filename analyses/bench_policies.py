@@ -48,9 +48,9 @@ def random_model(small: bool) -> LoadedModel:
 
 
 def graph_tpot(lm: LoadedModel, policy: Policy, length: int, chunk_size: int | None) -> float:
-    """Seconds of one decode step at this prompt length, replayed as a CUDA graph: no Python, no launches."""
+    """Return the seconds of one decode step at this prompt length, replayed as a CUDA graph: no Python, no launches."""
     ids = torch.randint(lm.model.config.vocab_size, (1, length), device=lm.device)
-    made = generate(
+    generation = generate(
         lm,
         ids,
         policy=policy,
@@ -58,10 +58,10 @@ def graph_tpot(lm: LoadedModel, policy: Policy, length: int, chunk_size: int | N
         eos_token_id=(),
         chunk_size=chunk_size if policy.chunked else None,
     )
-    token, graph = made.token_ids[:, -1:], torch.cuda.CUDAGraph()
-    # The step writes into the slot after the last: it can be replayed any number of times, and reads the same bytes.
+    token, graph = generation.token_ids[:, -1:], torch.cuda.CUDAGraph()
+    # Every replay writes into the slot after the last one, so it reads the same bytes each time.
     with torch.cuda.graph(graph):
-        decode(lm, token, made.cache)
+        decode(lm, token, generation.cache)
     graph.replay()
     torch.cuda.synchronize()
     started = time.perf_counter()

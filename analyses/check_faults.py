@@ -1,15 +1,15 @@
-"""Faults of the machine, in figures: kills, full disks, damaged files, hostile archives.
+"""Counts how faults of the machine end: kills, full disks, damaged files, hostile archives.
 
 python analyses/check_faults.py [--kills 40] [--damages 512] [--only kills,disks,damages,archives]
 
 - kills: a diagnosis, an evaluation and a fine-tuning of a tiny model are killed (SIGKILL) at random moments and
-  resumed until they end; their tables then equal those of an undisturbed one, bit for bit.
-- disks: the same with so little space left that writing fails, once; it has to end in a `UserError`, and to go on.
-- damages: one file of a folder of results, of a saved cache or of an adapter is damaged, and all is read: refused by a
-  `UserError`, or unchanged. Another number, or an error of any other kind, counts as a fault.
-- archives: zipped runs, damaged or made to harm, are given to the dashboard's upload.
+  resumed until they end; their tables must then equal those of an uninterrupted one, bit for bit.
+- disks: the same with so little space left that writing fails once; the work must end in a `UserError`, and resume.
+- damages: one file of a folder of results, of a saved cache or of an adapter is damaged, and everything is read. The
+  folder must be refused by a `UserError`, or read unchanged. A different number, or any other error, counts as a fault.
+- archives: zipped runs, damaged or malicious, go through the dashboard's upload.
 
-Exit status 1 if anything did not hold.
+Exit status 1 if any check fails.
 """
 
 import argparse
@@ -102,7 +102,7 @@ class World:
         return finetune(load_model(self.model), source, load_held_out(self.few), settings, out=out, resume=True)
 
     def work(self, name: str, out: Path, most_bytes: int | None = None) -> None:
-        """Do one of the three, with files no larger than so many bytes."""
+        """Run one of the three, with a limit in bytes on the size of files."""
         if most_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, -1))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -147,8 +147,8 @@ def tables(folder: Path) -> dict[str, Any]:
     return found
 
 
-def calm(world: World, name: str) -> dict[str, Any]:
-    """What one of the three leaves if nothing disturbs it; made once."""
+def undisturbed(world: World, name: str) -> dict[str, Any]:
+    """Return the results of one of the three without a fault; run once."""
     out = world.root / "calm" / name
     if not out.exists() and (result := in_child(partial(world.work, name, out))) != 0:
         raise SystemExit(f"{name} fails undisturbed: {result}")
@@ -156,12 +156,12 @@ def calm(world: World, name: str) -> dict[str, Any]:
 
 
 def kills(world: World, n: int, rng: random.Random, say: Callable[..., None]) -> Counter[str]:
-    """Kill and resume until `n` kills are through, the works taking turns."""
+    """Kill and resume until `n` kills are done, alternating between the three kinds of work."""
     count: Counter[str] = Counter()
     wanted, lasted = {}, {}
     for name in WORKS:
         started = time.monotonic()
-        wanted[name], lasted[name] = calm(world, name), time.monotonic() - started
+        wanted[name], lasted[name] = undisturbed(world, name), time.monotonic() - started
     number = 0
     while count["kills"] < n:
         name = WORKS[number % len(WORKS)]
@@ -185,7 +185,7 @@ def kills(world: World, n: int, rng: random.Random, say: Callable[..., None]) ->
 
 
 def disks(world: World, n: int, rng: random.Random, say: Callable[..., None]) -> Counter[str]:
-    """Let the disk be full: a file system in memory with a little space left, or files that cannot grow."""
+    """Simulate a full disk: a file system in memory with little space left, or files that cannot grow."""
     count: Counter[str] = Counter()
     for number in range(n):
         name = WORKS[number % len(WORKS)]
@@ -202,14 +202,14 @@ def disks(world: World, n: int, rng: random.Random, say: Callable[..., None]) ->
         filler.unlink(missing_ok=True)
         if mounted:
             os.system(f"mount -o remount,size=64m {place}")
-        said = isinstance(result, str) and result.startswith("U")
-        count["refused in one line" if said else "had room enough" if result == 0 else "faults"] += 1
+        refused = isinstance(result, str) and result.startswith("U")
+        count["refused in one line" if refused else "had room enough" if result == 0 else "faults"] += 1
         again = in_child(partial(world.work, name, out))
-        if again == 0 and tables(out) == calm(world, name):
+        if again == 0 and tables(out) == undisturbed(world, name):
             count["went on to the same numbers"] += 1
         else:
             count["faults"] += 1
-        if (not said and result != 0) or again != 0:
+        if (not refused and result != 0) or again != 0:
             say(f"{name} with {left >> 10} KiB left: {result}; again: {again}")
         if mounted:
             os.system(f"umount {place}")
@@ -217,7 +217,7 @@ def disks(world: World, n: int, rng: random.Random, say: Callable[..., None]) ->
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """Flip a bit, cut, put zeros over a stretch, or insert bytes."""
+    """Flip a bit, truncate, overwrite a range with zeros, or insert bytes."""
     at = rng.randrange(len(data))
     size = rng.choice((1, 8, 64, 512))
     kind = rng.choice(("flip", "flip", "cut", "zeros", "insert"))
@@ -233,7 +233,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def readings(world: World) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
-    """Every kind of result, and how to read all that it holds, as something to compare."""
+    """Return every kind of result with a function that reads all its content for comparison."""
     place = world.root / "results"
     run = world.diagnose(place / "run", world.few)
     recommend(run, max_kl=5).save(place / "run" / "recommendation.json")
@@ -247,9 +247,9 @@ def readings(world: World) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
 
     def read_run(folder: Path) -> Any:
         found = load_run(folder)
-        said = read_recommendation(folder) if (folder / "recommendation.json").exists() else None
+        recommendation = read_recommendation(folder) if (folder / "recommendation.json").exists() else None
         kept = {name: table.to_json(double_precision=15) for name, table in found.tables.items()}
-        return found.manifest, kept, recommend(found).data, said
+        return found.manifest, kept, recommend(found).data, recommendation
 
     def read_finetuning(folder: Path) -> Any:
         found = load_finetuning(folder)
@@ -285,7 +285,7 @@ def readings(world: World) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
 
 
 def diagnose_partly(world: World, out: Path) -> Path:
-    """Leave a diagnosis after four prompts."""
+    """Stop a diagnosis after four prompts."""
 
     class Stop(BaseException):
         pass
@@ -304,9 +304,9 @@ def damages(world: World, n: int, rng: random.Random, say: Callable[..., None]) 
     count: Counter[str] = Counter()
     kinds = readings(world)
     whole = {name: repr(read(folder)) for name, (folder, read) in kinds.items()}
-    # What is read by nobody but people does not count.
+    # Files that only people read do not count.
     unread = ("README.md", "summary.md")
-    # A fine-tuning holds most files and takes longest to read.
+    # A fine-tuning has the most files and takes longest to read.
     names = [name for name in kinds for _ in range(1 if name == "fine-tuning" else 3)]
     for number in range(n):
         name = names[number % len(names)]
@@ -332,7 +332,7 @@ def damages(world: World, n: int, rng: random.Random, say: Callable[..., None]) 
 
 
 def archives(world: World, n: int, rng: random.Random, say: Callable[..., None]) -> Counter[str]:
-    """Give zipped runs to the upload."""
+    """Send zipped runs through the upload."""
     count: Counter[str] = Counter()
     folder = world.root / "zipped"
     if not folder.exists():
@@ -413,17 +413,17 @@ def _structures(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def _one_category(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Texts that repeat, as other writers leave them: a run like any other."""
+    """Store repeated texts as categories, as other writers do: the run must be accepted."""
     table = pq.read_table(io.BytesIO(files["prompts.parquet"])).replace_schema_metadata(None)
     at = table.schema.get_field_index("category")
     return _with_prompts(files, table.set_column(at, "category", table.column(at).dictionary_encode()))
 
 
 def _odd_types(files: dict[str, bytes]) -> dict[str, bytes]:
-    """What pandas keeps of a table's types, changed."""
+    """Change the types that pandas stores for a table."""
     table = pq.read_table(io.BytesIO(files["prompts.parquet"]))
-    said = {b"pandas": (table.schema.metadata or {})[b"pandas"].replace(b'"int64"', b'"int68"')}
-    return _with_prompts(files, table.replace_schema_metadata(said))
+    metadata = {b"pandas": (table.schema.metadata or {})[b"pandas"].replace(b'"int64"', b'"int68"')}
+    return _with_prompts(files, table.replace_schema_metadata(metadata))
 
 
 def _deep_json(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -437,7 +437,7 @@ BOMBS = (
 
 
 def main() -> None:
-    """Run what was asked for, and print the figures."""
+    """Run the selected checks, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--disks", type=int, default=17)
@@ -454,7 +454,7 @@ def main() -> None:
             check = {"kills": kills, "disks": disks, "damages": damages, "archives": archives}[name]
             started = time.monotonic()
             count = check(
-                world, getattr(options, name), random.Random(options.seed), lambda *said: print(*said, file=sys.stderr)
+                world, getattr(options, name), random.Random(options.seed), lambda *line: print(*line, file=sys.stderr)
             )
             faults += count["faults"]
             print(f"{name}: {dict(count)} ({time.monotonic() - started:.0f} s)", flush=True)

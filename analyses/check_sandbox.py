@@ -1,9 +1,9 @@
-"""Attacks on the sandbox of code that a model wrote, in figures: each is tried, and must not come to its end.
+"""Attacks the sandbox for code that a model wrote: every attack must fail.
 
 python analyses/check_sandbox.py    # exit status 1 if one does
 
-An attack ends without an exception only if it got what it was after. Those that need something outside (a socket, a
-private file, a process) are in tests/evaluate/test_sandbox.py, which also looks from outside whether anything arrived.
+An attack ends without an exception only if it succeeds. Attacks that need something outside (a socket, a private file,
+a process) are in tests/evaluate/test_sandbox.py, which also checks from outside whether anything arrived.
 """
 
 import json
@@ -79,7 +79,7 @@ def attacks() -> dict[str, str]:
 
 
 def main() -> int:
-    """Try all attacks, and print what came of them."""
+    """Run all attacks, and print their results."""
     came_through, start = [], time.monotonic()
     tried = attacks()
     for what, program in tried.items():

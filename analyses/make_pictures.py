@@ -1,4 +1,4 @@
-"""Draw the pictures of the README: the terminal, the main figure, what quality is kept, and the dashboard.
+"""Draws the pictures of the README: the terminal, the main figure, the quality under policies, and the dashboard.
 
 python analyses/make_pictures.py [RUN]    # by default a new run of the embedded model on the built-in prompts
 
@@ -26,7 +26,7 @@ from diagnostics.terminal.diagnosis import show_recommendation
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "smollm2-135m-instruct"
-# Those of the evaluation that the README's picture compares.
+# Policies of the evaluation that the README's picture compares.
 POLICIES = ("full", "speed:22", "speed:25", "speed:25:anchors=0", "projected:22", "fastkv")
 
 
@@ -54,7 +54,7 @@ def terminal(run: Run, picture: Path) -> None:
     console = Console(record=True, width=92, file=io.StringIO(), force_terminal=True, highlight=False)
     show_recommendation(run, recommend(run), console)
     svg = console.export_svg(title="speed-diagnostics recommend")
-    # The template fetches a web font; a picture should not.
+    # The template fetches a web font; a picture must not.
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"Fira Code, ?monospace|Fira Code", "DejaVu Sans Mono, Menlo, Consolas, monospace", svg)
@@ -73,7 +73,7 @@ def plain(browser: Any, figure: Any, picture: Path) -> None:
 
 
 def dashboard(browser: Any, runs: Path, picture: Path) -> None:
-    """Photograph the dashboard's cutoff page."""
+    """Take a screenshot of the dashboard's cutoff page."""
     with serving(runs) as address:
         page = browser.new_page(viewport={"width": 1280, "height": 1420})
         page.goto(f"{address}/cutoff")

@@ -1,17 +1,17 @@
-"""Break the code on purpose, one seeded fault at a time, and list the faults that no test notices.
+"""Breaks the code on purpose, one seeded fault at a time, and lists the faults that no test notices.
 
     python analyses/mutate.py [NAME ...] [--jobs N] [--timeout SECONDS] [--list]      # all of them: make mutate
 
-The faults are in `seeded_faults.toml` beside this file. Each has a name in words, the file to break, the text there,
-what takes its place, and the tests that should notice. A fault is
+The faults are in `seeded_faults.toml` beside this file. Each has a name in words, the file to break, the old and the
+new text, and the tests that should notice. A fault is
 
     killed           one of these tests fails with the fault, and passes without it
     SURVIVED         they all pass: a test is missing, or the fault changes nothing
-    does not apply   the text does not occur exactly once any more: the fault must be written anew
-    NO VERDICT       the tests do not run to their end, or are red without the fault
+    does not apply   the text no longer occurs exactly once: the fault must be rewritten
+    NO VERDICT       the tests do not run to their end, or fail without the fault
 
-All happens in a temporary copy of the tree, with what is not committed; the checkout is never touched. Give the names
-of faults, or parts of them, to run only these. Exit status: 0 if all are killed, else 1.
+Everything happens in a temporary copy of the tree, including uncommitted changes; the checkout is never touched. Give
+the names of faults, or parts of them, to run only these. Exit status: 0 if all are killed, else 1.
 """
 
 import argparse
@@ -50,14 +50,14 @@ class Fault:
     tests: str
 
     def occurs(self, root: Path) -> int:
-        """Count how often the text to replace is there; once is right."""
+        """Count how often the old text occurs; it must occur once."""
         path = root / self.file
         return path.read_text(encoding="utf-8").count(self.old) if path.is_file() else 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a fault; ``test`` is the one that noticed it, ``why`` says what is wrong otherwise."""
+    """The result of a fault; ``test`` is the test that noticed it, ``why`` explains any other result."""
 
     fault: Fault
     result: str
@@ -96,7 +96,7 @@ def copy_tree(target: Path) -> Path:
 
 def _run(command: Sequence[str], tree: Path, timeout: float) -> tuple[int, str]:
     """Run a command on a copy; return its exit status, `TIMED_OUT` if it took too long, and what it printed."""
-    # No byte code: a file of the same size, changed within a second, would be taken for the old one.
+    # No byte code: Python would not notice a change within a second that leaves the file's size the same.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         command, cwd=tree, env=environment, text=True, errors="replace", start_new_session=True,
@@ -124,7 +124,7 @@ def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> tuple[int, li
 
 @contextmanager
 def broken(tree: Path, fault: Fault):
-    """Have the fault in the copy inside the block."""
+    """Apply the fault to the copy inside the block."""
     path = tree / fault.file
     right = path.read_text(encoding="utf-8")
     path.write_text(right.replace(fault.old, fault.new), encoding="utf-8")
@@ -150,7 +150,7 @@ def judge(tree: Path, fault: Fault, timeout: float) -> Verdict:
 
 
 def without_red_ones(tree: Path, verdicts: list[Verdict], timeout: float) -> list[Verdict]:
-    """Take back those verdicts whose test is red without the fault as well."""
+    """Withdraw the verdicts whose test also fails without the fault."""
     tests = sorted({verdict.test for verdict in verdicts if verdict.result == KILLED})
     status, red, last = run_tests(tree, tests, timeout * len(tests)) if tests else (0, [], "")
     if status not in (0, 1):

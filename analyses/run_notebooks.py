@@ -1,14 +1,14 @@
-"""Execute the notebooks of this folder, in place, and say how long each took.
+"""Executes the notebooks of this folder, in place, and prints how long each took.
 
     python analyses/run_notebooks.py                      # all of them
     python analyses/run_notebooks.py 2_regions.ipynb      # those named
 
-The committed outputs were made this way. Prompts, references and bootstraps are deterministic: the numbers come out the
+The committed outputs come from this script. Prompts, references and bootstraps are deterministic: the numbers are the
 same, up to rounding, with the versions of ``constraints.txt`` and the same Python version, on which the built-in
-prompts depend. Only measured times are new each time. What the notebooks write goes to temporary folders.
+prompts depend. Only measured times differ. The notebooks write to temporary folders.
 
-Figures are stored as PNG where kaleido and a Chrome or Chromium are found (``BROWSER_PATH`` may say where), otherwise
-as plotly's JSON, which needs a viewer that knows it. Progress bars and warnings are not stored.
+Figures are stored as PNG if kaleido and a Chrome or Chromium are available (``BROWSER_PATH`` may give its path),
+otherwise as plotly's JSON, which needs a viewer that supports it. Progress bars and warnings are not stored.
 
 Needs ``pip install -e '.[dev]'``; for PNG also ``pip install kaleido`` (`make notebooks` does both).
 """
@@ -30,7 +30,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).resolve().parent
 BROWSERS = ("google-chrome", "google-chrome-stable", "chrome", "chromium", "chromium-browser")
 PNG, JSON = "png", "plotly_mimetype"
-# No hub is asked, nothing is drawn that moves.
+# No requests to a hub, no animated progress bars.
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -90,7 +90,7 @@ def _tidy(output: Any) -> Any:
 
 
 def best_renderer() -> str:
-    """PNG where it can be made."""
+    """Return the renderer for PNG if it is available, else plotly's JSON."""
     browser = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None or importlib.util.find_spec("kaleido") is None:
         return JSON

