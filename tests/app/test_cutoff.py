@@ -181,6 +181,8 @@ def test_the_snippet_runs_and_generates_under_the_policy(library, smollm, monkey
     cutoff_slider(at).set_value(20).run()
     monkeypatch.setattr("diagnostics.load_model", lambda name: smollm, raising=True)
     names = {}
+    assert recommend(load_run(library / "real")).cutoff != 20
+    assert "SpeedPolicy(cutoff=20)" in at.code[0].value
     code = at.code[0].value.replace("max_new_tokens=64", "max_new_tokens=4").replace('"..."', '"The sea is"')
     exec(compile(code, "snippet", "exec"), names)
     ids = names["inputs"]["input_ids"]
