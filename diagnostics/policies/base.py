@@ -89,7 +89,7 @@ class Policy(ABC):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
+        # Without super(), which a class that travels by value, to a remote capture, does not have yet.
         if "name" in vars(cls) and "title" not in vars(cls):
             cls.title = cls.name
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Required
 
-from pydantic import AfterValidator, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
 
 from diagnostics.runs.places import MANIFEST
@@ -11,12 +11,14 @@ from diagnostics.support.folders import FolderKind, Head
 SCHEMA_VERSION = 1
 
 
-def _this_version(version: int) -> int:
+def _of_this_version(manifest: Any) -> Any:
+    """Look at the version first: another one may have other fields."""
+    version = manifest.get("schema_version", SCHEMA_VERSION) if isinstance(manifest, dict) else SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"it was written by another version (schema {version}, this is {SCHEMA_VERSION}); run it again"
         )
-    return version
+    return manifest
 
 
 class Shape(TypedDict):
@@ -37,13 +39,13 @@ class RunIdentity(TypedDict):
     """What a continued run must share for its numbers to be the same; these are the fields that are read again."""
 
     weight_hash: str
-    anchors: int
+    anchors: NonNegativeInt
 
 
 class RunManifest(Head, total=False):
     """The content of ``manifest.json``; fields that are not required were added over time."""
 
-    schema_version: Required[Annotated[int, AfterValidator(_this_version)]]
+    schema_version: Required[int]
     status: Required[Literal["running", "complete"]]
     revision: str | None
     architecture: str
@@ -66,4 +68,8 @@ def _shape_of_all_layers(manifest: RunManifest) -> RunManifest:
     return manifest
 
 
-RUN_FOLDER: FolderKind[Any] = FolderKind("run", MANIFEST, Annotated[RunManifest, AfterValidator(_shape_of_all_layers)])
+RUN_FOLDER: FolderKind[Any] = FolderKind(
+    "run",
+    MANIFEST,
+    Annotated[RunManifest, BeforeValidator(_of_this_version), AfterValidator(_shape_of_all_layers)],
+)

@@ -12,6 +12,7 @@ from diagnostics import load_run, recommend
 from diagnostics.finetune.cutoff_comparison import compare_cutoffs
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
 from diagnostics.runs.places import MANIFEST, RECOMMENDATION
+from diagnostics.support.files import read_json
 from tests.support.finetunings import DAMAGE, TRAINED, change, make_finetuning, save_finetuning
 from tests.support.pages import ODD, calm, figure, literal, metrics, numbers, same
 from tests.support.runs import write_run
@@ -233,11 +234,18 @@ def test_a_folder_that_lacks_something_shows_the_rest(tmp_path, made, open_app, 
 def test_a_manifest_that_says_little_is_enough(tmp_path, made, open_app):
     folder = save_finetuning(tmp_path / "bare", made, runs=())
     little = {"model": "m", "status": "complete", "n_layers": 6, "settings": {"cutoff": 3}, "identity": {}}
-    odd = {"arguments": 3, "held_out": [], "versions": "all", "data": None}
-    (folder / FINETUNING).write_text(json.dumps(little | odd))
+    (folder / FINETUNING).write_text(json.dumps(little))
     at = open_app(tmp_path, "finetuning")
     assert calm(at) == []
     assert metrics(at)["Recommended cutoff"] == "? → ?"
+
+
+@pytest.mark.parametrize("odd", [{"arguments": 3}, {"held_out": []}, {"versions": "all"}, {"data": None}], ids=str)
+def test_a_manifest_with_a_field_of_another_type_is_one_line(tmp_path, made, open_app, odd):
+    folder = save_finetuning(tmp_path / "bare", made, runs=())
+    (folder / FINETUNING).write_text(json.dumps(read_json(folder / FINETUNING) | odd))
+    (line,) = calm(open_app(tmp_path, "finetuning"))
+    assert f"field {next(iter(odd))} is missing or wrong" in line
 
 
 def test_names_are_text(tmp_path, open_app):

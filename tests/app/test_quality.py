@@ -278,10 +278,18 @@ def test_a_damaged_evaluation_is_one_line(tmp_path, open_app, damage):
 
 def test_a_manifest_that_says_little_is_enough(tmp_path, open_app):
     folder = save_evaluation(tmp_path / "bare", make_evaluation(policies=SPEEDS, n=5))
-    (folder / EVALUATION).write_text(json.dumps({"model": "m", "identity": [], "arguments": 3, "errors": "none"}))
+    (folder / EVALUATION).write_text(json.dumps({"model": "m"}))
     at = open_app(tmp_path, "quality")
     assert calm(at) == []
     assert len(at.dataframe) >= 1
+
+
+@pytest.mark.parametrize("odd", [{"identity": []}, {"arguments": 3}, {"errors": "none"}], ids=str)
+def test_a_manifest_with_a_field_of_another_type_is_one_line(tmp_path, open_app, odd):
+    folder = save_evaluation(tmp_path / "bare", make_evaluation(policies=SPEEDS, n=5))
+    (folder / EVALUATION).write_text(json.dumps({"model": "m"} | odd))
+    (line,) = calm(open_app(tmp_path, "quality"))
+    assert f"field {next(iter(odd))} is missing or wrong" in line
 
 
 # --- Catalog ---

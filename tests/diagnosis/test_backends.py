@@ -158,7 +158,7 @@ def test_the_command_takes_a_backend(folder, tmp_path, monkeypatch, capfd, backe
         np.testing.assert_allclose(runs[backend].array(column), runs["hooks"].array(column), atol=TOLERANCE)
     status, out, err = run_command(monkeypatch, capfd, *arguments, "--backend", backend, "--out", tmp_path / "hooks")
     assert (status, out) == (2, "")
-    assert "exists" in err
+    assert "holds a run already" in err
 
 
 # --- Elsewhere ---

@@ -296,8 +296,8 @@ def test_the_embedded_model_finds_needles_at_full_depth(smollm):
     ("name", "said"),
     [
         ("needle", "needs a length, such as needle@4096"),
-        ("needle@many", "length 'many' of a task"),
-        ("needle@0", "length '0' of a task"),
+        ("needle@many", "length 'many' is not a number of tokens"),
+        ("needle@0", "length '0' is not a number of tokens"),
         ("hay@4K", "task 'hay' is not one of: needle"),
         ("arc", "task 'arc' is not one of: arc_easy"),
         ("missing.jsonl", "cannot read tasks 'missing.jsonl'"),

@@ -78,7 +78,7 @@ def test_a_run_does_not_go_on_after_a_change(begun, tmp_path, change, said):
     shutil.copytree(begun, tmp_path / "b")
     change(tmp_path / "b" / "model")
     lm = load_model(tmp_path / "b" / "model")
-    with pytest.raises(UserError, match=f"another diagnosis .{said}"):
+    with pytest.raises(UserError, match=f"another run .{said}"):
         diagnose(lm, PROMPTS, out=tmp_path / "b" / "run", resume=True, **SETTINGS)
 
 
