@@ -1,7 +1,7 @@
 """Runs prompts through a capture and its probes, and collects their measurements in a run."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,8 +33,7 @@ from diagnostics.support.defaults import ANCHORS, DECODE_TOKENS, DETAIL_PROMPTS
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-
-Progress = Callable[[int, int, str], None]
+from diagnostics.support.progress import Progress
 
 
 @one_writer

@@ -1,6 +1,6 @@
 """The teacher: another model whose full depth is the baseline, such as the original of a fine-tuned model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,8 +11,7 @@ from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.support.defaults import DECODE_TOKENS
 from diagnostics.support.errors import UserError
-
-Progress = Callable[[int, int, str], None]
+from diagnostics.support.progress import Progress
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ Every policy answers the same items, drawn once from the task with the seed; an 
 before the next, so that they can share the full-depth prefill of its context.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -28,8 +28,7 @@ from diagnostics.support.defaults import MARGIN, QUERY
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-
-Progress = Callable[[int, int, str], None]
+from diagnostics.support.progress import Progress
 
 
 @one_writer

@@ -3,7 +3,7 @@
 For SPEED the numbers equal those of the cutoff sweep; this module measures them for any policy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -20,8 +20,7 @@ from diagnostics.self_test import looked_up_once
 from diagnostics.support.defaults import DECODE_TOKENS
 from diagnostics.support.divergence import kl_divergence, log_probabilities, reported
 from diagnostics.support.errors import UserError
-
-Progress = Callable[[int, int, str], None]
+from diagnostics.support.progress import Progress
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,12 @@ from diagnostics.policies.full import FullPolicy
 from diagnostics.prompts.encoding import PromptTooLong, encode_prompt
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.support.errors import UserError
+from diagnostics.support.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from diagnostics.models.loading import LoadedModel
-
-Progress = Callable[[int, int, str], None]
 
 
 def with_answers(

@@ -34,7 +34,7 @@ from diagnostics.finetune.lora import add_lora, require_peft
 from diagnostics.finetune.settings import Settings
 from diagnostics.finetune.sources import Source
 from diagnostics.finetune.trainer import SpeedTrainer
-from diagnostics.finetune.watch import Progress, Watch
+from diagnostics.finetune.watch import Watch
 from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.digests import inputs_digest, tokenizer_digest
 from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
@@ -44,6 +44,7 @@ from diagnostics.support.errors import UserError
 from diagnostics.support.files import write_text
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
+from diagnostics.support.progress import Progress
 
 KEPT_CHECKPOINTS = 2
 

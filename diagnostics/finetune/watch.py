@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.encoding import EncodedPrompt
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import read_table, write_sums
-
-Progress = Callable[[int, int, str], None]
+from diagnostics.support.progress import Progress
 
 
 class Watch(TrainerCallback):

@@ -5,7 +5,7 @@ neighbours in time: on a shared machine absolute times drift, ratios do not. The
 floating-point operations of the prefill for TTFT, bytes of weights and cache read for TPOT, bytes held for KV.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +26,9 @@ from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
 from diagnostics.support.memory import peak_memory
+from diagnostics.support.progress import Progress
 
 WARM_UP_TOKENS = 2
-
-Progress = Callable[[int, int, str], None]
 
 
 @one_writer

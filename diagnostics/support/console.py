@@ -14,7 +14,7 @@ INTERRUPTED = 130  # exit status, as shells have it for SIGINT
 
 @contextmanager
 def progress(title: str) -> Iterator[Any]:
-    """Yield a `diagnostics.diagnosis.diagnosis.Progress` callback that draws a bar on stderr, if that is a terminal."""
+    """Yield a `diagnostics.support.progress.Progress` callback that draws a bar on stderr, if that is a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from streamlit.runtime.memory_media_file_storage import MemoryMediaFileStorage
 
 from diagnostics import SpeedPolicy, load_run, recommend
 from diagnostics.cutoffs.recommendation import loss_by_category, retention_at
@@ -14,7 +13,7 @@ from diagnostics.figures.style import per_layer
 from diagnostics.generation.generation import generate
 from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from diagnostics.support.files import read_json
-from tests.support.pages import calm, curve, edit_manifest, figure, go, literal, metrics, same, table
+from tests.support.pages import calm, curve, downloads, edit_manifest, figure, go, literal, metrics, same, table
 
 
 def shown_at(at, run, rec, k, n_prompt=8192):
@@ -191,14 +190,7 @@ def test_the_snippet_runs_and_generates_under_the_policy(library, smollm, monkey
 
 
 def test_the_download_is_the_recommendation_of_the_goal(library, run, monkeypatch, open_app):
-    kept = {}
-    load = MemoryMediaFileStorage.load_and_get_id
-
-    def spy(self, data, mimetype, kind, filename=None):
-        kept[filename] = data
-        return load(self, data, mimetype, kind, filename)
-
-    monkeypatch.setattr(MemoryMediaFileStorage, "load_and_get_id", spy)
+    kept = downloads(monkeypatch)
     at = open_app(library, "cutoff")
     goals(at).set_value(["min_agreement"]).run()
     tolerance(at).set_value(0.75).run()

@@ -7,16 +7,14 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from streamlit.runtime.memory_media_file_storage import MemoryMediaFileStorage
 
 from dashboard import catalog
 from diagnostics.evaluate import score_table as summary_module
 from diagnostics.evaluate.evaluation_folder import EVALUATION, ITEMS, Evaluation
 from diagnostics.evaluate.score_table import AVERAGE, cell, markdown, summarize
 from diagnostics.figures.quality import policy_label
-from diagnostics.support.files import read_json
 from tests.support.evaluations import POLICIES, make_evaluation, save_evaluation
-from tests.support.pages import ODD, calm, figure, literal, numbers, same
+from tests.support.pages import ODD, calm, downloads, edit_manifest, figure, literal, numbers, same
 
 SPEEDS = {"full": 1.0, "speed:4": 0.5, "speed:6": 0.99}
 
@@ -163,14 +161,7 @@ def test_graded_and_won_answers_and_empty_ones(tmp_path, open_app):
 
 
 def test_the_downloads_are_the_table(runs, evaluation, monkeypatch, open_app):
-    kept = {}
-    load = MemoryMediaFileStorage.load_and_get_id
-
-    def keep(self, path_or_data, mimetype, kind, filename=None):
-        kept[filename] = path_or_data
-        return load(self, path_or_data, mimetype, kind, filename)
-
-    monkeypatch.setattr(MemoryMediaFileStorage, "load_and_get_id", keep)
+    kept = downloads(monkeypatch)
     at = open_app(runs, "quality")
     at.number_input(key="margin made-eval").set_value(4.0).run()
     wanted = summarize(evaluation, margin=0.04)
@@ -247,11 +238,7 @@ def edited(change):
 
 
 def with_manifest(**changes):
-    def change(folder):
-        manifest = read_json(folder / EVALUATION)
-        (folder / EVALUATION).write_text(json.dumps(manifest | changes))
-
-    return change
+    return lambda folder: edit_manifest(folder, EVALUATION, **changes)
 
 
 DAMAGE = {

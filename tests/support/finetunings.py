@@ -8,7 +8,7 @@ import pandas as pd
 from diagnostics import recommend
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING, STEPS, SWEEPS, FineTuning
 from diagnostics.runs.places import MANIFEST, RECOMMENDATION
-from diagnostics.support.files import read_json
+from tests.support.pages import edit_manifest
 from tests.support.runs import make_run
 
 N_LAYERS, TRAINED = 6, 3
@@ -79,11 +79,7 @@ def change(table, how):
 
 
 def with_manifest(**changes):
-    def edit(folder):
-        manifest = read_json(folder / FINETUNING)
-        (folder / FINETUNING).write_text(json.dumps(manifest | changes))
-
-    return edit
+    return lambda folder: edit_manifest(folder, FINETUNING, **changes)
 
 
 DAMAGE = {

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pandas as pd
+from streamlit.runtime.memory_media_file_storage import MemoryMediaFileStorage
 
 from diagnostics.runs.places import MANIFEST
 from diagnostics.support.files import read_json
@@ -67,12 +68,25 @@ def html(at):
     return "".join(element.value for element in at.html)
 
 
-def edit_manifest(folder, **changes):
-    manifest = read_json(folder / MANIFEST)
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+def edit_manifest(folder, name=MANIFEST, /, **changes):
+    manifest = read_json(folder / name)
+    (folder / name).write_text(json.dumps(manifest | changes))
 
 
 def edit_table(folder, name, change):
     path = folder / f"{name}.parquet"
     changed = change(pd.read_parquet(path))
     changed.to_parquet(path, index=False)
+
+
+def downloads(monkeypatch):
+    """Return what the pages offer from now on to be downloaded, by file name; it is filled as they run."""
+    offered = {}
+    load = MemoryMediaFileStorage.load_and_get_id
+
+    def note(self, path_or_data, mimetype, kind, filename=None):
+        offered[filename] = path_or_data
+        return load(self, path_or_data, mimetype, kind, filename)
+
+    monkeypatch.setattr(MemoryMediaFileStorage, "load_and_get_id", note)
+    return offered
