@@ -6,6 +6,7 @@
 # make test-browser   the dashboard in a headless Chromium, which is installed if it is missing
 # make mutate   which faults the tests miss: seeded faults, one at a time, in a copy of the tree; about an hour
 # make notebooks, make pictures   regenerate what is committed under analyses/
+# make example   the finished example that ships with the package; about an hour
 # make docs   the documentation site, built strictly into site/
 # make dist   wheel and sdist in dist/, each installed and tested in a bare environment
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-notebooks test-docs test-browser mutate install lint notebooks pictures bench docs dist clean
+.PHONY: demo test test-slow test-notebooks test-docs test-browser mutate install lint notebooks pictures example bench docs dist clean
 
 install: $(VENV)/.installed
 
@@ -72,6 +73,9 @@ notebooks: install
 pictures: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	$(BIN)/python analyses/make_pictures.py
+
+example: install
+	OMP_NUM_THREADS=1 $(BIN)/python analyses/make_example.py
 
 bench: install
 	$(BIN)/python analyses/bench_capture.py

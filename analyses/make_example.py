@@ -1,0 +1,68 @@
+"""Makes the example that ships with the package, with the commands that a user has: about an hour on one core.
+
+python analyses/make_example.py [PART ...]    # smollm2-135m-instruct, benchmark, quality, finetuned; by default all
+
+Every part is made in a scratch folder, and replaces the old one when it is finished. What only continues a training,
+such as the adapter and its checkpoints, is left out: the example is for looking.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from diagnostics.runs.example import BENCHMARK, EVALUATION, FINETUNING, RUN, example_folder
+
+MOST_BYTES = 1_500_000
+TASKS = "tests/tasks/common_knowledge.jsonl,needle@1K,needle@2K"
+COMMANDS = {
+    RUN: ["recommend", "--max-prompts", "21", "--context-length", "512", "--detail-prompts", "2"],
+    BENCHMARK: [
+        *("bench", "--lengths", "512,1K,2K,4K", "--policies", "full,speed:24,projected:24,fastkv"),
+        *("--repeats", "3", "--new-tokens", "32"),
+    ],
+    EVALUATION: [
+        *("evaluate", "--tasks", TASKS, "--policies", "full,speed:25,speed:24,speed:22,speed:24:anchors=0"),
+        *("--limit", "40", "--margin", "0.05"),
+    ],
+    FINETUNING: ["finetune", "--cutoff", "20", "--max-kl", "0.5", "--held-out-prompts", "12"],
+}
+KEPT = (".json", ".parquet")
+
+
+def main(parts: list[str]) -> None:
+    for part in parts or COMMANDS:
+        with tempfile.TemporaryDirectory() as scratch:
+            made = Path(scratch) / part
+            make(part, made)
+            target = example_folder() / part
+            shutil.rmtree(target, ignore_errors=True)
+            keep(made, target)
+    size = sum(file.stat().st_size for file in example_folder().rglob("*") if file.is_file())
+    print(f"{example_folder()}: {size:,} bytes")
+    if size > MOST_BYTES:
+        sys.exit(f"error: the example is larger than {MOST_BYTES:,} bytes")
+
+
+def make(part: str, made: Path) -> None:
+    """Run the command of a part; it is given relative paths, since a manifest keeps the arguments."""
+    out = os.path.join("runs", part)
+    (made.parent / "tests").symlink_to(Path("tests").absolute())
+    command = [sys.executable, "-m", "diagnostics.cli", *COMMANDS[part], "--out", out]
+    subprocess.run(command, cwd=made.parent, check=True)
+    (made.parent / out).rename(made)
+
+
+def keep(made: Path, target: Path) -> None:
+    """Copy what pages read."""
+    for file in sorted(made.rglob("*")):
+        if file.suffix in KEPT and not {"checkpoints", "adapter"} & set(file.relative_to(made).parts):
+            place = target / file.relative_to(made)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
