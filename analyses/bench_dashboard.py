@@ -78,7 +78,10 @@ def detail(key: dict[str, str], rng: np.random.Generator) -> dict[str, pd.DataFr
         **{"position": np.arange(total), "token_id": 1, "text": [f" word{i}" for i in range(total)], "evidence": False},
         "segment": ["anchor"] + ["prompt"] * inside + ["decode"] * (total - inside - 1),
         "attention": [None, *received, *[None] * (total - inside - 1)],
+        "selectivity": [None, *received / 2, *[None] * (total - inside - 1)],
     }
+    layer, head, place = np.indices((N_LAYERS, N_HEADS, 32)).reshape(3, -1)
+    head_tokens = {"layer": layer, "head": head, "position": 1 + place * 9, "attention": (1 / (2 + place)).astype("f4")}
     lens = {
         "position": N_TOKENS - 1 + np.repeat(np.arange(N_LENS), N_LAYERS),
         "layer": np.tile(np.arange(N_LAYERS), N_LENS),
@@ -86,7 +89,8 @@ def detail(key: dict[str, str], rng: np.random.Generator) -> dict[str, pd.DataFr
         "lens_text": " token",
         "lens_probability": rng.random(N_LENS * N_LAYERS),
     }
-    return {"tokens": pd.DataFrame(key | tokens), "lens": pd.DataFrame(key | lens)}
+    columns = {"tokens": tokens, "lens": lens, "head_tokens": head_tokens}
+    return {name: pd.DataFrame(key | table) for name, table in columns.items()}
 
 
 def timed(act: Callable[[], Any]) -> float:

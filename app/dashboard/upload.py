@@ -18,7 +18,7 @@ MAX_MEGABYTES = 200
 MAX_FILES = 4096
 MAX_NAME = 200
 # What a run folder, whole or interrupted, is made of; nothing else is unpacked.
-ALLOWED = re.compile(r"[a-z]+\.(json|parquet)|parts/[0-9]{6}(-[0-9]{6})?/[a-z]+\.parquet")
+ALLOWED = re.compile(r"[a-z_]+\.(json|parquet)|parts/[0-9]{6}(-[0-9]{6})?/[a-z_]+\.parquet")
 
 
 def import_zip(data: bytes, filename: str, runs: Path) -> str:

@@ -25,7 +25,7 @@ from diagnostics.prompts.prompt import PromptSet
 from diagnostics.runs.manifest import SCHEMA_VERSION, RunManifest
 from diagnostics.runs.parts import merge
 from diagnostics.runs.run import Run
-from diagnostics.runs.schema import Tables
+from diagnostics.runs.schema import DETAIL_TABLES, TABLES, Tables
 from diagnostics.runs.writer import RunWriter
 from diagnostics.self_test import Proof, skipped
 from diagnostics.self_test import self_test as testing
@@ -69,8 +69,9 @@ def diagnose(
     lens_positions
         Maximum number of decode positions per prompt, evenly spaced, that the logit lens reads, 1 or more.
     detail_prompts
-        How many of the first prompts also keep their tokens, with the attention that each receives in each layer and
-        the logit lens token by token: 4 bytes per token and layer. 0 for none.
+        How many of the first prompts also keep their tokens, with the attention that each receives and its part of
+        the selectivity, in each layer: 8 bytes per token and layer; the tokens that each head attends to most; and the
+        logit lens token by token. 0 for none.
     backend
         How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
     remote
@@ -253,6 +254,7 @@ def _manifest(
         teacher=None if teacher is None else teacher.weight_hash,
         **settings,
         added_probes=added_probes(probes) or None,
+        tables=[*TABLES, *DETAIL_TABLES],
         token_ids=inputs_digest(encoded),
     )
     details = {

@@ -124,8 +124,9 @@ class Outcome:
 class Measured:
     """Columns of one prompt: per layer [L], per layer and head [L, heads], per cutoff 1..L [L], and single numbers.
 
-    For prompts kept in detail also ``tokens``, per token of the prompt segment and layer [tokens, L], and ``lens``, per
-    decode position, from the first on, and layer [positions, L].
+    For prompts kept in detail also ``tokens``, per token of the prompt segment and layer [tokens, L]; ``lens``, per
+    decode position, from the first on, and layer [positions, L]; and ``head_tokens``, the positions of some tokens and
+    what was measured there, per layer and head [L, heads, n].
     """
 
     layers: Columns = field(default_factory=dict)
@@ -134,6 +135,7 @@ class Measured:
     prompt: dict[str, float] = field(default_factory=dict)
     tokens: Columns = field(default_factory=dict)
     lens: Columns = field(default_factory=dict)
+    head_tokens: Columns = field(default_factory=dict)
 
 
 class Observer(Protocol):

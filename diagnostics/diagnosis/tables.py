@@ -59,7 +59,7 @@ def detail_tables(
     """Return the tables of a prompt that is kept in detail.
 
     ``tokens`` has one row per token of prompt and reference; ``lens`` has one row per layer and decode position, from
-    the first position on.
+    the first position on; ``head_tokens`` has the prompt tokens that a head attends to most, the first one first.
     """
     measured = list(measured)
     token_ids, prompt_part = [*prompt.token_ids, *reference_ids], context.layout.prompt
@@ -93,4 +93,13 @@ def detail_tables(
         | {name: column.reshape(-1) for name, column in lens.items()}
     )
     lens_rows["lens_text"] = [tokenizer.decode([token]) for token in lens_rows["lens_token"]]
-    return {"tokens": tokens, "lens": lens_rows}
+    return {"tokens": tokens, "lens": lens_rows, "head_tokens": _head_tokens(prompt.prompt_id, measured)}
+
+
+def _head_tokens(prompt_id: str, measured: Iterable[Measured]) -> pd.DataFrame:
+    columns = {name: column for probe in measured for name, column in probe.head_tokens.items()}
+    layer, head, _ = np.indices(columns["position"].shape, dtype=np.int32)
+    table = pd.DataFrame({name: column.ravel() for name, column in ({"layer": layer, "head": head} | columns).items()})
+    table.insert(0, "prompt_id", prompt_id)
+    # What a sliding window hides from every query gets nothing.
+    return table[table["attention"] > 0].reset_index(drop=True)

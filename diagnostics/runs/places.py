@@ -7,6 +7,7 @@
               cutoffs.parquet           one row per prompt and cutoff 1..L
               tokens.parquet            one row per token of the prompts that are kept in detail
               lens.parquet              one row per first decode position and layer of these prompts
+              head_tokens.parquet       the tokens that each of their heads attends to most
               recommendation.json       written by `recommend`
               benchmark.parquet         a run folder may hold a benchmark, too
               parts/                    the finished prompts, until the run is complete: see `diagnostics.runs.parts`

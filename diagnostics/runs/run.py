@@ -47,13 +47,26 @@ class Run:
 
     @property
     def tokens(self) -> pd.DataFrame:
-        """One row per token of the prompts kept in detail: position, text, segment, evidence, attention [L] or None."""
+        """One row per token of the prompts kept in detail: position, text, segment, evidence, attention, selectivity.
+
+        The last two have one number per layer for tokens of the prompt segment, else None. Runs of earlier versions
+        have no selectivity.
+        """
         return self._detail("tokens")
 
     @property
     def lens(self) -> pd.DataFrame:
         """One row per first decode position and layer of the prompts kept in detail: lens_text, lens_probability."""
         return self._detail("lens")
+
+    @property
+    def head_tokens(self) -> pd.DataFrame:
+        """The prompt tokens that a head attends to most, up to 32 per layer and head of the prompts kept in detail.
+
+        Columns: prompt_id, layer, head, position, attention (mean over decode queries, 0..1), the first one first. Runs
+        of earlier versions have none.
+        """
+        return self._detail("head_tokens")
 
     def select(self, prompt_ids: Sequence[str]) -> "Run":
         """Return the run of some of the prompts, in the order of ``prompts``; raise UserError if none is left."""

@@ -8,8 +8,9 @@ import pandas as pd
 
 TABLES = ("prompts", "layers", "heads", "cutoffs")
 # Tables of the first prompts only, or of none.
-DETAIL_TABLES = ("tokens", "lens")
-# Columns that readers of a run rely on; a run may have more.
+DETAIL_TABLES = ("tokens", "lens", "head_tokens")
+# Columns that readers of a run rely on; a run may have more. Earlier versions wrote no head_tokens, and no selectivity
+# in tokens.
 COLUMNS = {
     "prompts": "prompt_id category n_prompt n_decode",
     "layers": "prompt_id layer mass_anchor mass_prompt mass_decode prompt_contribution selectivity prompt_entropy "
@@ -19,6 +20,7 @@ COLUMNS = {
     "cutoffs": "prompt_id cutoff kl top1_agreement nll nll_full",
     "tokens": "prompt_id position token_id text segment evidence attention",
     "lens": "prompt_id position layer lens_token lens_text lens_probability",
+    "head_tokens": "prompt_id layer head position attention",
 }
 # Columns that identify a row of a table.
 KEYS = {
@@ -28,9 +30,11 @@ KEYS = {
     "cutoffs": ["prompt_id", "cutoff"],
     "tokens": ["prompt_id", "position"],
     "lens": ["prompt_id", "position", "layer"],
+    "head_tokens": ["prompt_id", "layer", "head", "position"],
 }
 TEXTS = {"prompt_id", "category", "text", "segment", "lens_text"}
-LISTS = {"attention"}
+# One number per layer in each row of tokens.
+LISTS = ("attention", "selectivity")
 
 Tables = dict[str, pd.DataFrame]
 
@@ -45,7 +49,8 @@ def tables_problem(manifest: Mapping[str, Any], tables: Tables) -> str | None:
         for column in COLUMNS[name].split():
             if column not in table:
                 return f"table {name} has no column {column}"
-            if column not in TEXTS | LISTS and not pd.api.types.is_numeric_dtype(table[column]):
+            is_list = name == "tokens" and column in LISTS
+            if column not in TEXTS and not is_list and not pd.api.types.is_numeric_dtype(table[column]):
                 return f"column {column} of table {name} is not numbers"
             if column in TEXTS and not all(isinstance(text, str) for text in table[column].unique()):
                 return f"column {column} of table {name} is not text"
@@ -56,8 +61,9 @@ def tables_problem(manifest: Mapping[str, Any], tables: Tables) -> str | None:
         for column in set(KEYS[name]) & set(ranges):
             if not table[column].between(*ranges[column]).all():
                 return f"column {column} of table {name} is out of its range"
-    for received in tables["tokens"]["attention"] if "tokens" in tables else ():
-        numbers = received is None or np.asarray(received).dtype.kind == "f"
-        if not numbers or (received is not None and np.shape(received) != (n_layers,)):
-            return "column attention of table tokens has not one number per layer"
+    tokens = tables.get("tokens", pd.DataFrame())
+    for column in LISTS:
+        for numbers in tokens.get(column, ()):
+            if numbers is not None and (np.asarray(numbers).dtype.kind != "f" or np.shape(numbers) != (n_layers,)):
+                return f"column {column} of table tokens has not one number per layer"
     return None

@@ -9,6 +9,7 @@ EXPLAINED = {
     "token_ids": "token_ids differ: another tokenizer or chat template, or a date in the template",
     "tokenizer": "the tokenizer or its chat template differs, or a date in the template",
     "items": "items differ: their texts, choices or answers",
+    "tables": "an earlier version began it, which kept other tables",
 }
 
 

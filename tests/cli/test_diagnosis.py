@@ -19,7 +19,7 @@ from diagnostics.support.files import read_json
 from tests.support.runs import DECODE_TOKENS, contents, run_command, save_tiny, write_prompts
 from tests.support.tiny import VOCAB
 
-TABLES = ("prompts", "layers", "heads", "cutoffs", "tokens", "lens")
+TABLES = ("prompts", "layers", "heads", "cutoffs", "tokens", "lens", "head_tokens")
 FILES = {"manifest.json", *(f"{name}.parquet" for name in TABLES)}
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2}
 

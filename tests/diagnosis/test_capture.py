@@ -182,7 +182,8 @@ def test_attention_by_tiles_equals_attention_at_once(
     query, key, value = draw(2 * group, n_decode, 4), draw(2, total, 4), draw(2, total, 4)
     rows = RecomputedAttention(query, key, value, visible, 0.5, None, None, draw(n_decode, 2 * group, 4), lambda x: x)
     layout = Layout(anchors, n_prompt)
-    columns, from_prompt, output, received = attend(rows, layout, (), tile_bytes, keep_bytes)
+    attended = attend(rows, layout, (), tile_bytes, keep_bytes, per_token=True)
+    columns, output = attended.columns, attended.output
 
     scores = query.double() @ key.double().repeat_interleave(group, 0).transpose(1, 2) * 0.5
     weights = torch.from_numpy(scipy.special.softmax(scores.masked_fill(~visible, -np.inf).numpy(), axis=-1))
@@ -190,12 +191,13 @@ def test_attention_by_tiles_equals_attention_at_once(
     torch.testing.assert_close(output.double(), (weights @ values).transpose(0, 1), atol=1e-5, rtol=0)
     part = weights[..., layout.prompt]
     torch.testing.assert_close(
-        from_prompt.double(), (part @ values[:, layout.prompt]).transpose(0, 1), atol=1e-5, rtol=0
+        attended.from_prompt.double(), (part @ values[:, layout.prompt]).transpose(0, 1), atol=1e-5, rtol=0
     )
     torch.testing.assert_close(columns["mass_prompt"].double(), part.sum(-1).mean(-1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(received.double(), part.mean((0, 1)), atol=1e-5, rtol=0)
-    variation = (part - part.mean(1, keepdim=True)).abs().sum(-1).mean(-1) / 2
-    torch.testing.assert_close(columns["selectivity"].double(), variation, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attended.received, part.mean(1), atol=1e-5, rtol=0)
+    variation = (part - part.mean(1, keepdim=True)).abs().mean(1) / 2
+    torch.testing.assert_close(attended.selective, variation, atol=1e-5, rtol=0)
+    torch.testing.assert_close(columns["selectivity"].double(), variation.sum(-1), atol=1e-5, rtol=0)
     assert (columns["mass_anchor"] + columns["mass_prompt"] + columns["mass_decode"]).allclose(torch.ones(()))
 
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from diagnostics import UserError, diagnose, figures, load_prompts
 from diagnostics.generation.differences import differing, marked_text, same_start
 from diagnostics.prompts.token_text import token_texts
+from diagnostics.runs.schema import DETAIL_TABLES
 from tests.support.examples import examples
+from tests.support.reference import Reference
 from tests.support.runs import write_prompts
 from tests.support.tiny import N_LAYERS, tiny_model, tiny_tokenizer
 
@@ -46,6 +48,7 @@ def test_only_the_first_prompts_are_kept_and_none_where_none_is_asked_for(run, p
     nothing = run_of("llama", prompts, detail_prompts=0)
     assert nothing.tokens.empty
     assert nothing.lens.empty
+    assert nothing.head_tokens.empty
     for name in ("prompts", "layers", "heads", "cutoffs"):
         pd.testing.assert_frame_equal(nothing.tables[name], run.tables[name], check_exact=True)
     with pytest.raises(UserError, match="detail prompts is -1"):
@@ -107,16 +110,56 @@ def test_attention_and_lens_equal_the_models_own(prompts, family):
         np.testing.assert_allclose(shown["lens_probability"][layer].to_numpy(float), p.values, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["transformer-lens", "nnsight"])
-def test_backends_keep_the_same(run, prompts, backend):
-    other = run_of("llama", prompts, backend=backend)
-    for ours, theirs in zip(run.tokens["attention"], other.tokens["attention"], strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    names = [name for name in run.tokens if name != "attention"]
-    pd.testing.assert_frame_equal(run.tokens[names], other.tokens[names])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_oss"])
+def test_selectivity_and_the_tokens_of_heads_equal_their_formulas(prompts, family):
+    """In float64, from every attention matrix; ``gemma3`` slides over less than the prompt, so that zeros occur."""
+    lm, run = tiny_model(family), run_of(family, prompts, decode_tokens=9)
+    tokens, n_prompt = tokens_of(run, "p1"), run.prompts["n_prompt"][1]
+    reference = Reference(
+        lm.model, lm.anatomy.layers, lm.anatomy.attentions, list(tokens["token_id"])[:-1], n_prompt, 1
+    )
+    parts = np.stack(tokens["selectivity"][1 : n_prompt - 1])
+    assert tokens["selectivity"].notna().sum() == len(parts) == n_prompt - 2
+    top = run.head_tokens[run.head_tokens["prompt_id"] == "p1"].set_index(["layer", "head"])
+    for layer in range(N_LAYERS):
+        np.testing.assert_allclose(parts[:, layer], reference.token_selectivity(layer), atol=1e-6)
+        for head, expected in enumerate(reference.head_attention(layer)):
+            found = top.loc[[(layer, head)]]
+            n = min(32, np.count_nonzero(expected))
+            np.testing.assert_allclose(found["attention"], np.sort(expected)[::-1][:n], atol=1e-6)
+            np.testing.assert_allclose(found["attention"], expected[found["position"] - 1], atol=1e-6)
+            assert found["position"].is_unique
+
+
+@pytest.mark.parametrize("anchors", [0, 1, 3])
+def test_the_parts_of_tokens_add_up_to_the_selectivity_of_the_layer(prompts, anchors):
+    run = run_of("llama", prompts, anchors=anchors)
+    layers = run.layers.pivot(index="prompt_id", columns="layer", values="selectivity")
+    for prompt_id in ("p0", "p1"):
+        parts = np.stack(tokens_of(run, prompt_id)["selectivity"].dropna())
+        assert (parts >= 0).all()
+        np.testing.assert_allclose(parts.sum(0), layers.loc[prompt_id], rtol=1e-5)
+        of_heads = run.head_tokens[run.head_tokens["prompt_id"] == prompt_id]
+        assert of_heads["position"].between(anchors, anchors + len(parts) - 1).all()
+
+
+@pytest.mark.parametrize("other", [{"backend": "transformer-lens"}, {"backend": "nnsight"}, {"remote": "local"}])
+def test_backends_keep_the_same(run, prompts, other):
+    model = tiny_model("llama")
+    if "remote" in other:
+        from nnsight import TransformersModel
+
+        model = TransformersModel(model.model, tokenizer=model.tokenizer)
+    other = diagnose(model, prompts, decode_tokens=6, detail_prompts=2, **other)
+    per_layer = ["attention", "selectivity"]
+    for name in per_layer:
+        for ours, theirs in zip(run.tokens[name], other.tokens[name], strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    pd.testing.assert_frame_equal(run.tokens.drop(columns=per_layer), other.tokens.drop(columns=per_layer))
     pd.testing.assert_frame_equal(run.lens, other.lens, atol=1e-4)
+    pd.testing.assert_frame_equal(run.head_tokens, other.head_tokens, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_prompt", [1, 2, 3])
@@ -124,7 +167,8 @@ def test_prompts_of_hardly_any_token(tmp_path, n_prompt):
     path = tmp_path / "short.jsonl"
     path.write_text(json.dumps({"text": " ".join(["<s>", "w5", "w6"][:n_prompt])}) + "\n")
     run = run_of("llama", load_prompts(str(path)), out=tmp_path / "run")
-    assert run.tokens["attention"].notna().sum() == max(0, n_prompt - 2)
+    assert run.tokens["attention"].notna().sum() == run.tokens["selectivity"].notna().sum() == max(0, n_prompt - 2)
+    assert len(run.head_tokens) == max(0, n_prompt - 2) * N_LAYERS * run.manifest["n_heads"]
     figures.logit_lens(run, "line-1").to_json()
 
 
@@ -172,7 +216,7 @@ def test_a_run_of_some_prompts(run):
     some = run.select(["p3", "p1"])
     assert list(some.prompts["prompt_id"]) == ["p1", "p3"]
     for name, table in some.tables.items():
-        assert set(table["prompt_id"]) == ({"p1"} if name in ("tokens", "lens") else {"p1", "p3"})
+        assert set(table["prompt_id"]) == ({"p1"} if name in DETAIL_TABLES else {"p1", "p3"})
     np.testing.assert_array_equal(some.array("kl"), run.array("kl")[[1, 3]])
     with pytest.raises(UserError, match="none of these prompts"):
         run.select(["p9"])

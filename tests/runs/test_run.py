@@ -35,8 +35,9 @@ COLUMNS = {
 MANIFEST_NAMES = "model revision n_layers n_heads seed versions arguments timings schema_version created status columns"
 IDENTITY_NAMES = "weight_hash dtype device backend anchors decode_tokens prompts"
 DETAIL = {
-    "tokens": "prompt_id position token_id text segment evidence attention",
+    "tokens": "prompt_id position token_id text segment evidence attention selectivity",
     "lens": "prompt_id position layer lens_token lens_text lens_probability",
+    "head_tokens": "prompt_id layer head position attention",
 }
 FILES = {"manifest.json", *(f"{name}.parquet" for name in COLUMNS | DETAIL)}
 
@@ -448,8 +449,8 @@ def edit_manifest(folder, **changes):
     path.write_text(json.dumps(read_json(path) | changes))
 
 
-def cut_attention(table):
-    return table.assign(attention=[None if a is None else a[:-1] for a in table["attention"]])
+def cut_lists(name):
+    return lambda table: table.assign(**{name: [None if a is None else a[:-1] for a in table[name]]})
 
 
 DAMAGES = {
@@ -495,7 +496,18 @@ DAMAGES = {
         lambda f: damage(f, "layers", lambda t: t.assign(lens_kl="low")),
         "lens_kl of table layers is not",
     ),
-    "attention cut": (lambda f: damage(f, "tokens", cut_attention), "attention of table tokens has not one number per"),
+    "attention cut": (
+        lambda f: damage(f, "tokens", cut_lists("attention")),
+        "attention of table tokens has not one number per",
+    ),
+    "selectivity cut": (
+        lambda f: damage(f, "tokens", cut_lists("selectivity")),
+        "selectivity of table tokens has not one number per",
+    ),
+    "a head that is not there": (
+        lambda f: damage(f, "head_tokens", lambda t: t.assign(head=t["head"] + 1)),
+        "head of table head_tokens is out of its range",
+    ),
     "prompt gone": (lambda f: damage(f, "prompts", lambda t: t[:-1]), "prompts has 5 rows instead of 6"),
 }
 
@@ -527,6 +539,20 @@ def test_runs_of_earlier_versions_are_read(run_folder, finished):
         pd.read_parquet(run_folder / f"{name}.parquet").to_parquet(run_folder / f"{name}.parquet", index=False)
         assert files.MARK.encode() not in (run_folder / f"{name}.parquet").read_bytes()
     assert_same_tables(load_run(run_folder), load_run(finished))
+
+
+def test_runs_from_before_the_tables_of_heads_are_read_but_not_continued(run_folder, interrupted, tiny):
+    (run_folder / "head_tokens.parquet").unlink()
+    damage(run_folder, "tokens", lambda t: t.drop(columns="selectivity"))
+    run = load_run(run_folder)
+    assert list(run.head_tokens) == DETAIL["head_tokens"].split()
+    assert run.head_tokens.empty
+    assert "selectivity" not in run.tokens
+    identity = read_json(interrupted / "manifest.json")["identity"]
+    del identity["tables"]
+    edit_manifest(interrupted, identity=identity)
+    with pytest.raises(UserError, match="an earlier version began it"):
+        tiny(interrupted, resume=True)
 
 
 def test_damaged_part_is_refused(interrupted):

@@ -81,6 +81,19 @@ class Reference:
             out[h] = np.mean([0.5 * np.abs(rows[h, i] - mean).sum() for i in range(rows.shape[1])])
         return out
 
+    def token_selectivity(self, layer):
+        """A token's part of the selectivity, mean over heads and queries: [tokens of the prompt segment]."""
+        rows = self.weights[layer][:, self.decode, self.prompt].numpy()
+        parts = np.zeros(rows.shape[2])
+        for head in rows:
+            for t in range(rows.shape[2]):
+                parts[t] += 0.5 * np.abs(head[:, t] - head[:, t].mean()).mean()
+        return parts / len(rows)
+
+    def head_attention(self, layer):
+        """What each token of the prompt segment gets of each head, mean over queries: [heads, tokens]."""
+        return self.weights[layer][:, self.decode, self.prompt].mean(1).numpy()
+
     def entropy(self, layer):
         rows = self.weights[layer][:, self.decode, self.prompt].numpy()
         out = np.full(rows.shape[0], np.nan)

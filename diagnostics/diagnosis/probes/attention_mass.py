@@ -8,6 +8,7 @@ share, and *contribution* weighs what is written to the residual.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -26,6 +27,8 @@ TILE_BYTES = {"cpu": 1 << 20, "mps": 64 << 20, "cuda": 256 << 20}
 # Weights of one KV head that may wait for the second round; beyond, they are computed twice.
 KEEP_BYTES = 256 << 20
 TOP_SHARE = 0.05
+# Prompt tokens that the detail table of a head names.
+TOP_TOKENS = 32
 TINY = torch.finfo(torch.float32).tiny
 PER_QUERY = ("mass_anchor", "mass_prompt", "mass_decode", "entropy", "evidence_mass", "variation")
 
@@ -40,7 +43,7 @@ class AttentionMass(Probe):
         "mass_decode": "attention weight on decode-phase tokens, 0..1",
         "mass_sink": "attention weight on the model's learned sinks, 0..1; zero where it has none",
         "selectivity": "total variation between a query's attention over the prompt (as masses) and its mean over "
-        "decode queries, 0..1; layers: mean over heads",
+        "decode queries, 0..1; layers: mean over heads; tokens: one number per layer, this token's part of the layer's",
         "selectivity_max": "selectivity of the most selective head, 0..1",
         "prompt_entropy": "entropy of the attention over the prompt / log(prompt tokens), 0 (one token) .. 1 (uniform)",
         "prompt_top5": "share of the prompt mass on the 5% of prompt tokens that get most of it, 0..1",
@@ -48,8 +51,8 @@ class AttentionMass(Probe):
         "projection, norms after it and multipliers included) / norm of the residual, mean over decode queries, >= 0",
         "evidence_mass": "attention weight on the evidence spans, 0..1; NaN where the prompt has none",
         "evidence_mass_max": "evidence mass of the head with most of it, 0..1",
-        "attention": "attention weight on one prompt token, mean over decode queries and heads, one number per layer, "
-        "0..1; in tokens, for prompts kept in detail",
+        "attention": "attention weight on one prompt token, mean over decode queries, 0..1; tokens: mean over heads, "
+        f"one number per layer; head_tokens: of one head, for the {TOP_TOKENS} tokens that get most of it",
     }
 
     def __init__(self, context: PromptContext) -> None:
@@ -57,18 +60,24 @@ class AttentionMass(Probe):
         self.heads: list[Columns] = []
         self.contribution: list[float] = []
         self.received: list[np.ndarray] = []
+        self.selective: list[np.ndarray] = []
+        self.top: list[tuple[np.ndarray, np.ndarray]] = []
 
     def on_decode(self, rows: DecodeRows) -> None:
         """Measure the decode rows of one layer."""
-        attention = rows.attention
-        heads, from_prompt, ours, received = attend(attention, self.context.layout, self.context.evidence)
-        _require_identity(ours, attention.output, rows.layer, self.context.model_name)
-        written = attention.adds(from_prompt.flatten(1)).norm(dim=-1)
+        attention, context = rows.attention, self.context
+        attended = attend(attention, context.layout, context.evidence, per_token=context.detail)
+        _require_identity(attended.output, attention.output, rows.layer, context.model_name)
+        written = attention.adds(attended.from_prompt.flatten(1)).norm(dim=-1)
         relative = written / rows.residual_in.float().norm(dim=-1)
         self.contribution.append(float(relative.cpu().double().mean()))
-        self.heads.append({name: column.cpu().numpy() for name, column in heads.items()})
-        if self.context.detail:
-            self.received.append(received.cpu().numpy())
+        self.heads.append({name: column.cpu().numpy() for name, column in attended.columns.items()})
+        if context.detail:
+            self.received.append(attended.received.mean(0).float().cpu().numpy())
+            self.selective.append(attended.selective.mean(0).float().cpu().numpy())
+            most, index = attended.received.topk(min(TOP_TOKENS, context.layout.n_segment), dim=-1)
+            position = index + context.layout.prompt.start
+            self.top.append((position.int().cpu().numpy(), most.float().cpu().numpy()))
 
     def measured(self) -> Measured:
         """Return per-head columns, and their means (selectivity and evidence: also maxima) over heads per layer."""
@@ -77,8 +86,35 @@ class AttentionMass(Probe):
         layers["selectivity_max"] = heads["selectivity"].max(axis=1)
         layers["evidence_mass_max"] = heads["evidence_mass"].max(axis=1)
         layers["prompt_contribution"] = np.array(self.contribution)
-        tokens = {"attention": np.stack(self.received, axis=1)} if self.received else {}
-        return Measured(layers=layers, heads=heads, tokens=tokens)
+        if not self.context.detail:
+            return Measured(layers=layers, heads=heads)
+        tokens = {"attention": np.stack(self.received, axis=1), "selectivity": np.stack(self.selective, axis=1)}
+        position, attention = (np.stack(column) for column in zip(*self.top, strict=True))
+        head_tokens = {"position": position, "attention": attention}
+        return Measured(layers=layers, heads=heads, tokens=tokens, head_tokens=head_tokens)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The decode rows' attention in one layer, by segments.
+
+    Attributes
+    ----------
+    columns
+        Measures per head, each float32 [heads].
+    from_prompt, output
+        The prompt part of the head outputs and all of them, before the output projection, float32 [n_decode, heads,
+        head_dim].
+    received, selective
+        Weight on each token of the prompt segment, and its distance from the mean over queries (half of it: the token's
+        part of the selectivity), means over queries, [heads, tokens]. ``selective`` is 0 unless it was asked for.
+    """
+
+    columns: dict[str, Tensor]
+    from_prompt: Tensor
+    output: Tensor
+    received: Tensor
+    selective: Tensor
 
 
 def attend(
@@ -87,23 +123,24 @@ def attend(
     evidence: tuple[tuple[int, int], ...] = (),
     tile_bytes: int | None = None,
     keep_bytes: int = KEEP_BYTES,
-) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """Recompute the decode rows' attention by segments.
+    per_token: bool = False,
+) -> Attended:
+    """Recompute the decode rows' attention by segments, with ``per_token`` also the selectivity of every token.
 
-    Returns per-head columns [heads], the prompt part of the head outputs and all of them, both float32
-    [n_decode, heads, head_dim] before the output projection, and the weight on each token of the prompt segment, mean
-    over queries and heads, float32 [tokens]. ``tile_bytes`` and ``keep_bytes`` bound the weights held.
+    ``tile_bytes`` and ``keep_bytes`` bound the weights held.
     """
     tile_bytes = tile_bytes or TILE_BYTES.get(attention.value.device.type, TILE_BYTES["cuda"])
     parts = [
-        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes, keep_bytes)
+        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes, keep_bytes, per_token)
         for kv_head in range(attention.n_kv_heads)
     ]
-    columns = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
-    from_prompt = torch.cat([part[1] for part in parts]).transpose(0, 1)
-    output = torch.cat([part[2] for part in parts]).transpose(0, 1)
-    received = torch.stack([part[3] for part in parts]).mean(0)
-    return columns, from_prompt, output, received
+    return Attended(
+        columns={name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns},
+        from_prompt=torch.cat([part.from_prompt for part in parts], dim=1),
+        output=torch.cat([part.output for part in parts], dim=1),
+        received=torch.cat([part.received for part in parts]),
+        selective=torch.cat([part.selective for part in parts]),
+    )
 
 
 def _attend_kv_head(
@@ -113,8 +150,9 @@ def _attend_kv_head(
     evidence: tuple[tuple[int, int], ...],
     tile_bytes: int,
     keep_bytes: int,
-) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """One KV head: columns [group], prompt part and total of the outputs [group, n_decode, head_dim], token weights."""
+    per_token: bool,
+) -> Attended:
+    """Attend with the query heads of one KV head alone."""
     value = attention.value[kv_head].float()
     n_decode, n_keys = attention.n_decode, len(value)
     group = attention.n_heads // attention.n_kv_heads
@@ -149,9 +187,13 @@ def _attend_kv_head(
     # Total variation from the mean over queries: known only now, hence a second round.
     token_mass /= n_decode
     mean = token_mass.float()
+    token_variation = torch.zeros_like(token_mass)
     for i, rows in enumerate(blocks):
         a = kept[i] if keep else attention.weights(kv_head, rows)
-        per_query["variation"].append(total(a[..., prompt].sub_(mean[:, None]).abs_()) / 2)
+        distance = a[..., prompt].sub_(mean[:, None]).abs_()
+        per_query["variation"].append(total(distance) / 2)
+        if per_token:
+            token_variation.add_(distance.sum(1), alpha=0.5 / n_decode)
 
     query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}
     columns = {name: query[name].mean(-1) for name in ("mass_anchor", "mass_prompt", "mass_decode")}
@@ -162,7 +204,8 @@ def _attend_kv_head(
     columns["prompt_top5"] = _top_share(token_mass)
     columns["evidence_mass"] = query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
     columns = {name: column.float() for name, column in columns.items()}
-    return columns, torch.cat(outputs[0], dim=1), torch.cat(outputs[1], dim=1), token_mass.mean(0).float()
+    from_prompt, output = (torch.cat(part, dim=1).transpose(0, 1) for part in outputs)
+    return Attended(columns, from_prompt, output, token_mass, token_variation)
 
 
 def _entropy(unnormalised: Tensor, mass: Tensor, n_tokens: int) -> Tensor:
