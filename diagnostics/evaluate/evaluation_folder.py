@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from diagnostics.evaluate.item_texts import COLUMNS, item_texts
 from diagnostics.evaluate.items import ChoiceItem, GenerationItem, Task
 from diagnostics.runs.parts import PARTS
 from diagnostics.support.errors import UserError
@@ -53,9 +54,11 @@ EVALUATION_FOLDER: FolderKind[EvaluationManifest] = FolderKind("evaluation", EVA
 class Evaluation:
     """Scores of one model: ``items`` has one row per task, policy and item.
 
-    Columns: task, policy, item_id, category, n_prompt (tokens of the prompt), score (0..1); for choice items
+    Columns: task, policy, item_id, category, question (what was asked, at most about 2,000 characters), choices (texts,
+    None where the answer is generated), n_prompt (tokens of the prompt), score (0..1); for choice items
     ``chosen``, ``gold`` and ``gold_log_likelihood`` (nats, of the whole right continuation); for generated answers
-    ``answer``, ``accepted``, ``n_tokens`` and the ways to fail. NaN where a column does not apply.
+    ``answer``, ``accepted``, ``n_tokens`` and the ways to fail. NaN where a column does not apply. Earlier versions
+    kept no question and no choices.
     """
 
     manifest: EvaluationManifest
@@ -71,6 +74,8 @@ def load_evaluation(path: str | Path) -> Evaluation:
     items = EVALUATION_FOLDER.read_table(path, ITEMS)
     if problem := _problem(items):
         raise EVALUATION_FOLDER.damaged(path, problem)
+    if "choices" in items:
+        items["choices"] = items["choices"].map(list, na_action="ignore")
     return Evaluation(manifest, items, Path(path))
 
 
@@ -87,7 +92,10 @@ def _problem(items: pd.DataFrame) -> str | None:
     once = (counted["size"] == counted["nunique"]) & (counted["size"] == policies.reindex(counted.index, level="task"))
     if items.empty or not scores.between(0, 1).all() or not once.all():
         return "items are missing, doubled or without a score"
-    return None
+    if not all(isinstance(text, str) for text in items.get("question", ())):
+        return "a question is not text"
+    choices = [choice for texts in items.get("choices", ()) if texts is not None for choice in texts]
+    return None if all(isinstance(choice, str) for choice in choices) else "a choice is not text"
 
 
 class EvaluationWriter:
@@ -106,7 +114,8 @@ class EvaluationWriter:
             rows = read_table(file)
             if {"policy", "item_id"} <= set(rows) and file == part:
                 return rows
-            return rows[rows["task"] == task.name].dropna(axis="columns", how="all")
+            rows = rows[rows["task"] == task.name].dropna(axis="columns", how="all")
+            return rows.drop(columns=list(COLUMNS), errors="ignore")
         except FileNotFoundError:
             return pd.DataFrame()
         except (OSError, ValueError, KeyError) as error:
@@ -152,8 +161,10 @@ class AnsweredItems:
             self._write()
 
     def of(self, policy: Policy) -> pd.DataFrame:
-        """Return the rows of a policy, in the order of the task's items; every item must have one."""
-        return pd.DataFrame([self.rows[policy.spec, item.id] for item in self.task.items])
+        """Return the rows of a policy and what was asked, in the order of the task's items; every item must have one."""
+        rows = [self.rows[policy.spec, item.id] for item in self.task.items]
+        asked = [item_texts(item) for item in self.task.items]
+        return pd.DataFrame(rows).assign(**{name: [texts[name] for texts in asked] for name in COLUMNS})
 
     def __enter__(self) -> AnsweredItems:
         return self

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from diagnostics import FullPolicy, SpeedPolicy, UserError, generate, load_run
 from diagnostics.evaluate import item_answers
 from diagnostics.evaluate.evaluation import draw, evaluate
 from diagnostics.evaluate.evaluation_folder import load_evaluation
+from diagnostics.evaluate.item_texts import item_texts
 from diagnostics.evaluate.items import ChoiceItem, Context, GenerationItem, Task
 from diagnostics.evaluate.retrieval import retrieval_names, retrieval_task
 from diagnostics.evaluate.score_table import AVERAGE, markdown, summarize
@@ -220,6 +222,50 @@ def test_code_runs_only_if_that_is_asked_for(lm, tmp_path, monkeypatch):
     assert list(made.items["score"]) == [1, 0, 0]
     assert "accepted" not in made.items
     assert set(map(type, made.manifest["sandbox"].values())) == {bool}
+
+
+def test_what_was_asked_is_kept(made, choice, writing):
+    for policy in ("full", "speed:2"):
+        for row, item in zip(rows_of(made, "choice", policy).itertuples(), choice.items, strict=True):
+            assert row.question == item.contexts[0].text
+            assert row.choices == list(item.continuations)
+        for row, item in zip(rows_of(made, "writing", policy).itertuples(), writing.items, strict=True):
+            assert (row.question, row.choices) == (item.context.text, None)
+
+
+def test_contexts_that_differ_go_to_the_choices():
+    """As in winogrande, where each choice is in the middle of its sentence; and no word is cut in two."""
+    contexts = (Context("The cup fell. It was Sam"), Context("The cup fell. It was Samantha"))
+    assert item_texts(ChoiceItem("w", contexts, (" who ran.", " who ran."), 0)) == {
+        "question": "The cup fell. It was ",
+        "choices": ["Sam who ran.", "Samantha who ran."],
+    }
+    apart = ChoiceItem("x", (Context("Yes"), Context("No")), (".", "!"), 1)
+    assert item_texts(apart) == {"question": "", "choices": ["Yes.", "No!"]}
+
+
+def test_of_long_texts_the_middle_is_left_out():
+    document = "".join(f"line {i}\n" for i in range(3000))
+    texts = item_texts(GenerationItem("g", Context("Where is it?", document), ("here",)))
+    assert texts["question"].startswith("line 0\nline 1\n")
+    assert texts["question"].endswith("line 2999\nWhere is it?")
+    left_out = int(re.search(r"\[\.\.\. ([0-9,]+) characters \.\.\.\]", texts["question"])[1].replace(",", ""))
+    assert left_out == len(document + "Where is it?") - 2000
+    assert len(texts["question"]) < 2050
+    long = ChoiceItem("c", (Context("Q"),) * 2, ("a" * 9000, "b"), 1)
+    assert [len(choice) < 2050 for choice in item_texts(long)["choices"]] == [True, True]
+
+
+def test_an_evaluation_without_questions_is_read_and_a_damaged_one_refused(lm, choice, tmp_path):
+    evaluate(lm, [choice], [], out=tmp_path / "out")
+    file = tmp_path / "out" / "items.parquet"
+    table = pd.read_parquet(file)
+    table.drop(columns=["question", "choices"]).to_parquet(file)
+    assert len(load_evaluation(tmp_path / "out").items) == len(choice.items)
+    for name, value, said in (("question", 3, "a question is"), ("choices", [[1, 2]] * len(table), "a choice is")):
+        table.assign(**{name: value}).to_parquet(file)
+        with pytest.raises(UserError, match=said):
+            load_evaluation(tmp_path / "out")
 
 
 def test_stopped_and_resumed_it_ends_the_same(lm, choice, writing, made, tmp_path, monkeypatch):
