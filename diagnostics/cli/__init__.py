@@ -16,6 +16,7 @@ from diagnostics.cli.benchmark import bench
 from diagnostics.cli.common import HELD, INTERRUPTED, TERMINATED, fail
 from diagnostics.cli.dashboard import dashboard
 from diagnostics.cli.diagnosis import diagnose, recommend
+from diagnostics.cli.environment import library_settings
 from diagnostics.cli.evaluation import evaluate
 from diagnostics.cli.finetuning import finetune
 from diagnostics.cli.flags import use_flags_of, with_flags
@@ -72,7 +73,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets "?" for the bars
     try:
         _require_utf8(sys.argv[1:])
-        with _ending_in_order(), HELD:
+        with _ending_in_order(), library_settings(), HELD:
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()  # here, where a full disk below it can still be reported
     except UserError as error:

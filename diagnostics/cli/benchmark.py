@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import claim, load, new_folder, plain, progress
-from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
+from diagnostics.cli.common import announce, claim, load, new_folder, plain, progress
+from diagnostics.cli.options import Device, Dtype, Model, Quiet, RemoteCode, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
@@ -37,6 +37,7 @@ def bench(
     trust_remote_code: RemoteCode = False,
     skip_self_test: SkipSelfTest = False,
     out: Annotated[Path | None, typer.Option(help="new folder, or a run folder  [runs/MODEL-bench_TIME]")] = None,
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="print the summary alone, as JSON")] = False,
 ) -> None:
     """Measure TTFT, TPOT, KV bytes and peak memory of policies against full depth and the counted limit."""
@@ -50,6 +51,7 @@ def bench(
     claim(out)
     BENCHMARK_FOLDER.require_free(out)
     chosen = None if policies is None else [parse_policy(text) for text in policies.split(",")]
+    announce(f"Measuring the time and memory of policies with {model}; results go to {out}.", quiet=quiet)
     lm = load(arguments)
     if chosen is None:
         cutoff = max(1, round(DEPTH_SHARE * lm.anatomy.n_layers))
@@ -58,7 +60,7 @@ def bench(
             with suppress(UserError):  # leaves out a policy that does not serve this model
                 policy.check(lm.anatomy)
                 chosen.append(policy)
-    with progress(f"benchmarking {lm.name}") as advance:
+    with progress("benchmarking", quiet=quiet) as advance:
         result = benchmark(
             lm,
             chosen,

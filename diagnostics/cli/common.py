@@ -8,9 +8,10 @@ from typing import Any
 
 from diagnostics.support.console import INTERRUPTED as INTERRUPTED
 from diagnostics.support.console import fail as fail
-from diagnostics.support.console import progress as progress
 from diagnostics.support.console import quiet
 from diagnostics.support.console import warn as warn
+from diagnostics.support.signs_of_life import announce as announce
+from diagnostics.support.signs_of_life import progress as progress
 
 RUNS = Path("runs")
 TERMINATED = 143  # exit status, as shells have it for SIGTERM
@@ -32,14 +33,16 @@ def claim(out: Path) -> None:
 
 
 def load(arguments: dict[str, Any]) -> Any:
-    """Load the model that the common options name."""
+    """Load the model that the common options name, with a sign of life."""
     quiet()
     from diagnostics.models.loading import load_model
     from diagnostics.self_test import switch
 
     switch(not arguments["skip_self_test"])
     names = ("device", "dtype", "revision", "trust_remote_code")
-    return load_model(arguments["model"], **{name: arguments[name] for name in names})
+    loading = f"loading {arguments['model']}"
+    with progress(loading, first=loading, quiet=arguments["quiet"]):
+        return load_model(arguments["model"], **{name: arguments[name] for name in names})
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress, warn
+from diagnostics.cli.common import INTERRUPTED, announce, claim, fail, load, new_folder, plain, progress, warn
 from diagnostics.cli.flags import with_flags
 from diagnostics.cli.options import (
     Anchors,
@@ -23,6 +23,7 @@ from diagnostics.cli.options import (
     ModelOrRun,
     Out,
     PromptsOption,
+    Quiet,
     RemoteCode,
     Resume,
     Revision,
@@ -68,6 +69,7 @@ def diagnose(
     skip_self_test: SkipSelfTest = False,
     out: Out = None,
     resume: Resume = False,
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="print the run's manifest alone")] = False,
 ) -> None:
     """Measure every layer and every cutoff of a model on prompts, and keep the tables in a run folder."""
@@ -120,6 +122,7 @@ def recommend(
     skip_self_test: SkipSelfTest = False,
     out: Out = None,
     resume: Resume = False,
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="print the recommendation alone on stdout")] = False,
 ) -> None:
     """Recommend the SPEED cutoff of a model, with its measured loss; or of an existing run, without the model."""
@@ -190,9 +193,11 @@ def _diagnose(arguments: dict[str, Any]) -> Any:
 
     from diagnostics.diagnosis.diagnosis import diagnose as run_diagnosis
 
+    quiet = a["quiet"]
+    announce(f"Measuring every layer and every cutoff of {a['model']}; results go to {out}.", quiet=quiet)
     lm = load(a)
     try:
-        with progress(f"diagnosing {lm.name}") as advance:
+        with progress("measuring", first="preparing the model and the prompts", quiet=quiet) as advance:
             return run_diagnosis(
                 lm,
                 prompt_set,

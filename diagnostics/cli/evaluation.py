@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress
+from diagnostics.cli.common import INTERRUPTED, announce, claim, fail, load, new_folder, plain, progress
 from diagnostics.cli.flags import with_flags
-from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
+from diagnostics.cli.options import Device, Dtype, Model, Quiet, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
@@ -35,6 +35,7 @@ def evaluate(
     skip_self_test: SkipSelfTest = False,
     out: Annotated[Path | None, typer.Option(help="folder  [runs/MODEL-eval_TIME]")] = None,
     resume: Resume = False,
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="print the table alone, as JSON")] = False,
 ) -> None:
     """Answer tasks under policies, and compare every policy with full depth item by item."""
@@ -46,6 +47,7 @@ def evaluate(
 
     chosen = [parse_policy(text) for text in policies.split(",")]
     claim(out)
+    announce(f"Answering tasks with {model} under policies; results go to {out}.", quiet=quiet)
     lm = load(arguments)
     from diagnostics.evaluate.evaluation import evaluate as run_evaluation
     from diagnostics.evaluate.score_table import summarize
@@ -53,7 +55,7 @@ def evaluate(
 
     loaded = [load_task(name.strip(), lm.tokenizer, limit=limit, seed=seed) for name in tasks.split(",")]
     try:
-        with progress(f"evaluating {lm.name}") as advance:
+        with progress("answering", quiet=quiet) as advance:
             result = run_evaluation(
                 lm,
                 loaded,

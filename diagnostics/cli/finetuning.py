@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import INTERRUPTED, claim, fail, load, new_folder, plain, progress
+from diagnostics.cli.common import INTERRUPTED, announce, claim, fail, load, new_folder, plain, progress
 from diagnostics.cli.flags import with_flags
-from diagnostics.cli.options import Anchors, Device, Dtype, Model, RemoteCode, Resume, Revision, SkipSelfTest
+from diagnostics.cli.options import Anchors, Device, Dtype, Model, Quiet, RemoteCode, Resume, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
@@ -73,6 +73,7 @@ def finetune(
     skip_self_test: SkipSelfTest = False,
     out: Annotated[Path | None, typer.Option(help="folder  [runs/MODEL-finetune_TIME]")] = None,
     resume: Resume = False,
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="print the table alone, as JSON")] = False,
 ) -> None:
     """Train a model to lose less at a cutoff, and measure all cutoffs before, during and after."""
@@ -116,11 +117,12 @@ def finetune(
         seed=seed,
     )
     claim(out)
+    announce(f"Fine-tuning {model} for cutoff {cutoff}; results go to {out}.", quiet=quiet)
     lm = load(arguments)
     from diagnostics.finetune.training import finetune as run_finetuning
 
     try:
-        with progress(f"fine-tuning {lm.name}") as advance:
+        with progress("fine-tuning", quiet=quiet) as advance:
             finetuning = run_finetuning(
                 lm,
                 source,

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from diagnostics.cli.common import load
-from diagnostics.cli.options import Device, Dtype, Model, RemoteCode, Revision, SkipSelfTest
+from diagnostics.cli.common import announce, load
+from diagnostics.cli.options import Device, Dtype, Model, Quiet, RemoteCode, Revision, SkipSelfTest
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support.errors import UserError
 
@@ -46,6 +46,7 @@ def generate(
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
     skip_self_test: SkipSelfTest = False,
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="print token ids, text and timings alone")] = False,
 ) -> None:
     """Generate after a prompt under a policy, and print its time and memory."""
@@ -69,6 +70,7 @@ def generate(
     chosen.check(lm.anatomy)
     ids = encode_input(lm, text, system=system, chat=chat, max_new_tokens=max_new_tokens)
     streams = not json and not compare
+    announce(f"Generating at most {max_new_tokens} tokens after {ids.shape[1]} under {chosen}.", quiet=quiet)
 
     def run(one: Any, tokens: int = max_new_tokens, prompt_ids: Any = ids) -> Any:
         streamer = None

@@ -29,4 +29,5 @@ SkipSelfTest = Annotated[
     bool, typer.Option("--skip-self-test", help="skip the proof that the model is measured and run correctly")
 ]
 Out = Annotated[Path | None, typer.Option(help="run folder  [runs/MODEL_TIME]")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no signs of life on stderr: results and errors alone")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the interrupted run in --out")]

@@ -1,27 +1,10 @@
-"""What commands and scripts write to stderr: progress, warnings, the line that ends them; libraries are kept quiet."""
+"""What commands and scripts write to stderr: warnings, and the line that ends them; libraries are kept quiet."""
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import NoReturn
 
 INTERRUPTED = 130  # exit status, as shells have it for SIGINT
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Any]:
-    """Yield a `diagnostics.support.progress.Progress` callback that draws a bar on stderr, if that is a terminal."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total, prompt_id: bar.update(
-            task, completed=done, total=total, description=f"{title} {prompt_id}"
-        )
 
 
 def quiet() -> None:

@@ -82,12 +82,17 @@ def world(inputs, tmp_path, monkeypatch, capfd):
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             select_cutoffs.main([str(config), *(("--out", str(out)) if out else ()), *options])
-        return end.value.code, *capfd.readouterr()
+        out, err = capfd.readouterr()
+        return end.value.code, out, "".join(line for line in err.splitlines(True) if not is_progress(line))
 
     w.run = run
     w.write = lambda text, name="config.toml": (tmp_path / name).write_text(text)
     w.table = lambda out="out": pd.read_parquet(tmp_path / out / "recommendations.parquet")
     return w
+
+
+def is_progress(line):
+    return line.startswith("pair ")
 
 
 def lasting(table):

@@ -313,7 +313,9 @@ def test_standard_input_of_a_real_process(world, tmp_path):
     )
     text = words(world.stock)
     assert (done.returncode, done.stdout.decode()) == (0, f"{text}\n")
-    assert done.stderr.decode().startswith(f"[full: {N} prompt tokens, {NEW} generated, TTFT ")
+    *signs, summary = done.stderr.decode().splitlines()
+    assert signs == [f"loading {world.tiny}", f"Generating at most 12 tokens after {N} under full."]
+    assert summary.startswith(f"[full: {N} prompt tokens, {NEW} generated, TTFT ")
     assert contents(tmp_path) == {}
 
 

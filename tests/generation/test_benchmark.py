@@ -519,7 +519,7 @@ def command(monkeypatch, capfd, tmp_path):
     """Run the command in this process, in an empty folder, on a wide terminal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: run_command(monkeypatch, capfd, *arguments)
+    return lambda *arguments, **more: run_command(monkeypatch, capfd, *arguments, **more)
 
 
 SMALL = ("--lengths", "24,40", "--repeats", 2, "--new-tokens", 3)
@@ -555,9 +555,9 @@ def test_the_command_shows_and_keeps_what_it_measured(world, command, calls, tmp
     assert out.endswith("Benchmark folder: out\n")
 
 
-def test_json_stands_alone_on_stdout(world, command, calls, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal: there is a progress bar, on stderr
-    status, out, err = command("bench", world.tiny, *SMALL, "--policies", "speed:3", "--json", "--out", "out")
+def test_json_stands_alone_on_stdout(world, command, calls):
+    arguments = ("bench", world.tiny, *SMALL, "--policies", "speed:3", "--json", "--out", "out")
+    status, out, err = command(*arguments, signs=True)
     found = json.loads(out, parse_constant=pytest.fail)
     expected = load_benchmark("out").summary()
     assert status == 0

@@ -119,7 +119,7 @@ print(json.dumps({
         "at": ["full", "speed:3", "projected:3", "fastkv", "mine:3", "other:3"],
         "label": "Mine 3, no anchor",
     }
-    prompt = ("generate", model, "--prompt", "w5 w6 w7 w8 w9 w10", "--max-new-tokens", 4, "--text", "--json")
+    prompt = ("generate", model, "--quiet", "--prompt", "w5 w6 w7 w8 w9 w10", "--max-new-tokens", 4, "--text", "--json")
     command = "from diagnostics.cli import main; main()"
     status, out, err = in_a_new_process(folder, command, *prompt, "--policy", "mine", "--cutoff", 3)
     assert (status, err) == (0, "")

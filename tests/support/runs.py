@@ -125,10 +125,15 @@ def write_prompts(path, n_prompts=6, n_tokens=40, seed=0):
     return path
 
 
-def run_command(monkeypatch, capfd, *arguments):
-    """Run the command in this process: (exit status, stdout, stderr)."""
+LONG_COMMANDS = ("diagnose", "recommend", "generate", "bench", "evaluate", "finetune")
+
+
+def run_command(monkeypatch, capfd, *arguments, signs=False):
+    """Run the command in this process: (exit status, stdout, stderr); without signs of life unless asked for."""
     from diagnostics import cli
 
+    if arguments and arguments[0] in LONG_COMMANDS and not signs:
+        arguments = (arguments[0], "--quiet", *arguments[1:])
     monkeypatch.setattr(sys, "argv", ["speed-diagnostics", *map(str, arguments)])
     capfd.readouterr()
     try:
