@@ -22,8 +22,8 @@ from diagnostics.models.embedded import EMBEDDED_MODEL, embedded_model_folder
 from diagnostics.prompts.digests import tokenizer_digest
 from diagnostics.runs.manifest import RUN_FOLDER
 from diagnostics.runs.places import MANIFEST, RECOMMENDATION
-from diagnostics.support.signs_of_life import progress
 from diagnostics.support.files import write_sealed
+from diagnostics.support.signs_of_life import progress
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,10 @@ class _Lines:
         return a_tenth_more or first_estimate or now - self.shown_at >= SILENCE_S
 
     def _line(self, what: str, elapsed: float) -> str:
-        position = min(self.done + 1, self.total)
-        line = f"{self.title}: {position} of {self.total}" + (f", {what}" if what else "")
+        where = f", {what}" if what else ""
         if self.done == self.total:
-            return f"{line}; took {readable_duration(elapsed)}"
+            return f"{self.title}: all {self.total} done{where}; took {readable_duration(elapsed)}"
+        line = f"{self.title}: {self.done + 1} of {self.total}{where}"
         if self.done == self.done_before:
             return line
         left = elapsed / (self.done - self.done_before) * (self.total - self.done)

@@ -46,7 +46,7 @@ def test_a_line_for_each_of_few_pieces_with_the_time_left(capfd, clock):
         "measuring: 2 of 4, p1; 2 min so far, about 5 min left",
         "measuring: 3 of 4, p2; 3 min so far, about 3 min left",
         "measuring: 4 of 4, p3; 5 min so far, about 2 min left",
-        "measuring: 4 of 4; took 7 min",
+        "measuring: all 4 done; took 7 min",
     ]
 
 
@@ -56,7 +56,7 @@ def test_of_many_pieces_every_tenth_has_a_line_and_after_the_first_an_estimate(c
             clock.seconds = float(done)
             advance(done, 200, "")
     said = lines(capfd)
-    assert [int(line.split()[1]) for line in said] == [1, 2, *range(21, 200, 20), 200]
+    assert [line.split()[1] for line in said] == [*map(str, [1, 2, *range(21, 200, 20)]), "all"]
     assert said[1] == "answering: 2 of 200; 1 s so far, about 3 min left"
 
 
@@ -87,7 +87,8 @@ def test_what_was_finished_before_is_not_in_the_estimate(capfd, clock):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (42, "42 s"), (89, "89 s"), (91, "2 min"), (3570, "1 h 0 min"), (7500, "2 h 5 min")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (42, "42 s"), (89, "89 s"), (91, "2 min"), (3570, "1 h 0 min"), (7500, "2 h 5 min")],
 )
 def test_durations(seconds, text):
     assert readable_duration(seconds) == text
@@ -101,8 +102,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     save_tiny(root / "tiny")
     write_prompts(root / "prompts.jsonl", n_prompts=3)
-    rows = [{"prompt": f"w{i} w6 w7 w8 w9", "response": "w10 w11"} for i in range(4, 10)]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(root / "data.jsonl", n_prompts=5, n_tokens=20, seed=1)
     items = [{"query": "w5 w6 w7", "continuations": [" w5", " w6"], "gold": 0, "id": f"i{i}"} for i in range(3)]
     (root / "tasks.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     return root
