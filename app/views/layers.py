@@ -6,10 +6,10 @@ from dashboard.catalog import Entry
 from dashboard.prompt_text import PAGE_TOKENS, legend, prompt_text
 from dashboard.state import current_run, md, saved_recommendation, show
 from diagnostics import figures
+from diagnostics.figures.lens import LENS_COLUMNS
 from diagnostics.runs.run import Run
 from diagnostics.support.errors import UserError
 
-LENS_COLUMNS = 12
 HEAD_MEASURES = {
     "selectivity": "selectivity: queries look at different prompt tokens",
     "mass_prompt": "attention on the prompt",

@@ -7,7 +7,9 @@ pages.
 from diagnostics.figures.benchmarks import benchmark_ratios
 from diagnostics.figures.cutoffs import compare_runs, cutoff_loss, retention
 from diagnostics.figures.finetuning import finetuning_categories, finetuning_cutoffs, finetuning_steps
-from diagnostics.figures.layers import head_map, layer_curves, logit_lens
+from diagnostics.figures.heads import head_map
+from diagnostics.figures.layers import layer_curves, layer_panel, layer_sentences
+from diagnostics.figures.lens import logit_lens
 from diagnostics.figures.quality import quality_by_cutoff, quality_differences, quality_failures, quality_scores
 from diagnostics.figures.style import PALETTE
 
@@ -21,6 +23,8 @@ __all__ = [
     "finetuning_steps",
     "head_map",
     "layer_curves",
+    "layer_panel",
+    "layer_sentences",
     "logit_lens",
     "quality_by_cutoff",
     "quality_differences",

@@ -1,6 +1,6 @@
-"""Measurements by layer: probe curves with the regions, heads, and the logit lens of one prompt."""
+"""The probes layer by layer: one panel per question, with the regions and the cutoff, and a sentence on each panel."""
 
-import html
+from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
@@ -8,131 +8,168 @@ from plotly.subplots import make_subplots
 
 from diagnostics.cutoffs.recommendation import Recommendation
 from diagnostics.cutoffs.regions import Region
-from diagnostics.figures.style import GREY, PALETTE, about, add_curve, finished, literal, per_layer, tick
+from diagnostics.figures.style import BLUE, GREY, ORANGE, about, add_curve, finished, per_layer, tick
 from diagnostics.runs.run import Run
-from diagnostics.support.errors import UserError
+from diagnostics.support.finite import finite_mean
 
 SELECTION, STABILIZATION = "rgba(230, 159, 0, 0.16)", "rgba(0, 158, 115, 0.14)"
+# Pixels: a panel, the room above it for its heading and legend, and the room above and below all panels.
+PANEL, HEADING, ABOVE, BELOW = 170, 84, 150, 60
 
 
-# Panels of the layer curves: title of the axis, and its curves (column, name).
-CURVES = {
-    "share of the attention": (("mass_prompt", "on the prompt"), ("mass_anchor", "on the anchors")),
-    "taken from the prompt": (("selectivity", "selectivity"), ("prompt_contribution", "contribution")),
-    "drift, 1 - cos": (("drift_prompt_centred", "prompt, centred"), ("drift_decode", "decode")),
-    "logit lens, nats": (("lens_kl", "KL from the end"), ("lens_kl_translated", "the same, translated")),
+@dataclass(frozen=True)
+class Panel:
+    """One question with its axis and its two curves, (column of the layers table, name)."""
+
+    question: str
+    axis: str
+    curves: tuple[tuple[str, str], ...]
+
+
+PANELS = {
+    "attention": Panel(
+        "Where do decode positions look?",
+        "share of attention",
+        (("mass_prompt", "on the prompt"), ("mass_anchor", "on the anchors")),
+    ),
+    "uptake": Panel(
+        "What do they take from the prompt?",
+        "0 to 1; of the residual",
+        (("selectivity", "selectivity"), ("prompt_contribution", "contribution")),
+    ),
+    "drift": Panel(
+        "How much does a layer change the residual?",
+        "1 - cosine",
+        (("drift_prompt_centred", "prompt, centred"), ("drift_decode", "decode")),
+    ),
+    "lens": Panel(
+        "How far is the prediction from the final one?",
+        "KL, nats",
+        (("lens_kl", "logit lens"), ("lens_kl_translated", "translated lens")),
+    ),
 }
 
 
 def layer_curves(run: Run, recommendation: Recommendation | None = None) -> go.Figure:
     """Draw the probes layer by layer: the mean over prompts, with the band between their quartiles.
 
-    With a recommendation the selection region is shaded orange, the stabilization region green, and the cutoff is a
-    line between the last layer that prompt tokens run through and the next.
+    Every panel has its own heading and legend. With a recommendation the selection region is shaded orange, the
+    stabilization region green, and the cutoff is a line between the last layer that prompt tokens run through and the
+    next.
     """
-    figure = make_subplots(rows=len(CURVES), cols=1, shared_xaxes=True, vertical_spacing=0.035)
-    layers = np.arange(run.n_layers)
-    for row, (unit, curves) in enumerate(CURVES.items(), start=1):
-        for number, (column, name) in enumerate(curves):
-            values, colour = per_layer(run, column), PALETTE[2 * (row - 1) + number]
-            add_curve(figure, layers, values, f"{unit.split(',')[0]}: {name}", colour, row=row)
-        figure.update_yaxes(title_text=unit, rangemode="tozero", row=row, col=1)
-    figure.update_xaxes(title_text="layer", dtick=tick(run.n_layers), row=len(CURVES), col=1)
+    n = len(PANELS)
+    inside = n * PANEL + (n - 1) * HEADING
+    height = inside + ABOVE + BELOW
+    figure = make_subplots(rows=n, cols=1, shared_xaxes=True, vertical_spacing=HEADING / inside)
+    for row, panel in enumerate(PANELS.values(), start=1):
+        _draw(figure, run, panel, row)
+        top = figure.layout[f"yaxis{row if row > 1 else ''}"].domain[1]
+        heading = {"x": 0, "xref": "paper", "y": top, "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
+        figure.add_annotation(text=f"<b>{panel.question}</b>", yshift=26, font={"size": 14}, showarrow=False, **heading)
+        figure.update_layout({_legend(row): {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom"}})
+    figure.update_xaxes(title_text="layer", row=n, col=1)
     if recommendation is not None:
-        _mark_regions(figure, recommendation)
-    figure = finished(figure, "What each layer does with the prompt", 980, about(run))
-    # The legend is below: its many names would overlap the title.
-    return figure.update_layout(legend={"y": -0.07, "yanchor": "top"}, margin={"t": 66, "b": 160})
+        _mark_regions(figure, recommendation, _legend(n + 1))
+    figure = finished(figure, "What each layer does with the prompt", height, about(run))
+    regions = {"orientation": "h", "x": 0, "y": 1 - 58 / height, "yref": "container", "yanchor": "top"}
+    return figure.update_layout({_legend(n + 1): regions}, margin={"t": ABOVE, "b": BELOW})
 
 
-def head_map(run: Run, column: str = "selectivity") -> go.Figure:
-    """Draw one measure per layer and head, mean over prompts; layer 0 at the bottom."""
-    values = run.array(column)
-    if values.ndim != 3:
-        raise ValueError(f"{column} is not measured per head")
-    figure = go.Figure(
-        go.Heatmap(
-            z=np.nanmean(values, axis=0) if np.isfinite(values).any() else values[0],
-            colorscale="Viridis",
-            colorbar={"title": {"text": column, "side": "right"}},
-            hovertemplate="layer %{y}, head %{x}<br>" + column + " %{z:.3f}<extra></extra>",
-        )
-    )
-    figure.update_xaxes(title_text="head", dtick=tick(values.shape[2]))
-    figure.update_yaxes(title_text="layer", dtick=tick(values.shape[1]))
-    return finished(figure, f"{column} of every head", 640, about(run))
+def layer_panel(run: Run, name: str, recommendation: Recommendation | None = None) -> go.Figure:
+    """Draw one of ``PANELS`` alone, as `layer_curves` does."""
+    panel = PANELS[name]
+    figure = make_subplots(rows=1, cols=1)
+    _draw(figure, run, panel)
+    figure.update_xaxes(title_text="layer")
+    if recommendation is not None:
+        _mark_regions(figure, recommendation, _legend(1))
+    return finished(figure, panel.question, 330, about(run))
 
 
-def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = 12) -> go.Figure:
-    """Draw the logit lens of one prompt: the most likely token after every layer, at ``count`` decode positions.
-
-    Colour is the token's probability; tokens that the last layer also predicts are bold. The axis below has the
-    reference tokens that the columns predict; ``first`` is the first column shown. Raises UserError for a prompt that
-    the run does not keep in detail.
-    """
-    rows = run.lens[run.lens["prompt_id"] == prompt_id]
-    if rows.empty:
-        raise UserError(f"run {run.name!r} keeps no tokens of prompt {prompt_id!r}: see `detail_prompts`")
-    positions = np.sort(rows["position"].unique())[first : first + count]
-    rows = rows[rows["position"].isin(positions)]
-    grid = {
-        name: rows.pivot(index="layer", columns="position", values=name).to_numpy()
-        for name in ("lens_text", "lens_token", "lens_probability")
+def layer_sentences(run: Run, recommendation: Recommendation | None = None) -> dict[str, str]:
+    """Say in a sentence what each of ``PANELS`` shows of these prompts; "" where nothing was measured."""
+    mean = {column: finite_mean(per_layer(run, column), axis=0) for p in PANELS.values() for column, _ in p.curves}
+    cutoff = None if recommendation is None or recommendation.cutoff == run.n_layers else recommendation.cutoff
+    return {
+        "attention": _about_attention(mean["mass_prompt"]),
+        "uptake": _about_uptake(mean["selectivity"], mean["prompt_contribution"], cutoff),
+        "drift": _about_drift(mean["drift_prompt_centred"], cutoff),
+        "lens": _about_lens(mean["lens_kl"]),
     }
-    agrees = grid["lens_token"] == grid["lens_token"][-1]
-    text = np.vectorize(_cell, otypes=[object])(grid["lens_text"], agrees)
-    hover_text = np.vectorize(_visible, otypes=[object])(grid["lens_text"])
-    tokens = run.tokens[run.tokens["prompt_id"] == prompt_id].set_index("position")["text"]
-    columns = np.arange(len(positions))
-    following = [_visible(tokens.get(position + 1, "")) for position in positions]
-    figure = go.Figure(
-        go.Heatmap(
-            x=columns,
-            z=grid["lens_probability"].astype(float),
-            text=text,
-            customdata=hover_text,
-            texttemplate="%{text}",
-            textfont={"size": 11},
-            zmin=0,
-            zmax=1,
-            colorscale="Blues",
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": "probability", "side": "right"}},
-            hovertemplate="after layer %{y}: %{customdata}, probability %{z:.3f}<extra></extra>",
-        )
-    )
-    labels = [_shortened(token) for token in following]
-    figure.update_xaxes(title_text="next token of the reference", tickvals=columns, ticktext=labels, tickangle=0)
-    figure.update_yaxes(title_text="after layer", dtick=tick(run.n_layers))
-    subject = f"{literal(run.manifest['model'])}, prompt {literal(prompt_id)}"
-    return finished(figure, "Logit lens", 160 + 20 * run.n_layers, subject)
 
 
-def _visible(text: str) -> str:
-    """Make white space visible, and escape markup in a token."""
-    return literal(text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7"))
+def _draw(figure: go.Figure, run: Run, panel: Panel, row: int = 1) -> None:
+    first = len(figure.data)
+    for (column, name), colour in zip(panel.curves, (BLUE, ORANGE), strict=True):
+        add_curve(figure, np.arange(run.n_layers), per_layer(run, column), name, colour, row=row)
+    for trace in figure.data[first:]:
+        trace.legend = _legend(row)
+    figure.update_yaxes(title_text=panel.axis, rangemode="tozero", row=row, col=1)
+    figure.update_xaxes(dtick=tick(run.n_layers), range=[-0.5, run.n_layers - 0.5], row=row, col=1)
 
 
-def _shortened(visible: str, most: int = 9) -> str:
-    text = html.unescape(visible)
-    return visible if len(text) <= most else literal(text[: most - 1]) + "\u2026"
+def _legend(number: int) -> str:
+    return "legend" if number == 1 else f"legend{number}"
 
 
-def _cell(text: str, agrees: bool) -> str:
-    short = _shortened(_visible(text))
-    return f"<b>{short}</b>" if agrees else short
-
-
-def _mark_regions(figure: go.Figure, recommendation: Recommendation) -> None:
+def _mark_regions(figure: go.Figure, recommendation: Recommendation, legend: str) -> None:
     for region, colour, name in (
         (recommendation.selection_region, SELECTION, "selection"),
         (recommendation.stabilization_region, STABILIZATION, "stabilization"),
     ):
         if isinstance(region, Region):
             figure.add_vrect(region.first - 0.5, region.last + 0.5, fillcolor=colour, line_width=0, layer="below")
-            legend = {"size": 12, "symbol": "square", "color": colour.replace("0.1", "0.5")}
-            figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=legend, name=f"{name} region"))
-    figure.add_vline(recommendation.cutoff - 0.5, line={"color": GREY, "width": 2, "dash": "dash"})
+            mark = {"size": 12, "symbol": "square", "color": colour.replace("0.1", "0.5")}
+            label = f"{name} region"
+            figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=mark, name=label, legend=legend))
     line = {"color": GREY, "width": 2, "dash": "dash"}
-    figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=f"cutoff {recommendation.cutoff}"))
+    figure.add_vline(recommendation.cutoff - 0.5, line=line)
+    label = f"cutoff {recommendation.cutoff}"
+    figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=label, legend=legend))
+
+
+# --- Sentences ---
+
+
+def _about_attention(mass: np.ndarray) -> str:
+    if not np.isfinite(mass).any():
+        return ""
+    top = int(np.nanargmax(mass))
+    return (
+        f"The prompt gets most attention in layer {top}, {mass[top]:.0%} of it. Attention alone is not use: much of it "
+        "rests on tokens that all positions look at."
+    )
+
+
+def _about_uptake(selectivity: np.ndarray, contribution: np.ndarray, cutoff: int | None) -> str:
+    if not (np.isfinite(selectivity).any() and np.isfinite(contribution).any()):
+        return ""
+    looks = f"Positions differ most in what they look at in layer {int(np.nanargmax(selectivity))}"
+    total = np.nansum(contribution)
+    if cutoff is None or not total > 0:
+        return f"{looks}, and take most from the prompt in layer {int(np.nanargmax(contribution))}."
+    above = np.nansum(contribution[cutoff:]) / total
+    return f"{looks}. The layers above cutoff {cutoff} take {above:.0%} of what all layers take from the prompt."
+
+
+def _about_drift(drift: np.ndarray, cutoff: int | None) -> str:
+    if not np.isfinite(drift).any():
+        return ""
+    if cutoff is None:
+        middle, most = np.nanmedian(drift), int(np.nanargmax(drift))
+        return f"The median layer turns the prompt's residuals by {middle:.2f}; layer {most} turns them most."
+    below, above = (f"{np.nanmedian(part):.2f}" for part in (drift[:cutoff], drift[cutoff:]))
+    return (
+        f"The median layer below cutoff {cutoff} turns the prompt's residuals by {below}, above it by {above}. "
+        "Where the curve is low, a further layer changes little."
+    )
+
+
+def _about_lens(kl: np.ndarray) -> str:
+    if not np.isfinite(kl).any():
+        return ""
+    late = np.flatnonzero(~(kl < np.nanmax(kl) / 2))
+    first = int(late[-1]) + 1 if len(late) else 0
+    if first >= len(kl):
+        return "The prediction comes no nearer to the final one before the last layer."
+    return f"From layer {first} on the prediction is less than half as far from the final one as it was at most."

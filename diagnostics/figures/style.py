@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale, unlabel_rgb
 
 from diagnostics.runs.run import Run
 
@@ -17,6 +18,10 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY = (
 )
 TITLE_PLACE = {"x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}}
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY)
+# Of all heat maps: from dark to light, so that texts on it have contrast, on light and dark pages.
+SEQUENTIAL = "Viridis"
+COLOR_BAR = {"thickness": 10, "xpad": 4, "outlinewidth": 0}
+DARK_TEXT, LIGHT_TEXT = "#050505", "#FFFFFF"
 
 
 def per_layer(run: Run, column: str) -> np.ndarray:
@@ -82,6 +87,15 @@ def faint(colour: str) -> str:
     """Return a transparent version of a palette colour, for a band."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.15)"
+
+
+def readable_on(shares: np.ndarray) -> np.ndarray:
+    """Return for places on ``SEQUENTIAL``, 0 to 1, the text colour with more contrast, by relative luminance (WCAG)."""
+    known = np.nan_to_num(np.asarray(shares, float)).clip(0, 1)
+    rgb = np.array([unlabel_rgb(colour) for colour in sample_colorscale(SEQUENTIAL, known.ravel().tolist())]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    luminance = (linear @ [0.2126, 0.7152, 0.0722]).reshape(known.shape)
+    return np.where(luminance > 0.1825, DARK_TEXT, LIGHT_TEXT)
 
 
 def finished(figure: go.Figure, title: str, height: int, subject: str = "") -> go.Figure:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from diagnostics import diagnose, load_prompts, recommend
-from diagnostics.figures.layers import CURVES
+from diagnostics.figures.layers import PANELS
 from diagnostics.figures.style import per_layer
 from diagnostics.support.finite import finite_mean
 from tests.support.pages import ODD, calm, curve, edit_table, figure, html, literal, numbers, same
@@ -20,10 +20,9 @@ def test_layer_curves_are_the_means_over_all_prompts(library, run, open_app):
     at = open_app(library, "layers")
     assert calm(at) == []
     drawn = figure(at)
-    for unit, lines in CURVES.items():
-        for column, name in lines:
-            shown = curve(drawn, f"{unit.split(',')[0]}: {name}")
-            same(shown, finite_mean(per_layer(run, column), axis=0))
+    for panel in PANELS.values():
+        for column, name in panel.curves:
+            same(curve(drawn, name), finite_mean(per_layer(run, column), axis=0))
     names = {trace.get("name") for trace in drawn["data"]}
     rec = recommend(run, max_kl=0.3)
     assert f"cutoff {rec.cutoff}" in names
@@ -34,7 +33,7 @@ def test_layer_curves_are_the_means_over_all_prompts(library, run, open_app):
 
 def test_categories_and_prompts_filter_curves_and_heads(library, run, open_app):
     at = open_app(library, "layers")
-    name = "taken from the prompt: selectivity"
+    name = "selectivity"
     everything = curve(figure(at), name)
     category = run.prompts["category"].iloc[3]
     at.multiselect(key="categories").set_value([category]).run()
@@ -130,7 +129,7 @@ def test_the_logit_lens_moves_along_the_reference(library, run, open_app):
     prompt_id = at.selectbox(key="one_prompt").value
     lens = run.lens[run.lens["prompt_id"] == prompt_id]
     positions = sorted(lens["position"].unique())
-    same(numbers(figure(at, 2)["data"][0]["z"]), _grid(lens, positions[:12]))
+    same(numbers(figure(at, 2)["data"][0]["z"]), _grid(lens, positions[:8]))
     at.selectbox(key="one_prompt").select(at.selectbox(key="one_prompt").options[1]).run()
     assert calm(at) == []
 
@@ -147,11 +146,11 @@ def test_a_long_reference_has_a_slider_for_the_logit_lens(tmp_path, open_app):
     at = open_app(tmp_path / "runs", "layers")
     lens = long.lens[long.lens["prompt_id"] == at.selectbox(key="one_prompt").value]
     positions = sorted(lens["position"].unique())
-    assert len(positions) > 12
+    assert len(positions) > 8
     slider = at.slider(key="from_position")
-    assert (slider.min, slider.max) == (0, len(positions) - 12)
-    slider.set_value(len(positions) - 12).run()
-    same(numbers(figure(at, 2)["data"][0]["z"]), _grid(lens, positions[-12:]))
+    assert (slider.min, slider.max) == (0, len(positions) - 8)
+    slider.set_value(len(positions) - 8).run()
+    same(numbers(figure(at, 2)["data"][0]["z"]), _grid(lens, positions[-8:]))
     assert calm(at) == []
 
 

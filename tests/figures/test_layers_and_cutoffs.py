@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from plotly.colors import hex_to_rgb, sample_colorscale, unlabel_rgb
 
 from diagnostics import figures, recommend
 from diagnostics.cutoffs.regions import Region
 from diagnostics.cutoffs.savings import predict_savings
+from diagnostics.figures.layers import PANELS
+from diagnostics.figures.style import SEQUENTIAL, readable_on
 from diagnostics.generation.benchmark_folder import Benchmark
+from diagnostics.runs.run import Run
 from tests.support.runs import llama_8b_shape, make_run
 
 N_LAYERS = 32
@@ -60,12 +64,63 @@ def test_layer_curves_are_means_between_quartiles(run, recommendation):
     figure = figures.layer_curves(run, recommendation)
     assert_complete_figure(figure)
     drift = run.array("drift_prompt_centred")
-    np.testing.assert_allclose(trace(figure, "drift: prompt, centred").y, drift.mean(axis=0))
-    bands = [t for t in figure.data if t.legendgroup == "drift: prompt, centred" and t.hoverinfo == "skip"]
+    np.testing.assert_allclose(trace(figure, "prompt, centred").y, drift.mean(axis=0))
+    bands = [t for t in figure.data if t.legendgroup == "prompt, centred" and t.hoverinfo == "skip"]
     np.testing.assert_allclose([band.y for band in bands], np.quantile(drift, [0.25, 0.75], axis=0))
-    np.testing.assert_allclose(
-        trace(figure, "share of the attention: on the prompt").y, run.array("mass_prompt").mean(axis=(0, 2))
-    )
+    np.testing.assert_allclose(trace(figure, "on the prompt").y, run.array("mass_prompt").mean(axis=(0, 2)))
+
+
+def test_every_panel_has_its_heading_and_its_own_legend(run, recommendation):
+    figure = figures.layer_curves(run, recommendation)
+    headings = {note.text: note.y for note in figure.layout.annotations}
+    assert list(headings) == [f"<b>{panel.question}</b>" for panel in PANELS.values()]
+    for row, panel in enumerate(PANELS.values(), start=1):
+        number = "" if row == 1 else row
+        top = figure.layout[f"yaxis{number}"].domain[1]
+        assert headings[f"<b>{panel.question}</b>"] == figure.layout[f"legend{number}"].y == top
+        for _, name in panel.curves:
+            assert (trace(figure, name).legend, trace(figure, name).yaxis) == (f"legend{number}", f"y{number}")
+    assert trace(figure, "selection region").legend == "legend5"
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_a_panel_alone_is_the_panel_of_all(run, recommendation, name):
+    together, alone = figures.layer_curves(run, recommendation), figures.layer_panel(run, name, recommendation)
+    assert_complete_figure(alone)
+    assert alone.layout.title.text.startswith(PANELS[name].question)
+    for _, curve in PANELS[name].curves:
+        np.testing.assert_array_equal(trace(alone, curve).y, trace(together, curve).y)
+    assert f"cutoff {recommendation.cutoff}" in {t.name for t in alone.data}
+    assert {(s.type, s.x0, s.x1) for s in alone.layout.shapes} == {(s.type, s.x0, s.x1) for s in together.layout.shapes}
+
+
+def test_sentences_say_what_the_curves_show():
+    def curve(**at):
+        return np.array([at.get(f"l{layer}", 0.1) for layer in range(8)])
+
+    layers = {
+        "mass_prompt": curve(l2=0.625),
+        "selectivity": curve(l5=0.9),
+        "prompt_contribution": curve(l3=0.6, l6=0.6),
+        "drift_prompt_centred": np.array([0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25]),
+        "lens_kl": np.array([3.0, 9, 8, 8, 4.6, 4, 1, 0]),
+    }
+    kl = np.array([[3.0, 2, 1, 1, 1, 0.01, 0.01, 0]] * 6)
+    made = make_run(kl, layers=layers)
+    recommendation = recommend(made)
+    assert recommendation.cutoff == 6
+    said = figures.layer_sentences(made, recommendation)
+    assert list(said) == list(PANELS)
+    assert "in layer 2, 62% of it" in said["attention"]
+    assert "in layer 5." in said["uptake"]
+    assert "above cutoff 6 take 39% of" in said["uptake"]  # (0.6 + 0.1) / 1.8
+    assert "below cutoff 6 turns the prompt's residuals by 0.50, above it by 0.25" in said["drift"]
+    assert said["lens"].startswith("From layer 5 on")
+    alone = figures.layer_sentences(made)
+    assert "from the prompt in layer 3." in alone["uptake"]
+    assert "cutoff" not in "".join(alone.values())
+    missing = make_run(kl, layers=dict.fromkeys(layers, np.full(8, np.nan)))
+    assert figures.layer_sentences(missing, recommendation) == dict.fromkeys(PANELS, "")
 
 
 def test_regions_and_cutoff_are_marked_between_layers(run, recommendation):
@@ -83,8 +138,58 @@ def test_head_map(run):
     figure = figures.head_map(run, "mass_prompt")
     assert_complete_figure(figure)
     np.testing.assert_allclose(figure.data[0].z, run.array("mass_prompt").mean(axis=0))
+    # Clicks are reported for points only: there is one on every cell, with the cell's value.
+    cells, points = figure.data
+    assert cells.hoverinfo == "skip"
+    at = np.full(np.shape(cells.z), np.nan)
+    at[points.y, points.x] = points.customdata
+    np.testing.assert_array_equal(at, cells.z)
+    assert not figure.layout.shapes
+    (frame,) = figures.head_map(run, "mass_prompt", marked=(7, 0)).layout.shapes
+    assert (frame.x0, frame.x1, frame.y0, frame.y1) == (-0.5, 0.5, 6.5, 7.5)
     with pytest.raises(ValueError, match="not measured per head"):
         figures.head_map(run, "drift_prompt")
+
+
+def test_texts_on_heat_maps_have_contrast():
+    shares = np.linspace(0, 1, 101).reshape(1, 101)
+    colours = readable_on(shares)
+    assert colours.shape == shares.shape
+    background = [unlabel_rgb(colour) for colour in sample_colorscale(SEQUENTIAL, shares[0].tolist())]
+
+    def luminance(rgb):
+        parts = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    for text, colour in zip(colours[0], background, strict=True):
+        dark, light = sorted((luminance(hex_to_rgb(text)), luminance(colour)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # what WCAG asks of small texts
+
+
+def test_the_lens_writes_every_cell_once_and_what_is_cut_is_in_its_hover_text():
+    lens = pd.DataFrame(
+        {
+            "prompt_id": "p0",
+            "position": np.repeat(np.arange(10), 4),
+            "layer": np.tile(np.arange(4), 10),
+            "lens_token": np.tile([1, 2, 3, 3], 10),
+            "lens_text": np.tile([" extraordinary", "<b>", "\n", "\n"], 10),
+            "lens_probability": np.tile([0.0, 0.4, 0.7, 1.0], 10),
+        }
+    )
+    tokens = pd.DataFrame({"prompt_id": "p0", "position": range(11), "text": [f"t{i}" for i in range(11)]})
+    made = make_run(falling(1, 4))
+    made = Run(made.manifest, made.tables | {"lens": lens, "tokens": tokens})
+    figure = figures.logit_lens(made, "p0", first=1)
+    assert_complete_figure(figure)
+    cells, *texts = figure.data
+    assert np.shape(cells.z) == (4, 8)
+    assert list(figure.layout.xaxis.ticktext) == [f"t{i}" for i in range(2, 10)]
+    written = {(x, y): text for t in texts for x, y, text in zip(t.x, t.y, t.text, strict=True)}
+    assert sum(len(t.x) for t in texts) == len(written) == 32
+    assert [written[0, layer] for layer in range(4)] == ["·extra…", "&lt;b&gt;", "<b>↵</b>", "<b>↵</b>"]
+    assert cells.customdata[0][0] == "·extraordinary"
+    assert {t.textfont.color for t in texts} == {"#050505", "#FFFFFF"}
 
 
 def test_loss_tolerance_bound_and_savings(run, recommendation):
@@ -208,6 +313,6 @@ def test_what_is_missing_or_infinite_leaves_a_gap():
     run.manifest["shape"] = llama_8b_shape() | {"layer_parameters": [1] * 8, "layer_types": ["full_attention"] * 8}
     for figure in (figures.layer_curves(run), figures.retention(run)):
         assert_complete_figure(figure)
-    drawn = np.array(trace(figures.layer_curves(run), "taken from the prompt: contribution").y, float)
+    drawn = np.array(trace(figures.layer_curves(run), "contribution").y, float)
     np.testing.assert_allclose(drawn[:7], 0.2)
     assert np.isnan(drawn[7])
