@@ -3,7 +3,7 @@
 # make test-slow   slow tests, and property tests with many examples
 # make test-notebooks   every notebook from top to bottom
 # make test-docs   every command and Python block of README and docs/, as pasted, and the strict build of the site
-# make test-browser   the dashboard in a headless Chromium, which is installed if it is missing
+# make test-browser   the dashboard and reports in a headless Chromium, which is installed if it is missing
 # make mutate   which faults the tests miss: seeded faults, one at a time, in a copy of the tree; about an hour
 # make notebooks, make pictures   regenerate what is committed under analyses/
 # make example   the finished example that ships with the package; about an hour
@@ -60,8 +60,8 @@ test-browser: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	$(CHROMIUM) || timeout 300 $(BIN)/python -m playwright install --with-deps chromium || true
 	if $(BIN)/python -c 'import sys; sys.path.append("analyses"); import browsing; sys.exit(not browsing.available())'; \
-	then $(PYTEST) -m browser tests/app/test_browser.py; \
-	else echo "NOT RUN: the dashboard in a browser. There is no Chromium, and it could not be installed." >&2; fi
+	then $(PYTEST) -m browser tests/app/test_browser.py tests/report/test_browser.py; \
+	else echo "NOT RUN: the dashboard and reports in a browser. There is no Chromium, and it could not be installed." >&2; fi
 
 mutate: install
 	OMP_NUM_THREADS=1 $(BIN)/python analyses/mutate.py --jobs 2

@@ -13,8 +13,7 @@ from dashboard.state import entries, md, runs_folder, show
 from diagnostics import figures
 from diagnostics.evaluate.answer_metrics import FAILURES
 from diagnostics.evaluate.evaluation_folder import ITEMS, Evaluation, load_evaluation
-from diagnostics.evaluate.items import AVERAGE
-from diagnostics.evaluate.score_table import FULL, markdown, summarize, texts
+from diagnostics.evaluate.score_table import FULL, kept, markdown, plural, summarize, texts
 from diagnostics.figures.quality import policy_label
 from diagnostics.report import asked_margin, asked_seed
 
@@ -61,11 +60,6 @@ def choose_margin(entry: Entry, manifest: Mapping[str, Any]) -> float:
     return round(chosen / 100, 6)
 
 
-def plural(n_tasks: int) -> str:
-    """Count tasks."""
-    return f"{n_tasks} task{'' if n_tasks == 1 else 's'}"
-
-
 def about(evaluation: Evaluation) -> None:
     """Say what was evaluated, and what did not finish."""
     m = evaluation.manifest
@@ -82,21 +76,7 @@ def about(evaluation: Evaluation) -> None:
 
 def verdict(table: pd.DataFrame, policy: str, margin: float) -> str:
     """Say in plain words what a policy keeps of full depth."""
-    of_tasks = table[table["task"] != AVERAGE]
-    rows = of_tasks[(of_tasks["policy"] == policy) & of_tasks["difference"].notna()]
-    averages = table[table["task"] == AVERAGE].set_index("policy")["score"]
-    n = of_tasks["task"].nunique()
-    parts = [f"finished {len(rows)} of {plural(n)}"]
-    if policy in averages and averages.get(FULL, 0) > 0:
-        ours, full = averages[policy], averages[FULL]
-        parts = [f"keeps {ours / full:.0%} of the average score ({100 * ours:.1f} of {100 * full:.1f} points)"]
-    significant = rows["p_holm"].astype(float) < 0.05
-    below, above = (int((significant & (sign * rows["difference"] > 0)).sum()) for sign in (-1, 1))
-    parts.append(f"significantly below full depth on {below} of {plural(len(rows))}")
-    if above:
-        parts.append(f"above it on {above}")
-    parts.append(f"non-inferior at {100 * margin:g} points on {int(rows['non_inferior'].sum())} of {len(rows)}")
-    return f"**{md(policy_label(policy))}** {'; '.join(parts)}."
+    return f"**{md(policy_label(policy))}** {kept(table, policy, margin)}."
 
 
 def scores(table: pd.DataFrame) -> None:

@@ -99,6 +99,30 @@ def cell(row: pd.Series, spread: bool = True) -> str:
     return f"{100 * row['score']:.1f}{interval}{'*' if significant else ''}"
 
 
+def kept(summary: pd.DataFrame, policy: str, margin: float) -> str:
+    """Say in plain words what a policy keeps of full depth, from a summary with ``non_inferior`` at the margin."""
+    of_tasks = summary[summary["task"] != AVERAGE]
+    rows = of_tasks[(of_tasks["policy"] == policy) & of_tasks["difference"].notna()]
+    averages = summary[summary["task"] == AVERAGE].set_index("policy")["score"]
+    n = of_tasks["task"].nunique()
+    parts = [f"finished {len(rows)} of {plural(n)}"]
+    if policy in averages and averages.get(FULL, 0) > 0:
+        ours, full = averages[policy], averages[FULL]
+        parts = [f"keeps {ours / full:.0%} of the average score ({100 * ours:.1f} of {100 * full:.1f} points)"]
+    significant = rows["p_holm"].astype(float) < 0.05
+    below, above = (int((significant & (sign * rows["difference"] > 0)).sum()) for sign in (-1, 1))
+    parts.append(f"significantly below full depth on {below} of {plural(len(rows))}")
+    if above:
+        parts.append(f"above it on {above}")
+    parts.append(f"non-inferior at {100 * margin:g} points on {int(rows['non_inferior'].sum())} of {len(rows)}")
+    return "; ".join(parts)
+
+
+def plural(n_tasks: int) -> str:
+    """Count tasks."""
+    return f"{n_tasks} task{'' if n_tasks == 1 else 's'}"
+
+
 def _share(scores: Any, full: Any) -> float:
     return float(np.mean(scores) / np.mean(full)) if np.mean(full) > 0 else np.nan
 

@@ -45,10 +45,10 @@ def _times(rows: pd.DataFrame) -> Table:
     for _, row in rows.iterrows():
         table.add_row(
             row["spec"],
-            _spread(row["ttft_s_mean"], row["ttft_s_std"], 3),
+            spread(row["ttft_s_mean"], row["ttft_s_std"], 3),
             f"{row['ttft_s_ratio']:.3f}",
             f"{row['ttft_limit']:.3f}",
-            _spread(1000 * row["tpot_s_mean"], 1000 * row["tpot_s_std"], 1),
+            spread(1000 * row["tpot_s_mean"], 1000 * row["tpot_s_std"], 1),
             f"{row['tpot_s_ratio']:.3f}",
             f"{row['tpot_limit']:.3f}",
         )
@@ -77,5 +77,6 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _spread(mean: float, std: float, digits: int) -> str:
+def spread(mean: float, std: float, digits: int) -> str:
+    """Write a mean with its standard deviation, where there is one."""
     return f"{mean:.{digits}f}" + ("" if pd.isna(std) else f" ± {std:.{digits}f}")

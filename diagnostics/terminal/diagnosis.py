@@ -45,11 +45,11 @@ def show_recommendation(
     """
     selection, stable = recommendation.selection_region, recommendation.stabilization_region
     console.print(Panel(Group(_title(run), *_curves(run, console.width, recommendation))))
-    console.print(f"Selection region      {_describe(selection)}")
-    console.print(f"Stabilization region  {_describe(stable)}")
+    console.print(f"Selection region      {described(selection)}")
+    console.print(f"Stabilization region  {described(stable)}")
     console.print()
-    console.print(_loss_table(recommendation))
-    console.print(_savings_table(recommendation))
+    console.print(loss_table(recommendation))
+    console.print(savings_table(recommendation))
     _show_notes(map(phrase, recommendation.data["notes"]), console)
     console.print(_sentence(recommendation))
 
@@ -122,7 +122,8 @@ def _ruler(layers: range) -> str:
     return "".join(f"{layer:<{RULER}}" for layer in layers[::RULER]).rstrip()
 
 
-def _describe(region: Region | None) -> str:
+def described(region: Region | None) -> str:
+    """Say which layers a region has, and how sure its ends are."""
     if region is None:
         return "none found"
     text = f"layers {region.first} to {region.last}"
@@ -134,7 +135,8 @@ def _describe(region: Region | None) -> str:
     return text
 
 
-def _loss_table(recommendation: Recommendation) -> Table:
+def loss_table(recommendation: Recommendation) -> Table:
+    """Return the measured loss at the recommended cutoff, which is bold, and at its neighbours."""
     cutoff, n_layers = recommendation.cutoff, recommendation.data["n_layers"]
     criterion = recommendation.data["criterion"]
     confidence = f"{100 * criterion['confidence']:g}%"
@@ -169,7 +171,8 @@ def _loss_table(recommendation: Recommendation) -> Table:
     return table
 
 
-def _savings_table(recommendation: Recommendation) -> Table:
+def savings_table(recommendation: Recommendation) -> Table:
+    """Return what the cutoff is predicted to save, a row per prompt length."""
     table = Table(
         title="Predicted savings at this cutoff (counted, not measured)",
         title_justify="left",
@@ -198,7 +201,14 @@ def _sentence(recommendation: Recommendation) -> Text:
     text = Text(f"\nRecommended cutoff: {cutoff} of {data['n_layers']} layers", style="bold")
     anchors = "1 anchor" if data["anchors"] == 1 else f"{data['anchors']} anchors"
     text.append(f" ({data['depth_fraction']:.0%} of the depth, {anchors})", style="not bold")
-    agreement = data["agreement"]
+    if verdict := region_verdict(recommendation):
+        text.append(f"\n{verdict}", style="not bold")
+    return text
+
+
+def region_verdict(recommendation: Recommendation) -> str:
+    """Say whether the regions put the cutoff where the measured loss does; "" if none was found."""
+    agreement = recommendation.data["agreement"]
     by_region = [
         f"{name} says {k}"
         for name, k in (
@@ -207,7 +217,7 @@ def _sentence(recommendation: Recommendation) -> Text:
         )
         if k is not None
     ]
-    if by_region:
-        verdict = "agree with" if agreement["agree"] else "DISAGREE with"
-        text.append(f"\nThe regions {verdict} the measured loss: {', '.join(by_region)}.", style="not bold")
-    return text
+    if not by_region:
+        return ""
+    verdict = "agree with" if agreement["agree"] else "DISAGREE with"
+    return f"The regions {verdict} the measured loss: {', '.join(by_region)}."
