@@ -96,17 +96,15 @@ def run_sections(run: Run, recommendation: Recommendation) -> list[Section]:
 
 
 REGIONS = (
-    "In the figures the selection region is orange, the stabilization region green, and the cutoff dashed. A line is the "
-    "mean over prompts; its band holds the middle half of them."
+    "In the figures the selection region is orange, the stabilization region green, and the cutoff dashed. A line is "
+    "the mean over prompts; its band holds the middle half of them."
 )
 
 
 def _panels(run: Run, recommendation: Recommendation) -> list[Part]:
     """Return the probes layer by layer, each with the sentence on what it shows."""
     sentences = figures.layer_sentences(run, recommendation)
-    return [
-        Picture(figures.layer_panel(run, name, recommendation), sentence) for name, sentence in sentences.items()
-    ]
+    return [Picture(figures.layer_panel(run, name, recommendation), sentence) for name, sentence in sentences.items()]
 
 
 def _loss_caption(recommendation: Recommendation) -> str:
