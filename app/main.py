@@ -5,8 +5,12 @@ from importlib import import_module
 from pathlib import Path
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import StopException
 
-from dashboard.state import entries, md, runs_folder
+from dashboard.address import begin, copy_link, finish
+from dashboard.look import dress
+from dashboard.markdown import md
+from dashboard.state import current_name, entries, look_at, runs_folder
 from diagnostics.support.errors import UserError
 
 st.set_page_config(page_title="SPEED diagnostics", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
@@ -26,24 +30,27 @@ PAGES = {
         st.Page("views/diagnosis.py", title="New diagnosis", icon=":material/add:"),
     ],
 }
+# Pages of one run, which the sidebar chooses; the others choose what they show themselves.
+OF_ONE_RUN = ("", "layers", "cutoff", "playground")
 
 
 def choose_run() -> None:
-    """Let the sidebar choose the run that all pages look at, and keep it in the address, where a reload finds it."""
+    """Let the sidebar choose the run to look at; one that an address names and that is not there is not replaced."""
     names = [entry.name for entry in entries() if entry.readable]
     if not names:
-        st.session_state.pop("run", None)
         st.sidebar.caption(f"No run in {md(runs_folder())}")
         return
-    asked = st.session_state.get("run") or st.query_params.get("run")
-    chosen = asked if asked in names else names[0]
-    # Two keys: Streamlit forgets a widget's own when a page is left.
-    st.session_state["run"] = st.session_state["run_choice"] = st.query_params["run"] = chosen
-
-    def choose() -> None:
-        st.session_state["run"] = st.session_state["run_choice"]
-
-    st.sidebar.selectbox("Run", names, key="run_choice", on_change=choose, help=f"in {md(runs_folder())}")
+    name = current_name()
+    st.session_state["run_choice"] = name if name in names else None
+    st.sidebar.selectbox(
+        "Run",
+        names,
+        None if name not in names else 0,
+        key="run_choice",
+        on_change=lambda: look_at(st.session_state["run_choice"]),
+        placeholder="choose a run",
+        help=f"in {md(runs_folder())}",
+    )
 
 
 @st.cache_resource
@@ -63,9 +70,18 @@ def load_ahead() -> threading.Timer:
 
 
 page = st.navigation(PAGES)
-choose_run()
+begin(page.url_path)
+dress()
+current_name()  # every page's address says it
+if page.url_path in OF_ONE_RUN:
+    choose_run()
 try:
     page.run()
 except UserError as error:
     st.error(md(error))
+except StopException:
+    pass
+finish()
+with st.sidebar:
+    copy_link()
 load_ahead()

@@ -4,12 +4,10 @@ from typing import Any
 
 import streamlit as st
 
+from dashboard.cards import Card, cards
 from dashboard.catalog import Entry
 from dashboard.state import md, open_run, saved_recommendation
 from diagnostics.cutoffs.regions import Region
-
-# Pixels: room for the longest name; five fit beside each other in a window of 1440.
-METRIC_WIDTH = 180
 
 
 def headline(entry: Entry) -> None:
@@ -23,14 +21,21 @@ def headline(entry: Entry) -> None:
     goals = ", ".join(name if value is True else f"{name} {value:g}" for name, value in asked.items())
     st.caption(f"{len(run.prompts)} prompts of {md(run.manifest.get('prompt_set', ''))}; goal: {md(goals)}")
     bound = "" if at["kl_bound"] is None else f", bound {at['kl_bound']:.3f}"
-    figures = {
-        "Cutoff": (f"{recommendation.cutoff} / {run.n_layers}", f"{data['depth_fraction']:.0%} of the depth"),
-        "KL from full depth": (f"{at['kl']:.3f}", f"nats per token{bound}"),
-        "Same top token": (f"{at['top1_agreement']:.1%}", "of decode positions"),
-        "TTFT": (f"{savings['ttft_ratio']:.2f}", f"of full, predicted at {savings['n_prompt']:,} tokens"),
-        "KV cache": (f"{savings['kv_ratio']:.2f}", f"of full, at {savings['n_prompt']:,} tokens"),
-    }
-    metrics(figures)
+    length = f"{savings['n_prompt']:,} tokens"
+    cards(
+        [
+            Card(
+                "Cutoff",
+                f"{recommendation.cutoff} / {run.n_layers}",
+                f"{data['depth_fraction']:.0%} of the depth",
+                "cutoff",
+            ),
+            Card("KL from full depth", f"{at['kl']:.3f}", f"nats per token{bound}", "KL"),
+            Card("Same top token", f"{at['top1_agreement']:.1%}", "of decode positions", "same top token"),
+            Card("TTFT", f"{savings['ttft_ratio']:.2f}", f"of full, predicted at {length}", "TTFT"),
+            Card("KV cache", f"{savings['kv_ratio']:.2f}", f"of full, at {length}", "KV cache"),
+        ]
+    )
     left, right = st.columns(2)
     left.markdown(f"**Selection region** {_region(recommendation.selection_region)}")
     right.markdown(f"**Stabilization region** {_region(recommendation.stabilization_region)}")
@@ -42,15 +47,6 @@ def headline(entry: Entry) -> None:
 def headline_savings(data: dict[str, Any]) -> dict[str, Any]:
     """Return what a recommendation predicts for long prompts: at 8192 tokens, or at its first length."""
     return next((s for s in data["predicted"] if s["n_prompt"] == 8192), data["predicted"][0])
-
-
-def metrics(figures: dict[str, tuple[str, str]]) -> None:
-    """Show figures side by side, in as many rows as the window needs: name, value, and what it is of."""
-    row = st.container(horizontal=True)
-    for name, (value, unit) in figures.items():
-        with row.container(width=METRIC_WIDTH):
-            st.metric(name, value, border=True)
-            st.caption(md(unit))
 
 
 def _region(region: Region | None) -> str:

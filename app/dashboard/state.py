@@ -4,25 +4,45 @@ Everything expensive is cached by what a folder contains, so a run that changes 
 """
 
 import os
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import streamlit as st
 
+from dashboard.address import keep, kept, leave, one_of, text
 from dashboard.catalog import Entry, Signature, find_runs
+from dashboard.markdown import md as md
 from diagnostics.cli.dashboard import RUNS_VARIABLE
 from diagnostics.cutoffs.recommendation import Recommendation, recommend
+from diagnostics.runs.example import example_folder
 from diagnostics.runs.run import Run, load_run
 from diagnostics.support.errors import UserError
 
-# Key of the session's state: the names of the runs that are compared.
-COMPARED = "compared_runs"
+EXAMPLE = "example"  # in the address, as the folder
 
 
 def runs_folder() -> Path:
     """Return the folder whose runs are shown."""
+    if kept("folder", "", one_of([EXAMPLE])):
+        return example_folder()
     return Path(os.path.expanduser(st.session_state.get("folder") or os.environ.get(RUNS_VARIABLE, "runs")))
+
+
+def look_into(folder: str) -> None:
+    """Show the runs of another folder; `EXAMPLE` for the example, nothing for the folder of the start."""
+    keep("folder", EXAMPLE if folder == EXAMPLE else None)
+    st.session_state["folder"] = "" if folder == EXAMPLE else folder
+    leave()
+
+
+def is_example() -> bool:
+    """Whether the example is shown, into which nothing is saved."""
+    folder, example = (os.path.realpath(path) for path in (runs_folder(), example_folder()))
+    return os.path.commonpath([folder, example]) == example
 
 
 def entries() -> list[Entry]:
@@ -30,9 +50,26 @@ def entries() -> list[Entry]:
     return find_runs(runs_folder())
 
 
+def look_at(name: str) -> None:
+    """Make a run the one that all pages look at."""
+    keep("run", name, of=str(runs_folder()))
+    leave()
+
+
+def compare_runs(names: list[str]) -> None:
+    """Choose the runs that the page *Compare* shows."""
+    keep("compared", names, of=str(runs_folder()))
+
+
+def current_name() -> str:
+    """Return the name of the run to look at: the chosen one, whether it is there or not, else the newest."""
+    newest = next((entry.name for entry in entries() if entry.readable), "")
+    return kept("run", newest, text(), of=str(runs_folder()), always=bool(newest))
+
+
 def current_entry() -> Entry | None:
-    """Return the entry chosen in the sidebar."""
-    name = st.session_state.get("run")
+    """Return the entry of the run to look at; None where it is not there, or cannot be read."""
+    name = current_name()
     return next((entry for entry in entries() if entry.name == name and entry.readable), None)
 
 
@@ -40,10 +77,24 @@ def current_run() -> tuple[Entry, Run]:
     """Return the run to show; where there is none, say what to do and end the page."""
     entry = current_entry()
     if entry is None:
-        empty_state()
+        missing_run()
         st.stop()
         raise AssertionError  # st.stop does not return
     return entry, open_run(entry)
+
+
+def missing_run() -> None:
+    """Say that the run that was asked for is not there, and which are; where there are none, how to get one."""
+    listed, name = entries(), current_name()
+    names = [entry.name for entry in listed if entry.readable]
+    problem = next((entry.problem or "it has no finished prompt" for entry in listed if entry.name == name), None)
+    if problem is not None:
+        st.error(f"The run {md(name)} cannot be shown: {md(problem)}")
+    elif name:
+        here = f"Runs here: {md(', '.join(names[:12]))}{', ...' if len(names) > 12 else ''}." if names else ""
+        st.error(f"There is no run {md(name)} in {md(runs_folder())}. {here}")
+    else:
+        empty_state()
 
 
 def open_run(entry: Entry) -> Run:
@@ -64,12 +115,48 @@ def saved_recommendation(entry: Entry) -> Recommendation:
         return recommendation(entry, {})
 
 
-def show(entry: Entry, name: str, draw: Callable[..., Any], **values: Any) -> Any:
-    """Show the figure that ``draw(**values)`` makes of an entry, drawn once for its name and plain values."""
-    figure = _figure(draw, name, str(entry.path), entry.signature, values)
-    options = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2, "filename": name}}
-    st.plotly_chart(figure, width="stretch", config=options, key=f"figure {name}")
-    return figure
+def show(
+    entry: Entry,
+    name: str,
+    draw: Callable[..., Any],
+    *,
+    table: pd.DataFrame | Callable[[], pd.DataFrame] | None = None,
+    on_select: Any = "ignore",
+    **values: Any,
+) -> Any:
+    """Show the figure that ``draw(**values)`` makes of an entry, drawn once for its name and plain values.
+
+    Its title stands above it as a heading, beside a download of ``table``, by default the data drawn. Selections, where
+    ``on_select`` asks for them, are kept as those of the widget ``figure NAME``. Returns the figure.
+    """
+    drawn = _figure(draw, name, str(entry.path), entry.signature, values)
+    row = st.container(horizontal=True, vertical_alignment="bottom")
+    title, subject = drawn.title
+    row.markdown(f"##### {md(title)}" + (f"  \n{md(subject)}" if subject else ""), width="stretch")
+    file_name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{entry.name}-{name}")
+    download(row, "CSV", drawn.csv if table is None else to_csv(table), f"{file_name}.csv", "text/csv", type="tertiary")
+    options = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2, "filename": file_name}}
+    st.plotly_chart(drawn.bare, width="stretch", config=options, key=f"figure {name}", on_select=on_select)
+    return drawn.figure
+
+
+def download(place: Any, label: str, data: Any, file_name: str, mime: str, **look: Any) -> None:
+    """Offer a file. Taking it runs no page, which would replace what other buttons are about to hand out."""
+    place.download_button(
+        label,
+        data,
+        file_name,
+        mime,
+        on_click="ignore",
+        icon=":material/download:",
+        key=f"download {file_name}",
+        **look,
+    )
+
+
+def to_csv(table: pd.DataFrame | Callable[[], pd.DataFrame]) -> str:
+    """Return a table as the text of a CSV file."""
+    return (table() if callable(table) else table).to_csv(index=False)
 
 
 def empty_state() -> None:
@@ -84,14 +171,23 @@ def empty_state() -> None:
     st.markdown("A run from another machine can be uploaded as a zip file under *Overview*.")
 
 
-def md(text: object) -> str:
-    """Return text that Markdown shows as it is: names of models, files and prompts are not ours."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|<>$~:" else c for c in str(text)).replace("\n", " ")
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, and what a page makes of it."""
+
+    figure: Any
+    bare: Any
+    title: tuple[str, str]
+    csv: str
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
-def _figure(_draw: Callable[..., Any], name: str, path: str, signature: Signature, values: dict[str, Any]) -> Any:
-    return _draw(**values)
+def _figure(_draw: Callable[..., Any], name: str, path: str, signature: Signature, values: dict[str, Any]) -> Drawn:
+    from diagnostics.figures.style import title_of, without_title
+    from diagnostics.figures.values import figure_values
+
+    figure = _draw(**values)
+    return Drawn(figure, without_title(figure), title_of(figure), to_csv(figure_values(figure)))
 
 
 @st.cache_resource(max_entries=8, show_spinner="Reading the run ...")

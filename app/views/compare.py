@@ -3,7 +3,8 @@
 import pandas as pd
 import streamlit as st
 
-from dashboard.state import COMPARED, current_entry, empty_state, entries, open_run, recommendation, show
+from dashboard.address import bind, some_of
+from dashboard.state import current_entry, empty_state, entries, open_run, recommendation, runs_folder, show
 from diagnostics import figures
 
 MEASURES = {
@@ -18,11 +19,6 @@ MEASURES = {
 }
 
 
-def choose() -> None:
-    """Keep what is compared; Streamlit forgets a widget's own key when a page is left."""
-    st.session_state[COMPARED] = st.session_state["compared"]
-
-
 st.title("Runs side by side")
 readable = {entry.name: entry for entry in entries() if entry.readable}
 if not readable:
@@ -30,8 +26,8 @@ if not readable:
     st.stop()
 current = current_entry()
 first = list(readable)[:6] if len(readable) > 1 else [current.name] if current else []
-st.session_state["compared"] = [name for name in st.session_state.get(COMPARED, first) if name in readable]
-chosen = st.multiselect("Runs", list(readable), key="compared", on_change=choose)
+bind("compared", "compared", first, some_of(readable), of=str(runs_folder()), always=True)
+chosen = st.multiselect("Runs", list(readable), key="compared")
 left, right = st.columns(2)
 measure = left.selectbox("Measure", list(MEASURES), format_func=MEASURES.__getitem__, key="measure")
 limit = right.slider(

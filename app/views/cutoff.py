@@ -3,8 +3,8 @@
 import pandas as pd
 import streamlit as st
 
+from dashboard.cards import Card, cards
 from dashboard.catalog import Entry
-from dashboard.headline import metrics
 from dashboard.state import current_run, md, recommendation, saved_recommendation, show
 from diagnostics import figures
 from diagnostics.cutoffs.recommendation import Recommendation, loss_by_category, retention_at
@@ -91,25 +91,42 @@ def evidence(run: Run, rec: Recommendation, cutoff: int, savings: Savings) -> No
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    metrics(
-        {
-            "KL from full depth": (f"{at['kl']:.3f}", f"bound {number(at['kl_bound'], '.3f')} nats per token"),
-            "Same top token": (f"{at['top1_agreement']:.1%}", "of decode positions"),
-            "NLL increase": (
+    full = savings.kv_bytes_full / 2**20
+    cards(
+        [
+            Card(
+                "KL from full depth", f"{at['kl']:.3f}", f"bound {number(at['kl_bound'], '.3f')} nats per token", "KL"
+            ),
+            Card("Same top token", f"{at['top1_agreement']:.1%}", "of decode positions", "same top token"),
+            Card(
+                "NLL increase",
                 f"{at['nll_increase']:+.3f}",
                 f"bound {number(at['nll_increase_bound'], '+.3f')} nats per token",
+                "NLL increase",
             ),
-            "Attention kept": (number(kept["mass_prompt"], ".1%"), "of the mass, below the cutoff"),
-            "Contribution kept": (number(kept["prompt_contribution"], ".1%"), "of what layers take from the prompt"),
-        }
-    )
-    full = savings.kv_bytes_full / 2**20
-    metrics(
-        {
-            "TTFT": (f"{savings.ttft_ratio:.3f}", f"of full, predicted: {savings.speedup_ttft:.2f} times as fast"),
-            "TPOT": (f"{savings.tpot_ratio:.3f}", "of full, predicted by bytes read"),
-            "KV cache": (f"{savings.kv_bytes / 2**20:,.1f} MiB", f"{savings.kv_ratio:.3f} of {full:,.1f} MiB"),
-        }
+            Card(
+                "Attention kept", number(kept["mass_prompt"], ".1%"), "of the mass, below the cutoff", "attention kept"
+            ),
+            Card(
+                "Contribution kept",
+                number(kept["prompt_contribution"], ".1%"),
+                "of what layers take from the prompt",
+                "contribution kept",
+            ),
+            Card(
+                "TTFT",
+                f"{savings.ttft_ratio:.3f}",
+                f"of full, predicted: {savings.speedup_ttft:.2f} times as fast",
+                "TTFT",
+            ),
+            Card("TPOT", f"{savings.tpot_ratio:.3f}", "of full, predicted by bytes read", "TPOT"),
+            Card(
+                "KV cache",
+                f"{savings.kv_bytes / 2**20:,.1f} MiB",
+                f"{savings.kv_ratio:.3f} of {full:,.1f} MiB",
+                "KV cache",
+            ),
+        ]
     )
     if not savings.within_positions:
         st.caption(f":material/info: {savings.n_prompt:,} tokens are more than the model has positions.")

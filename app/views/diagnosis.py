@@ -3,7 +3,7 @@
 import streamlit as st
 
 from dashboard.jobs import Job, cancel_job, forget_job, list_jobs, resume_job, save_prompts, start_job
-from dashboard.state import md, runs_folder
+from dashboard.state import look_at, md, runs_folder
 from diagnostics.cli.common import new_folder
 from diagnostics.cli.options import MODEL_HELP
 from diagnostics.diagnosis.capture import BACKENDS
@@ -78,7 +78,7 @@ def card(job: Job) -> None:
             return
         if state == "complete":
             if right.button("Show", key=f"show {job.name}", width="stretch"):
-                st.session_state["run"] = job.name
+                look_at(job.name)
                 st.switch_page("views/overview.py")
         elif right.button("Resume" if progress else "Try again", key=f"resume {job.name}", width="stretch"):
             try:

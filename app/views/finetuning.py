@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from dashboard.cards import Card, cards
 from dashboard.catalog import Entry, Signature
-from dashboard.headline import metrics
-from dashboard.state import COMPARED, entries, md, recommendation, runs_folder, show
+from dashboard.state import compare_runs, entries, md, recommendation, runs_folder, show
 from diagnostics import figures
 from diagnostics.finetune.cutoff_comparison import compare_cutoffs
 from diagnostics.finetune.finetuning_folder import (
@@ -92,7 +92,7 @@ def headline(finetuning: FineTuning, table: pd.DataFrame, recommended: dict[str,
         return (now, f"{before} before; {unit}") if started else (before, unit)
 
     st.subheader(f"{md(m['model'])}: trained at cutoff {trained} of {n_layers} layers")
-    shown = {
+    numbers = {
         "Recommended cutoff": (
             " → ".join(str(recommended.get(name, "?")) for name in (BEFORE, AFTER)),
             f"before → after; goal: {goal}",
@@ -101,11 +101,12 @@ def headline(finetuning: FineTuning, table: pd.DataFrame, recommended: dict[str,
         f"Same top token at {trained}": change(trained, "top1_agreement", ".1%", "of decode positions"),
     }
     if m["settings"].get("against") == "itself":
-        shown["NLL at full depth"] = change(n_layers, "nll", ".3f", "nats per token of the references")
+        numbers["NLL at full depth"] = change(n_layers, "nll", ".3f", "nats per token of the references")
     else:
         drift = format(rows[f"kl_{AFTER}"][n_layers], ".3f") if started else "-"
-        shown["Full depth's own drift"] = (drift, "KL from before training, nats per token")
-    metrics(shown)
+        numbers["Full depth's own drift"] = (drift, "KL from before training, nats per token")
+    terms = ("cutoff", "KL", "same top token", "NLL" if m["settings"].get("against") == "itself" else "KL")
+    cards(Card(name, *number, term) for (name, number), term in zip(numbers.items(), terms, strict=True))
 
 
 def compare(runs: Runs) -> None:
@@ -114,7 +115,7 @@ def compare(runs: Runs) -> None:
         return
 
     def preselect() -> None:
-        st.session_state[COMPARED] = [runs[name].name for name in (BEFORE, AFTER)]
+        compare_runs([runs[name].name for name in (BEFORE, AFTER)])
 
     if st.button("Compare layers before and after", icon=":material/compare_arrows:", on_click=preselect, key="both"):
         st.switch_page("views/compare.py")

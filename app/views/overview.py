@@ -7,7 +7,17 @@ import streamlit as st
 
 from dashboard.catalog import Entry
 from dashboard.headline import headline, headline_savings
-from dashboard.state import current_entry, empty_state, entries, md, runs_folder, saved_recommendation
+from dashboard.state import (
+    current_entry,
+    empty_state,
+    entries,
+    look_at,
+    look_into,
+    md,
+    missing_run,
+    runs_folder,
+    saved_recommendation,
+)
 from dashboard.upload import MAX_MEGABYTES, import_zip
 from diagnostics.support.errors import UserError
 
@@ -35,7 +45,7 @@ def choose(listed: list[Entry]) -> None:
     """Make the clicked line the run that all pages look at."""
     chosen = st.session_state["runs_table"]["selection"]["rows"]
     if chosen and listed[chosen[0]].readable:
-        st.session_state["run"] = listed[chosen[0]].name
+        look_at(listed[chosen[0]].name)
 
 
 def table(listed: list[Entry]) -> None:
@@ -101,7 +111,7 @@ def upload() -> None:
         folder = st.text_input("Folder of runs, or one run", value=str(runs_folder()), key="folder_asked")
         if folder != str(runs_folder()) and st.button("Look into it", key="look"):
             if os.path.isdir(os.path.expanduser(folder)):
-                st.session_state["folder"] = folder
+                look_into(folder)
                 st.rerun()
             st.error(f"There is no folder {md(folder)}.")
 
@@ -113,6 +123,8 @@ if runs:
     table(runs)
 else:
     empty_state()
+if runs and current_entry() is None:
+    missing_run()
 if (chosen := current_entry()) is not None:
     headline(chosen)
 upload()

@@ -12,12 +12,14 @@ from diagnostics.figures.layers import layer_curves, layer_panel, layer_sentence
 from diagnostics.figures.lens import logit_lens
 from diagnostics.figures.quality import quality_by_cutoff, quality_differences, quality_failures, quality_scores
 from diagnostics.figures.style import PALETTE
+from diagnostics.figures.values import figure_values
 
 __all__ = [
     "PALETTE",
     "benchmark_ratios",
     "compare_runs",
     "cutoff_loss",
+    "figure_values",
     "finetuning_categories",
     "finetuning_cutoffs",
     "finetuning_steps",

@@ -14,7 +14,7 @@ from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING, ST
 from diagnostics.runs.places import MANIFEST, RECOMMENDATION
 from diagnostics.support.files import read_json
 from tests.support.finetunings import DAMAGE, TRAINED, change, make_finetuning, save_finetuning
-from tests.support.pages import ODD, calm, figure, literal, metrics, numbers, same
+from tests.support.pages import ODD, calm, figure, figure_title, literal, metrics, numbers, same
 from tests.support.runs import write_run
 
 
@@ -70,7 +70,7 @@ def test_given_answers_have_no_drift_but_a_likelihood(tmp_path, open_app):
 
 def test_the_figures_are_those_of_the_package(runs, made, open_app):
     at = open_app(runs, "finetuning")
-    titles = [figure(at, number)["layout"]["title"]["text"].partition("<br>")[0] for number in range(3)]
+    titles = [figure_title(at, number).partition(", ")[0] for number in range(3)]
     assert titles == ["Loss of every cutoff", "Training", "By kind of prompt"]
     (after,) = [trace for trace in figure(at)["data"] if trace["name"] == "after"]
     same(numbers(after["y"])[:-1], made.curve().to_numpy()[:-1])
@@ -114,6 +114,7 @@ def test_both_runs_are_compared_at_a_click(runs, open_app):
     assert [trace["name"] for trace in drawn] == ["tuned/before", "tuned/after"]
     assert [trace["hovertemplate"].partition(":")[0] for trace in drawn] == ["tuned/before", "tuned/after"]
     assert list(at.dataframe[0].value["model"]) == [BEFORE, AFTER]
+    at.switch_page("views/compare.py").run()  # where a browser is by now
     at.multiselect(key="compared").set_value(["tuned/after"]).run()
     at.switch_page("views/overview.py").run()
     at.switch_page("views/compare.py").run()
@@ -126,7 +127,7 @@ def test_the_runs_in_it_have_all_other_pages(runs, open_app, page):
     assert set(at.sidebar.selectbox[0].options) == {"tuned/before", "tuned/after"}
     at.sidebar.selectbox[0].select("tuned/after").run()
     assert calm(at) == []
-    text = literal(at.subheader[0].value) if page == "overview" else figure(at)["layout"]["title"]["text"]
+    text = literal(at.subheader[0].value) if page == "overview" else figure_title(at)
     assert AFTER in text
     assert at.query_params["run"] in ("tuned/after", ["tuned/after"])
 

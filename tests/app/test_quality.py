@@ -14,7 +14,7 @@ from diagnostics.evaluate.evaluation_folder import EVALUATION, ITEMS, Evaluation
 from diagnostics.evaluate.score_table import AVERAGE, cell, markdown, summarize
 from diagnostics.figures.quality import policy_label
 from tests.support.evaluations import POLICIES, make_evaluation, save_evaluation
-from tests.support.pages import ODD, calm, downloads, edit_manifest, figure, literal, numbers, same
+from tests.support.pages import ODD, calm, downloads, edit_manifest, figure, figure_title, literal, numbers, same
 
 SPEEDS = {"full": 1.0, "speed:4": 0.5, "speed:6": 0.99}
 
@@ -111,7 +111,7 @@ def test_the_margin_begins_with_the_one_that_was_asked_for(tmp_path, open_app):
 
 def test_the_figures_are_those_of_the_package(runs, evaluation, open_app):
     at = open_app(runs, "quality")
-    titles = [figure(at, number)["layout"]["title"]["text"] for number in range(4)]
+    titles = [figure_title(at, number) for number in range(4)]
     assert titles == [
         "Differences on the same items",
         "Scores with their 95% intervals",

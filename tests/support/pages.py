@@ -39,6 +39,12 @@ def figure(at, number=0):
     return json.loads(at.get("plotly_chart")[number].proto.spec)
 
 
+def figure_title(at, number=0):
+    """The heading of a figure, with its subject: it stands above the figure, not in it."""
+    headings = [markdown.value for markdown in at.markdown if markdown.value.startswith("##### ")]
+    return literal(headings[number].removeprefix("##### ")).replace("  \n", ", ")
+
+
 def numbers(values):
     """Plotly's arrays: lists, or bytes with their type and shape."""
     if isinstance(values, dict):
