@@ -6,6 +6,7 @@
 # make test-browser   the dashboard and reports in a headless Chromium, which is installed if it is missing
 # make mutate   which faults the tests miss: seeded faults, one at a time, in a copy of the tree; about an hour
 # make notebooks, make pictures   regenerate what is committed under analyses/
+# make pictures PAGES=FOLDER   also every page of the dashboard, at three widths, light and dark; fails if a text is cut
 # make example   the finished example that ships with the package; about an hour
 # make docs   the documentation site, built strictly into site/
 # make dist   wheel and sdist in dist/, each installed and tested in a bare environment
@@ -73,6 +74,7 @@ notebooks: install
 pictures: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	$(BIN)/python analyses/make_pictures.py
+	$(if $(PAGES),$(BIN)/python analyses/page_pictures.py $(PAGES))
 
 example: install
 	OMP_NUM_THREADS=1 $(BIN)/python analyses/make_example.py

@@ -1,15 +1,13 @@
-"""Draws the pictures of the README: the terminal, the main figure, the quality under policies, and the dashboard.
+"""Draws the pictures of README and docs: the terminal, the main figure, the quality under policies, the dashboard.
 
-python analyses/make_pictures.py [RUN]    # by default a new run of the embedded model on the built-in prompts
+python analyses/make_pictures.py [RUN]    # by default of the example that ships with the package
 
 Needs `pip install -e '.[app,browser]'` and a Chromium.
 """
 
 import io
 import re
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -19,34 +17,29 @@ from playwright.sync_api import Error
 from rich.console import Console
 
 from browsing import browsing, serving
-from diagnostics import Run, diagnose, figures, load_model, load_prompts, load_run, recommend
+from diagnostics import Run, figures, load_run, recommend
 from diagnostics.evaluate.score_table import MARGIN
-from diagnostics.runs.places import RECOMMENDATION
+from diagnostics.runs.example import RUN, example_folder
 from diagnostics.terminal.diagnosis import show_recommendation
+from page_pictures import drawn
 
 RESULTS = Path(__file__).parent / "results"
-NAME = "smollm2-135m-instruct"
+# Pages of the dashboard by the path of their address, and their pictures.
+PAGES = {"": "dashboard.png", "cutoff": "dashboard_cutoff.png"}
+WINDOW = {"width": 1280, "height": 1000}
 # Policies of the evaluation that the README's picture compares.
 POLICIES = ("full", "speed:22", "speed:25", "speed:25:anchors=0", "projected:22", "fastkv")
 
 
 def main(given: str | None = None) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / NAME
-        if given is None:
-            diagnose(load_model(), load_prompts("builtin"), out=folder)
-        else:
-            shutil.copytree(given, folder)
-        run = load_run(folder)
-        recommend(run).save(folder / RECOMMENDATION)
-        terminal(run, RESULTS / "recommend.svg")
-        with browsing() as browser:
-            loss = figures.cutoff_loss(run, recommend(run))
-            plain(browser, loss, RESULTS / "cutoff_loss.svg")
-            summary = pd.read_csv(RESULTS / "quality" / "choice.csv")
-            quality = figures.quality_differences(summary[summary["policy"].isin(POLICIES)], MARGIN)
-            plain(browser, quality, RESULTS / "quality.svg")
-            dashboard(browser, Path(scratch), RESULTS / "dashboard.png")
+    run = load_run(given or example_folder() / RUN)
+    terminal(run, RESULTS / "recommend.svg")
+    with browsing() as browser:
+        plain(browser, figures.cutoff_loss(run, recommend(run)), RESULTS / "cutoff_loss.svg")
+        summary = pd.read_csv(RESULTS / "quality" / "choice.csv")
+        quality = figures.quality_differences(summary[summary["policy"].isin(POLICIES)], MARGIN)
+        plain(browser, quality, RESULTS / "quality.svg")
+        dashboard(browser, example_folder())
 
 
 def terminal(run: Run, picture: Path) -> None:
@@ -72,17 +65,16 @@ def plain(browser: Any, figure: Any, picture: Path) -> None:
     picture.write_text(unquote(image.partition(",")[2]))
 
 
-def dashboard(browser: Any, runs: Path, picture: Path) -> None:
-    """Take a screenshot of the dashboard's cutoff page."""
+def dashboard(browser: Any, runs: Path) -> None:
+    """Take screenshots of the dashboard's first page and of its cutoff page."""
     with serving(runs) as address:
-        page = browser.new_page(viewport={"width": 1280, "height": 1420})
-        page.goto(f"{address}/cutoff")
-        page.get_by_text("Take it with you").wait_for(timeout=60_000)
-        page.locator(".main-svg").first.wait_for(timeout=60_000)
-        page.get_by_test_id("stSkeleton").first.wait_for(state="detached", timeout=60_000)
-        page.wait_for_timeout(2000)
-        page.screenshot(path=picture)
-        page.close()
+        for path, picture in PAGES.items():
+            page = browser.new_page(viewport=WINDOW)
+            page.goto(f"{address}/{path}?run={RUN}")
+            page.locator(".main-svg").first.wait_for(timeout=90_000)
+            drawn(page)
+            page.screenshot(path=RESULTS / picture)
+            page.close()
 
 
 if __name__ == "__main__":

@@ -68,6 +68,16 @@ class Region:
     found: float | None = None
     others: tuple[tuple[int, int], ...] = ()
 
+    def __str__(self) -> str:
+        """Say which layers these are, and how sure the ends are."""
+        text = f"layers {self.first} to {self.last}"
+        if self.first_range and self.last_range:
+            ends = (f"{a}" if a == b else f"{a}-{b}" for a, b in (self.first_range, self.last_range))
+            text += " (90% of resamples: from {} to {})".format(*ends)
+        if self.others:
+            text += "; weaker " + ", ".join(f"{a} to {b}" for a, b in self.others)
+        return text
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)

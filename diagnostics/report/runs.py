@@ -15,7 +15,7 @@ from diagnostics.report.document import Card, Facts, Page, Part, Picture, Sectio
 from diagnostics.report.facts import run_facts
 from diagnostics.report.tables import from_frame, from_terminal
 from diagnostics.runs.run import Run
-from diagnostics.terminal.diagnosis import described, loss_table, region_verdict, savings_table
+from diagnostics.terminal.diagnosis import NO_REGION, loss_table, region_verdict, savings_table
 from diagnostics.terminal.units import readable_bytes
 
 
@@ -82,8 +82,8 @@ def run_sections(run: Run, recommendation: Recommendation) -> list[Section]:
         Section(
             "What the layers do",
             [
-                f"Selection region: {described(recommendation.selection_region)}. "
-                f"Stabilization region: {described(recommendation.stabilization_region)}. "
+                f"Selection region: {recommendation.selection_region or NO_REGION}. "
+                f"Stabilization region: {recommendation.stabilization_region or NO_REGION}. "
                 "Both come from the layers alone; the measured loss decides.",
                 REGIONS,
                 *_panels(run, recommendation),

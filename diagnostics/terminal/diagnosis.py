@@ -11,7 +11,6 @@ from rich.text import Text
 
 from diagnostics.cutoffs.goals import GOALS
 from diagnostics.cutoffs.recommendation import Recommendation
-from diagnostics.cutoffs.regions import Region
 from diagnostics.runs.run import Run
 from diagnostics.terminal.units import readable_bytes
 
@@ -25,6 +24,7 @@ CURVES = (
     ("saliency_overlap", "saliency overlap"),
     ("lens_kl_translated", "lens KL, translated"),
 )
+NO_REGION = "none found"
 NEIGHBOURS = 3
 RULER = 5  # layers from one number below the bars to the next
 MARGINS = 39  # columns that the frame, the labels and the scales take
@@ -45,8 +45,8 @@ def show_recommendation(
     """
     selection, stable = recommendation.selection_region, recommendation.stabilization_region
     console.print(Panel(Group(_title(run), *_curves(run, console.width, recommendation))))
-    console.print(f"Selection region      {described(selection)}")
-    console.print(f"Stabilization region  {described(stable)}")
+    console.print(f"Selection region      {selection or NO_REGION}")
+    console.print(f"Stabilization region  {stable or NO_REGION}")
     console.print()
     console.print(loss_table(recommendation))
     console.print(savings_table(recommendation))
@@ -120,19 +120,6 @@ def _marks(recommendation: Recommendation, n_layers: int) -> Text:
 def _ruler(layers: range) -> str:
     """Number every fifth layer under its bar."""
     return "".join(f"{layer:<{RULER}}" for layer in layers[::RULER]).rstrip()
-
-
-def described(region: Region | None) -> str:
-    """Say which layers a region has, and how sure its ends are."""
-    if region is None:
-        return "none found"
-    text = f"layers {region.first} to {region.last}"
-    if region.first_range and region.last_range:
-        ends = (f"{a}" if a == b else f"{a}-{b}" for a, b in (region.first_range, region.last_range))
-        text += " (90% of resamples: from {} to {})".format(*ends)
-    if region.others:
-        text += "; weaker " + ", ".join(f"{a} to {b}" for a, b in region.others)
-    return text
 
 
 def loss_table(recommendation: Recommendation) -> Table:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from diagnostics import RegionRules, UserError, find_regions
-from diagnostics.cutoffs.regions import selection_intervals, stable_interval, uptake
+from diagnostics.cutoffs.regions import Region, selection_intervals, stable_interval, uptake
 from tests.support.runs import make_run
 
 RULES = RegionRules()  # 40% of the largest uptake, at least 0.02; gaps of 2; two layers or more
@@ -243,3 +243,9 @@ def test_an_infinite_update_is_no_uptake():
     assert np.isnan(uptake(run)[:, 0]).sum() == 1
     assert np.isfinite(uptake(run)[:, 1:]).all()
     assert find_regions(run).selection is None
+
+
+def test_a_region_reads_as_a_sentence():
+    assert str(Region(3, 5)) == "layers 3 to 5"
+    region = Region(14, 24, (14, 14), (23, 24), 1.0, ((7, 8), (2, 3)))
+    assert str(region) == "layers 14 to 24 (90% of resamples: from 14 to 23-24); weaker 7 to 8, 2 to 3"
