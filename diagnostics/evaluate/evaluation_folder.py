@@ -161,7 +161,7 @@ class AnsweredItems:
             self._write()
 
     def of(self, policy: Policy) -> pd.DataFrame:
-        """Return the rows of a policy and what was asked, in the order of the task's items; every item must have one."""
+        """Return the rows of a policy and what was asked, in the order of the task; every item must have one."""
         rows = [self.rows[policy.spec, item.id] for item in self.task.items]
         asked = [item_texts(item) for item in self.task.items]
         return pd.DataFrame(rows).assign(**{name: [texts[name] for texts in asked] for name in COLUMNS})
