@@ -7,8 +7,8 @@ from dashboard.state import look_at, md, runs_folder
 from diagnostics.cli.common import new_folder
 from diagnostics.cli.options import MODEL_HELP
 from diagnostics.diagnosis.capture import BACKENDS
+from diagnostics.models.devices import DTYPES
 from diagnostics.models.embedded import EMBEDDED_MODEL
-from diagnostics.models.loading import DTYPES
 from diagnostics.support.errors import UserError
 
 SYMBOLS = {"running": "progress_activity", "complete": "check", "cancelled": "cancel", "failed": "error"}

@@ -12,8 +12,9 @@ from dashboard.state import current_entry, md, open_run, saved_recommendation
 from diagnostics.cli.options import MODEL_HELP
 from diagnostics.generation.differences import marked_text, same_start
 from diagnostics.generation.inputs import encode_input
+from diagnostics.models.devices import DTYPES
 from diagnostics.models.embedded import EMBEDDED_MODEL
-from diagnostics.models.loading import DTYPES, LoadedModel
+from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import Policy, parse_policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.policies.registry import policies_at

@@ -52,7 +52,7 @@ def bench(
     BENCHMARK_FOLDER.require_free(out)
     chosen = None if policies is None else [parse_policy(text) for text in policies.split(",")]
     announce(f"Measuring the time and memory of policies with {model}; results go to {out}.", quiet=quiet)
-    lm = load(arguments)
+    lm = load(arguments, chosen or ())
     if chosen is None:
         cutoff = max(1, round(DEPTH_SHARE * lm.anatomy.n_layers))
         chosen = []

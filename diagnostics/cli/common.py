@@ -1,6 +1,7 @@
 """Steps that all commands share: they name and hold their folder, and load the model."""
 
 import re
+from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -32,17 +33,19 @@ def claim(out: Path) -> None:
     HELD.enter_context(hold_folder(out))
 
 
-def load(arguments: dict[str, Any]) -> Any:
-    """Load the model that the common options name, with a sign of life."""
+def load(arguments: dict[str, Any], policies: Iterable[Any] = ()) -> Any:
+    """Load the model that the common options name, with a sign of life, once these policies are known to fit it."""
     quiet()
-    from diagnostics.models.loading import load_model
+    from diagnostics.models.loading import check_model, load_model
     from diagnostics.self_test import switch
 
     switch(not arguments["skip_self_test"])
-    names = ("device", "dtype", "revision", "trust_remote_code")
+    options = {name: arguments[name] for name in ("device", "dtype", "revision", "trust_remote_code")}
+    if policies:
+        check_model(arguments["model"], **options).require(policies)
     loading = f"loading {arguments['model']}"
     with progress(loading, first=loading, quiet=arguments["quiet"]):
-        return load_model(arguments["model"], **{name: arguments[name] for name in names})
+        return load_model(arguments["model"], **options)
 
 
 def plain(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def evaluate(
     chosen = [parse_policy(text) for text in policies.split(",")]
     claim(out)
     announce(f"Answering tasks with {model} under policies; results go to {out}.", quiet=quiet)
-    lm = load(arguments)
+    lm = load(arguments, chosen)
     from diagnostics.evaluate.evaluation import evaluate as run_evaluation
     from diagnostics.evaluate.score_table import summarize
     from diagnostics.evaluate.tasks import load_task

@@ -83,6 +83,7 @@ def finetune(
     out = out or new_folder(model, "-finetune")
     from diagnostics.finetune.settings import Settings
     from diagnostics.finetune.sources import BUILTIN, HELD_OUT, Source, load_data, load_held_out
+    from diagnostics.policies.speed import SpeedPolicy
 
     kinds = tuple(filter(None, map(str.strip, (held_out_categories or "").split(","))))
     if not kinds and Path(data).resolve() == Path(held_out).resolve():
@@ -118,7 +119,7 @@ def finetune(
     )
     claim(out)
     announce(f"Fine-tuning {model} for cutoff {cutoff}; results go to {out}.", quiet=quiet)
-    lm = load(arguments)
+    lm = load(arguments, [SpeedPolicy(cutoff, anchors)])
     from diagnostics.finetune.training import finetune as run_finetuning
 
     try:

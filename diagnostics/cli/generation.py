@@ -61,13 +61,13 @@ def generate(
         raise UserError("--system is empty")
     if not text.strip():
         raise UserError("the prompt is empty")
-    lm = load(arguments)
+    lm = load(arguments, [chosen])
     import torch
 
     from diagnostics.generation.generation import generate as run_generation
     from diagnostics.generation.inputs import encode_input
 
-    chosen.check(lm.anatomy)
+    chosen.check(lm.anatomy)  # not all of it is known before the weights
     ids = encode_input(lm, text, system=system, chat=chat, max_new_tokens=max_new_tokens)
     streams = not json and not compare
     announce(f"Generating at most {max_new_tokens} tokens after {ids.shape[1]} under {chosen}.", quiet=quiet)

@@ -12,6 +12,7 @@ from diagnostics.evaluate.retrieval import retrieval_names, retrieval_task
 from diagnostics.support.defaults import RETRIEVAL_ITEMS
 from diagnostics.support.errors import UserError
 from diagnostics.support.sizes import parse_length
+from diagnostics.support.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,6 @@ def load_task(name: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | Non
     if name in retrieval_names():
         raise UserError(f"task {name!r} needs a length, such as {name}@4096")
     if name.partition(":")[0] not in olmes_names():
-        known = ", ".join([*olmes_names(), HUMANEVAL, *(f"{kind}@LENGTH" for kind in retrieval_names()), "FILE.jsonl"])
-        raise UserError(f"task {name!r} is not one of: {known}")
+        known = [*olmes_names(), HUMANEVAL, *(f"{kind}@LENGTH" for kind in retrieval_names()), "FILE.jsonl"]
+        raise UserError(f"task {name!r} is not one of: {', '.join(known)}{did_you_mean(name, known)}")
     return load_olmes(name)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from diagnostics.models.embedded import embedded_model_folder
     from diagnostics.models.identity import ModelIdentity
     from diagnostics.models.loading import LoadedModel, load_model
+    from diagnostics.models.outline import ModelOutline, check_model
 
 _HOMES = {
     "anatomy": (
@@ -21,12 +22,18 @@ _HOMES = {
         "LoadedModel",
         "load_model",
     ),
+    "outline": (
+        "ModelOutline",
+        "check_model",
+    ),
 }
 
 __all__ = [
     "Anatomy",
     "LoadedModel",
     "ModelIdentity",
+    "ModelOutline",
+    "check_model",
     "dissect",
     "embedded_model_folder",
     "load_model",

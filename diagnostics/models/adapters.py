@@ -7,6 +7,8 @@ are fetched, and ``config.json``, which shows that the repository also holds a m
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from diagnostics.models.embedded import EMBEDDED_MODEL
-from diagnostics.support.errors import UserError
+from diagnostics.support.errors import UserError, one_line
 from diagnostics.support.fields import parse_object
 from diagnostics.support.files import require_sums
 
@@ -41,6 +43,26 @@ class Adapter:
     base: str
     revision: str | None
     config: Any
+
+
+@contextmanager
+def merge_errors(name: str) -> Iterator[None]:
+    """Turn any error inside the block into a UserError that names the adapter; one that is raised as such passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file raises different errors in different libraries
+        raise UserError(f"adapter {name!r} cannot be merged: {one_line(error)}") from error
+
+
+@contextmanager
+def base_errors(name: str) -> Iterator[None]:
+    """Say of a UserError inside the block that it is about the base of the adapter."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"adapter {name!r}, its base_model_name_or_path: {error}") from None
 
 
 def is_adapter(name: str) -> bool:

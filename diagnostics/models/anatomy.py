@@ -178,11 +178,19 @@ def dissect(model: Any, name: str) -> Anatomy:
         max_positions=getattr(config, "max_position_embeddings", None),
         logit_scale=scale,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
-        layer_types=tuple(getattr(config, "layer_types", None) or (_only_layer_type(config),) * len(layers)),
+        layer_types=layer_types(config),
         sliding_window=getattr(config, "sliding_window", None),
         reshapes=config.model_type in RESHAPING,
         expert_share=_expert_share(config),
     )
+
+
+def layer_types(config: Any) -> tuple[str, ...]:
+    """Return the type of attention of every layer, as transformers names it, by the configuration of the text model."""
+    if listed := getattr(config, "layer_types", None):
+        return tuple(listed)
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return ("sliding_attention" if slides else "full_attention",) * int(config.num_hidden_layers)
 
 
 def unwrapped(module: Any) -> Any:
@@ -209,12 +217,6 @@ def _used_parameters(layer: nn.Module, expert_share: float) -> int:
     """Number of a layer's weights that one token is multiplied with."""
     shares = ((p, expert_share if ".experts." in f".{name}" else 1.0) for name, p in layer.named_parameters())
     return round(sum(p.numel() * share for p, share in shares))
-
-
-def _only_layer_type(config: Any) -> str:
-    """Attention type of all layers where the configuration does not list one per layer."""
-    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return "sliding_attention" if slides else "full_attention"
 
 
 def _layer_stack(model: nn.Module, n_layers: int) -> tuple[nn.Module, tuple[nn.Module, ...]] | None:

@@ -21,15 +21,30 @@ def embedded_model_folder() -> Path:
 
     Raises UserError with the install line when the package that ships the weights is missing.
     """
+    converted = find_embedded_model()
+    if converted is not None:
+        return converted
+    source = _packaged_file()
+    return convert_once(
+        cache_folder() / EMBEDDED_MODEL, lambda folder: _convert(source, folder), "embedded model", "0.6 GB"
+    )
+
+
+def find_embedded_model() -> Path | None:
+    """Folder of the embedded model, None where it has yet to be converted; raises UserError if it is not installed."""
     target = cache_folder() / EMBEDDED_MODEL
     if (target / "config.json").is_file():
         return target
+    _packaged_file()
+    return None
+
+
+def _packaged_file() -> Path:
     # find_spec, not import: the package's __init__ imports llama.cpp bindings that are not needed here.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
         raise UserError(f"the embedded model is not installed; run: {_INSTALL}")
-    source = Path(spec.submodule_search_locations[0]) / _FILE
-    return convert_once(target, lambda folder: _convert(source, folder), "embedded model", "0.6 GB")
+    return Path(spec.submodule_search_locations[0]) / _FILE
 
 
 def _convert(gguf: Path, folder: Path) -> None:

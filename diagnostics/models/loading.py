@@ -7,18 +7,26 @@ from typing import Any
 
 import torch
 
-from diagnostics.models.adapters import fetch_adapter, holds_adapter, is_adapter, merge, read_adapter
+from diagnostics.models.adapters import (
+    base_errors,
+    fetch_adapter,
+    holds_adapter,
+    is_adapter,
+    merge,
+    merge_errors,
+    read_adapter,
+)
 from diagnostics.models.anatomy import Anatomy, dissect, refuse_config
-from diagnostics.models.embedded import EMBEDDED_MODEL, embedded_model_folder
-from diagnostics.models.gguf import converted_gguf
+from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.identity import ModelIdentity
 from diagnostics.models.libraries import NNSIGHT, TRANSFORMER_LENS, TRANSFORMERS, library_of, stock_model
+from diagnostics.models.lookup import hub_problem, locate
+from diagnostics.models.outline import check_model as check_model
 from diagnostics.support.errors import UserError, one_line
 from diagnostics.support.files import require_sums
 
 # Tensors of old checkpoints that are computed from the configuration.
 DERIVED = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".attention.masked_bias")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,31 +104,31 @@ class LoadedModel:
 def load_model(
     model: str | Path = EMBEDDED_MODEL,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a decoder-only model from a hub id, a folder, a ``.gguf`` file or the built-in name; LoRA adapters too.
 
     ``device``: ``auto`` (cuda, else mps, else cpu; spread over all GPUs when one is too small), ``map`` (always
-    spread, needs accelerate), or any torch device. ``dtype``: ``auto`` (bfloat16 on cuda and mps, float32 on cpu) or
-    a name. Weights are read from safetensors or GGUF only, never from pickles; remote code runs only with
-    ``trust_remote_code``.
+    spread, needs accelerate), or any torch device. ``dtype``: ``auto`` (bfloat16 on cuda and mps, float32 on cpu),
+    ``float32``, ``bfloat16`` or ``float16``. Weights are read from safetensors or GGUF only, never from pickles; remote
+    code runs only with ``trust_remote_code``. `check_model` has already looked at all this before weights are read.
 
     An adapter is merged into the base that it names: the options apply to the base, and the tokenizer is the base's.
     For an adapter in a folder, ``revision`` is that of the base and overrides the one that the adapter names; for an
     adapter on the hub it is the adapter's own. Raises UserError for anything that cannot be found, read or served.
     """
     name = str(model)
-    base_options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    base_options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if is_adapter(name):
         return _load_adapter(name, Path(os.path.expanduser(name)), revision, **base_options)
-    torch_device = _choose_device(device)
-    torch_dtype = _choose_dtype(dtype, torch_device)
-    source, options = _locate(name)
+    outline = check_model(name, revision=revision, **base_options)
+    torch_device, torch_dtype = outline.device, outline.dtype
+    source = str(locate(name))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     options |= {"revision": revision} if revision else {}
-    options["trust_remote_code"] = trust_remote_code
 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -155,25 +163,20 @@ def load_model(
             f'model {name!r} does not fit on {torch_device} in {torch_dtype}; try `dtype="bfloat16"` or `device="map"`'
         ) from None
     except Exception as error:  # a damaged file raises different errors in different libraries
-        raise UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
+        problem = hub_problem(error, name, revision)
+        raise problem or UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
     return LoadedModel.wrap(loaded, tokenizer, name)
 
 
 def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any) -> LoadedModel:
-    try:
+    with merge_errors(name):
         adapter = read_adapter(name, folder)
-        try:
-            source, _ = _locate(adapter.base)
+        with base_errors(name):
+            source = str(locate(adapter.base))
             if not os.path.isdir(source) and holds_adapter(source, revision or adapter.revision):
                 raise UserError(f"{adapter.base!r} is itself an adapter")
             base = load_model(adapter.base, revision=revision or adapter.revision, **options)
-        except UserError as error:
-            raise UserError(f"adapter {name!r}, its base_model_name_or_path: {error}") from None
         merged = merge(adapter, base.model)
-    except UserError:
-        raise
-    except Exception as error:  # as above
-        raise UserError(f"adapter {name!r} cannot be merged: {one_line(error)}") from error
     return replace(LoadedModel.wrap(merged, base.tokenizer, name), base=adapter.base)
 
 
@@ -217,51 +220,6 @@ def _require_all_weights(report: dict[str, Any], name: str) -> None:
             f"model {name!r} cannot be loaded: its config.json leaves out {len(unused)} of its weights ({unused[0]}, "
             "...), as if the model had fewer layers or other parts"
         )
-
-
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the source and options for transformers' ``from_pretrained`` from the name that the user typed."""
-    if name.lower() == EMBEDDED_MODEL:
-        return str(embedded_model_folder()), {}
-    # os.path, unlike pathlib, treats an impossible name as a missing one.
-    path = Path(os.path.expanduser(name))
-    if path.suffix.lower() == ".gguf":
-        if not os.path.isfile(path):
-            raise UserError(f"there is no GGUF file {name!r}")
-        return str(converted_gguf(path, name)), {}
-    if os.path.isdir(path):
-        if not (path / "config.json").is_file():
-            raise UserError(f"folder {name!r} holds no model: it has no config.json")
-        pickled = not any(path.glob("*.safetensors")) and (any(path.glob("*.bin")) or any(path.glob("*.pt*")))
-        if pickled:
-            raise UserError(f"folder {name!r} has pickled weights only; convert them to safetensors first")
-        return str(path), {}
-    if os.path.exists(path):
-        raise UserError(f"{name!r} is a file, but neither a model folder nor a .gguf file")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"there is no model folder {name!r}")
-    return name, {}
-
-
-def _choose_device(device: str) -> torch.device:
-    if device in ("auto", "map"):
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.ones(1, device=chosen).item()  # the meta device has no values
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device {device!r} cannot be used here: {one_line(error)}") from None
-    return chosen
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of: auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def _exceeds_one_gpu(config: Any, dtype: torch.dtype) -> bool:

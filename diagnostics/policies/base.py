@@ -116,7 +116,10 @@ class Policy(ABC):
         """Count the work and the cache of a prompt of ``n_prompt`` tokens."""
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raise UserError if the policy cannot serve this model."""
+        """Raise UserError if the policy cannot serve this model.
+
+        The policies of this package look at ``n_layers`` and ``layer_types`` alone, which are known before the weights.
+        """
         if not 1 <= self.depth(anatomy.n_layers) <= anatomy.n_layers:
             raise UserError(f"{self} does not fit: the model has {anatomy.n_layers} layers")
 

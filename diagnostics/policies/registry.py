@@ -20,9 +20,12 @@ from typing import Any, cast, get_args, get_type_hints
 from diagnostics.policies.base import Policy
 from diagnostics.support.errors import UserError
 from diagnostics.support.plugins import load_plugin, plugins, unusable
+from diagnostics.support.suggest import did_you_mean
 
 GROUP = "speed_diagnostics.policies"
 PACKAGE = __name__.rpartition(".")[0]
+# What people write in place of ``speed:24``: with another sign, or none.
+OTHER_SPELLING = re.compile(r"([A-Za-z_]+)[=\s@,/-]*(\d+.*)")
 DEFINES_A_POLICY = re.compile(r"^class \w+\(Policy\)", re.MULTILINE)
 
 
@@ -64,7 +67,11 @@ def find_policy(name: str) -> type[Policy]:
             return _load(point)
     policies = all_policies()
     if name not in policies:
-        raise UserError(f"policy {name!r} is not one of: {', '.join(policies)}")
+        hint = did_you_mean(name, policies)
+        spelling = OTHER_SPELLING.fullmatch(name.strip())
+        if spelling and (kind := spelling[1].lower()) in policies:
+            hint = f"; did you mean '{kind}:{spelling[2]}'?"
+        raise UserError(f"policy {name!r} is not one of: {', '.join(policies)}{hint}")
     return policies[name]
 
 
@@ -82,7 +89,8 @@ def parse_policy(text: str) -> Policy:
         if not equals and position == 0 and names:
             key = names[0]
         if key not in names:
-            raise UserError(f"policy {name!r} has no {key or setting!r}; it has: {', '.join(names) or 'no parameters'}")
+            known, hint = ", ".join(names) or "no parameters", did_you_mean(key or setting, names)
+            raise UserError(f"policy {name!r} has no {key or setting!r}; it has: {known}{hint}")
         values[key] = _number(policy, key, value)
     if missing := [field for field in names if field in _required(policy) - values.keys()]:
         raise UserError(f"policy {name!r} needs a {missing[0]}: write {name}:{missing[0].upper()}")

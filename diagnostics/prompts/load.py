@@ -12,6 +12,7 @@ from diagnostics.support.defaults import CONTEXT_LENGTH
 from diagnostics.support.errors import UserError
 from diagnostics.support.fields import wrong
 from diagnostics.support.jsonl import read_records
+from diagnostics.support.suggest import did_you_mean, whats_there
 
 FILE_FIELDS = ("id", "messages", "text", "document", "reference", "evidence", "category")
 MIN_CONTEXT_LENGTH = 16
@@ -57,8 +58,9 @@ def load_prompts(
 def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
     if not os.path.lexists(path):
         if path.suffix or len(path.parts) > 1:
-            raise UserError(f"no such prompt file: {path}")
-        raise UserError(f"no prompt set {str(path)!r}: use 'builtin' or the path of a .jsonl file")
+            raise UserError(f"no such prompt file: {path}{whats_there(str(path), _is_prompt_file, 'prompt files')}")
+        hint = did_you_mean(str(path), ["builtin"])
+        raise UserError(f"no prompt set {str(path)!r}: use 'builtin' or the path of a .jsonl file{hint}")
     prompts: dict[str, Prompt] = {}
 
     def add(record: dict[str, Any], number: int) -> None:
@@ -71,6 +73,10 @@ def _read_jsonl(path: Path, max_prompts: int | None) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{path} has no prompts: write one JSON object per line")
     return list(prompts.values())
+
+
+def _is_prompt_file(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def _parse(record: dict[str, Any], default_id: str) -> Prompt:

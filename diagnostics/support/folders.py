@@ -29,6 +29,7 @@ from diagnostics.support.files import (
 )
 from diagnostics.support.locks import LOCK
 from diagnostics.support.sameness import difference
+from diagnostics.support.suggest import whats_there
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,8 @@ class FolderKind(Generic[Manifest]):
         """Read and check the manifest; raise UserError where there is none, or it is damaged."""
         folder = Path(path)
         if not os.path.isdir(folder):
-            raise UserError(f"there is no {self.name} folder {str(path)!r}")
+            hint = whats_there(str(path), lambda entry: (entry / self.manifest).is_file(), f"{self.name}s")
+            raise UserError(f"there is no {self.name} folder {str(path)!r}{hint}")
         try:
             content = read_json(folder / self.manifest)
         except FileNotFoundError:

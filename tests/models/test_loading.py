@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from diagnostics import LoadedModel, UserError, load_model
 from diagnostics.models import embedded
 from diagnostics.models.anatomy import refuse_config
-from diagnostics.models.loading import _choose_device, _choose_dtype
+from diagnostics.models.devices import choose_device, choose_dtype
 from tests.support.runs import contents, save_tiny
 from tests.support.tiny import COMMON, VOCAB, tiny_config, tiny_model, tiny_tokenizer
 
@@ -265,12 +265,21 @@ def test_models_that_are_not_there(name, said):
 
 
 def test_type_is_float32_on_the_processor_and_bfloat16_elsewhere():
-    assert _choose_dtype("auto", torch.device("cpu")) == torch.float32
-    assert _choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert _choose_dtype("auto", torch.device("mps")) == torch.bfloat16
-    assert _choose_dtype("float16", torch.device("cpu")) == torch.float16
-    with pytest.raises(UserError, match="dtype 'int8' is not one of: auto, float32, bfloat16, float16"):
-        _choose_dtype("int8", torch.device("cpu"))
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype("auto", torch.device("mps")) == torch.bfloat16
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
+    assert choose_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(UserError, match=r"dtype 'int8' is not one of: auto, float32, bfloat16, float16$"):
+        choose_dtype("int8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("bf16", "bfloat16"), ("FP16", "float16"), ("Float32", "float32"), ("half", "float16")]
+)
+def test_types_by_another_name_are_named(name, meant):
+    with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+        choose_dtype(name, torch.device("cpu"))
 
 
 def test_model_is_loaded_in_the_type_asked_for(tiny_folder):
@@ -281,17 +290,36 @@ def test_model_is_loaded_in_the_type_asked_for(tiny_folder):
 
 
 def test_device_is_the_best_there_is(monkeypatch):
-    assert _choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cpu") == torch.device("cpu")
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
-        assert _choose_device("auto") == torch.device(expected)
+        assert choose_device("auto") == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "n_gpus", "said"),
+    [
+        ("gpu", 0, "use auto, cpu; did you mean 'cuda'? torch finds no cuda device"),
+        ("gpu:1", 2, "use auto, cpu, cuda:0, cuda:1; did you mean 'cuda'?"),
+        ("cuda:99", 1, "use auto, cpu, cuda:0"),
+        ("cuda", 0, "use auto, cpu; torch finds no cuda device"),
+        ("CPU", 0, "use auto, cpu; did you mean 'cpu'?"),
+        ("nonsense", 0, "use auto, cpu"),
+    ],
+)
+def test_devices_that_are_not_there_are_told_from_those_that_are(monkeypatch, device, n_gpus, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError) as caught:
+        choose_device(device)
+    assert str(caught.value) == f"device '{device}' cannot be used here: {said}"
 
 
 @pytest.mark.parametrize("device", ["tpu9", "", "cuda:99", "meta", "hpu"])
 def test_devices_that_are_not_there(device):
     with pytest.raises(UserError, match=f"device '{device}' cannot be used here") as caught:
-        _choose_device(device)
+        choose_device(device)
     assert one_line(caught)
 
 

@@ -82,6 +82,26 @@ print(*(name for name in ("torch", "transformers") if name in sys.modules))
     assert (status, out.strip(), err) == (0, "", "")
 
 
+@pytest.mark.parametrize("text", ["speed=24", "speed 24", "speed-24", "SPEED24", " speed@24 "])
+def test_other_spellings_are_told_the_right_one(text):
+    with pytest.raises(UserError, match=r"did you mean 'speed:24'\?$"):
+        parse_policy(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fastkv=3", "'fastkv:3'"),
+        ("projected 24:anchors=0", "'projected'|'projected:24'"),
+        ("sped:24", "'speed'"),
+        ("speed:24:anchor=0", "'anchors'"),
+    ],
+)
+def test_names_like_it_are_told(text, said):
+    with pytest.raises(UserError, match=rf"did you mean ({said})\?$"):
+        parse_policy(text)
+
+
 def test_what_each_says_of_itself():
     assert [(policy.name, policy.title) for policy in menu()] == [
         ("full", "full depth"),
