@@ -79,6 +79,11 @@ def holds_adapter(source: str, revision: str | None = None) -> bool:
     return find_adapter_config_file(source, revision=revision) is not None
 
 
+def beside_a_model(name: str) -> UserError:
+    """Return the error for a folder, or a repository, that holds both."""
+    return UserError(f"{name!r} holds an adapter beside a model: copy one of them to a folder of its own")
+
+
 def fetch_adapter(name: str, revision: str | None = None) -> Path | None:
     """Fetch the missing files of an adapter on the hub; return its folder, None if it also holds a model."""
     from huggingface_hub import snapshot_download

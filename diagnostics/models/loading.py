@@ -9,6 +9,7 @@ import torch
 
 from diagnostics.models.adapters import (
     base_errors,
+    beside_a_model,
     fetch_adapter,
     holds_adapter,
     is_adapter,
@@ -134,9 +135,9 @@ def load_model(
 
     try:
         if holds_adapter(source, revision):  # transformers would load it unmerged, and also from a pickle
-            fetched = None if os.path.isdir(source) else fetch_adapter(source, revision)
+            fetched = fetch_adapter(source, revision)
             if fetched is None:
-                raise UserError(f"{name!r} holds an adapter beside a model: copy one of them to a folder of its own")
+                raise beside_a_model(name)
             return _load_adapter(name, fetched, None, **base_options)
         if os.path.isdir(source):
             require_sums(Path(source))

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diagnostics.models.adapters import base_errors, holds_adapter, is_adapter, merge_errors, read_adapter
+from diagnostics.models.adapters import (
+    base_errors,
+    beside_a_model,
+    holds_adapter,
+    is_adapter,
+    merge_errors,
+    read_adapter,
+)
 from diagnostics.models.anatomy import layer_types, refuse_config
 from diagnostics.models.devices import choose_device, choose_dtype
 from diagnostics.models.embedded import EMBEDDED_MODEL
@@ -101,8 +108,10 @@ def _configuration(source: str, name: str, revision: str | None, trust_remote_co
     try:
         if not os.path.isdir(source):
             require_on_hub(source, revision)
-            if holds_adapter(source, revision):
-                return None
+        if holds_adapter(source, revision):
+            if os.path.isdir(source):
+                raise beside_a_model(name)
+            return None
         return AutoConfig.from_pretrained(source, **options)
     except UserError:
         raise

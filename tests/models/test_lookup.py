@@ -65,7 +65,7 @@ def test_an_adapter_names_what_its_base_lacks(here):
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     (folder / "adapter_model.safetensors").write_bytes(b"")
     for call in (check_model, load_model):
-        with pytest.raises(UserError, match="base_model_name_or_path: there is no folder .* 'models/tiny'"):
+        with pytest.raises(UserError, match=r"base_model_name_or_path: there is no folder .* 'models/tiny'"):
             call("models/adapter")
     settings["base_model_name_or_path"] = "models/tiny"
     (folder / "adapter_config.json").write_text(json.dumps(settings))
