@@ -15,12 +15,15 @@ from diagnostics import __version__
 from diagnostics.cli.benchmark import bench
 from diagnostics.cli.common import HELD, INTERRUPTED, TERMINATED, fail
 from diagnostics.cli.dashboard import dashboard
-from diagnostics.cli.diagnosis import diagnose, recommend
+from diagnostics.cli.diagnosis import diagnose
 from diagnostics.cli.environment import library_settings
 from diagnostics.cli.evaluation import evaluate
+from diagnostics.cli.examples import EPILOGS, PROGRAM_EPILOG
 from diagnostics.cli.finetuning import finetune
 from diagnostics.cli.flags import use_flags_of, with_flags
 from diagnostics.cli.generation import generate
+from diagnostics.cli.help import Command, Group
+from diagnostics.cli.recommendation import recommend
 from diagnostics.cli.report import report
 from diagnostics.support.errors import UserError
 
@@ -28,13 +31,14 @@ ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ =
 
 app = typer.Typer(
     help="How deep must a prompt go? Layer diagnostics and the SPEED cutoff for decoder-only language models.",
-    add_completion=False,
+    cls=Group,
+    epilog=PROGRAM_EPILOG,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (recommend, diagnose, generate, bench, evaluate, finetune, report, dashboard):
-    app.command()(command)
+    app.command(cls=Command, epilog=EPILOGS[command.__name__])(command)
 use_flags_of(app)
 
 

@@ -4,16 +4,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 
 from diagnostics.cli.common import announce, claim, load, new_folder, plain, progress
-from diagnostics.cli.options import Device, Dtype, Model, Quiet, RemoteCode, Revision, SkipSelfTest
+from diagnostics.cli.options import (
+    RESULTS,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    RemoteCode,
+    Revision,
+    SkipSelfTest,
+    option,
+    seed_option,
+)
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
 from diagnostics.support.sizes import parse_length
 
+BENCHMARK = "Benchmark"  # heading of its options
 # Default depth: that of the paper, 24 of 32 layers.
 DEPTH_SHARE = 0.75
 MAX_LENGTH = 2**30  # tokens of a prompt
@@ -21,24 +32,24 @@ MAX_LENGTH = 2**30  # tokens of a prompt
 
 def bench(
     model: Model = EMBEDDED_MODEL,
-    lengths: Annotated[str, typer.Option(help="prompt tokens, such as 1K,4K,32768")] = "512,2K",
+    lengths: Annotated[str, option(BENCHMARK, help="prompt tokens, such as 1K,4K,32768")] = "512,2K",
     policies: Annotated[
         str | None,
-        typer.Option(help="such as full,speed:24,fastkv  [full, and the others at 3/4 of the layers]"),
+        option(BENCHMARK, help="such as full,speed:24,fastkv  [full, and the others at 3/4 of the layers]"),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="measurements of each case, after a warm-up")] = defaults.REPEATS,
-    new_tokens: Annotated[int, typer.Option(help="tokens to generate, 2 or more")] = defaults.NEW_TOKENS,
-    batch_size: Annotated[int, typer.Option(help="prompts at a time")] = 1,
-    chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the random prompts")] = 0,
+    repeats: Annotated[int, option(BENCHMARK, help="measurements of each case, after a warm-up")] = defaults.REPEATS,
+    new_tokens: Annotated[int, option(BENCHMARK, help="tokens to generate, 2 or more")] = defaults.NEW_TOKENS,
+    batch_size: Annotated[int, option(BENCHMARK, help="prompts at a time")] = 1,
+    chunk_size: Annotated[int | None, option(BENCHMARK, help="prompt tokens per forward pass; bounds memory")] = None,
+    seed: Annotated[int, seed_option(BENCHMARK, "seed of the random prompts")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
     skip_self_test: SkipSelfTest = False,
-    out: Annotated[Path | None, typer.Option(help="new folder, or a run folder  [runs/MODEL-bench_TIME]")] = None,
+    out: Annotated[Path | None, option(RESULTS, help="new folder, or a run folder  [runs/MODEL-bench_TIME]")] = None,
     quiet: Quiet = False,
-    json: Annotated[bool, typer.Option("--json", help="print the summary alone, as JSON")] = False,
+    json: Annotated[bool, option(RESULTS, "--json", help="print the summary alone, as JSON")] = False,
 ) -> None:
     """Measure TTFT, TPOT, KV bytes and peak memory of policies against full depth and the counted limit."""
     arguments = dict(locals())

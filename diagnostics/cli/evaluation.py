@@ -3,40 +3,57 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 
 from diagnostics.cli.common import INTERRUPTED, announce, claim, fail, load, new_folder, plain, progress
 from diagnostics.cli.flags import with_flags
-from diagnostics.cli.options import Device, Dtype, Model, Quiet, RemoteCode, Resume, Revision, SkipSelfTest
+from diagnostics.cli.options import (
+    RESULTS,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    RemoteCode,
+    Resume,
+    Revision,
+    SkipSelfTest,
+    option,
+    seed_option,
+)
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
+
+EVALUATION = "Evaluation"  # heading of its options
 
 
 def evaluate(
     model: Model = EMBEDDED_MODEL,
     *,
-    tasks: Annotated[str, typer.Option(help="such as arc_easy,boolq:mc,needle@4K,mine.jsonl")],
-    policies: Annotated[str, typer.Option(help="such as full,speed:24,speed:24:anchors=0,fastkv")],
+    tasks: Annotated[str, option(EVALUATION, help="such as arc_easy,boolq:mc,needle@4K,mine.jsonl")],
+    policies: Annotated[str, option(EVALUATION, help="such as full,speed:24,speed:24:anchors=0,fastkv")],
     limit: Annotated[
         int | None,
-        typer.Option(help=f"items of each task, drawn at random  [all; retrieval: {defaults.RETRIEVAL_ITEMS}]"),
+        option(EVALUATION, help=f"items of each task, drawn at random  [all; retrieval: {defaults.RETRIEVAL_ITEMS}]"),
     ] = None,
-    query: Annotated[str, typer.Option(help="the query about a document: prompt, later or decode")] = defaults.QUERY,
-    margin: Annotated[float, typer.Option(help="margin of non-inferiority, as a share of the score")] = defaults.MARGIN,
-    run_code: Annotated[bool, typer.Option("--run-code", help="let tasks run code that the model wrote")] = False,
-    chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the drawn items and of the bootstrap")] = 0,
+    query: Annotated[
+        str, option(EVALUATION, help="the query about a document: prompt, later or decode")
+    ] = defaults.QUERY,
+    margin: Annotated[
+        float, option(EVALUATION, help="margin of non-inferiority, as a share of the score")
+    ] = defaults.MARGIN,
+    run_code: Annotated[bool, option(EVALUATION, "--run-code", help="let tasks run code that the model wrote")] = False,
+    chunk_size: Annotated[int | None, option(EVALUATION, help="prompt tokens per forward pass; bounds memory")] = None,
+    seed: Annotated[int, seed_option(EVALUATION, "seed of the drawn items and of the bootstrap")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
     skip_self_test: SkipSelfTest = False,
-    out: Annotated[Path | None, typer.Option(help="folder  [runs/MODEL-eval_TIME]")] = None,
+    out: Annotated[Path | None, option(RESULTS, help="folder  [runs/MODEL-eval_TIME]")] = None,
     resume: Resume = False,
     quiet: Quiet = False,
-    json: Annotated[bool, typer.Option("--json", help="print the table alone, as JSON")] = False,
+    json: Annotated[bool, option(RESULTS, "--json", help="print the table alone, as JSON")] = False,
 ) -> None:
     """Answer tasks under policies, and compare every policy with full depth item by item."""
     arguments = dict(locals())

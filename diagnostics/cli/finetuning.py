@@ -3,78 +3,103 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from rich.console import Console
 
 from diagnostics.cli.common import INTERRUPTED, announce, claim, fail, load, new_folder, plain, progress
 from diagnostics.cli.flags import with_flags
-from diagnostics.cli.options import Anchors, Device, Dtype, Model, Quiet, RemoteCode, Resume, Revision, SkipSelfTest
+from diagnostics.cli.options import (
+    MEASUREMENT,
+    RESULTS,
+    Anchors,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    RemoteCode,
+    Resume,
+    Revision,
+    SkipSelfTest,
+    option,
+    seed_option,
+)
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
+
+DATA, TRAINING = "Data", "Training"  # headings of its options
 
 
 def finetune(
     model: Model = EMBEDDED_MODEL,
     *,
-    cutoff: Annotated[int, typer.Option(help="layers that prompts are to run through, 1 to L")],
-    data: Annotated[str, typer.Option(help="'builtin', or a .jsonl file of conversations or prompts")] = "builtin",
+    cutoff: Annotated[int, option(TRAINING, help="layers that prompts are to run through, 1 to L")],
+    data: Annotated[str, option(DATA, help="'builtin', or a .jsonl file of conversations or prompts")] = "builtin",
     examples: Annotated[
-        int | None, typer.Option(help=f"rows to train on at most  [built-in prompts: {defaults.EXAMPLES}]")
+        int | None, option(DATA, help=f"rows to train on at most  [built-in prompts: {defaults.EXAMPLES}]")
     ] = None,
     supervised: Annotated[
-        float, typer.Option(help="share of given answers in the loss, 0 to 1; the rest is self-distillation")
+        float, option(DATA, help="share of given answers in the loss, 0 to 1; the rest is self-distillation")
     ] = 0.0,
     own_answers: Annotated[
         bool | None,
-        typer.Option(help="distil on the model's own answers at full depth  [if nothing is supervised]"),
+        option(DATA, help="distil on the model's own answers at full depth  [if nothing is supervised]"),
     ] = None,
-    answer_tokens: Annotated[int, typer.Option(help="tokens of an own answer at most")] = defaults.ANSWER_TOKENS,
+    answer_tokens: Annotated[int, option(DATA, help="tokens of an own answer at most")] = defaults.ANSWER_TOKENS,
     context_length: Annotated[
-        int | None, typer.Option(help=f"tokens per prompt  [built-in prompts: {defaults.TRAINING_CONTEXT_LENGTH}]")
+        int | None, option(DATA, help=f"tokens per prompt  [built-in prompts: {defaults.TRAINING_CONTEXT_LENGTH}]")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens per row; longer ones are cut or dropped")] = None,
-    held_out: Annotated[str, typer.Option(help="prompts to measure on: 'builtin' or a .jsonl file")] = "builtin",
+    max_length: Annotated[int | None, option(DATA, help="tokens per row; longer ones are cut or dropped")] = None,
+    held_out: Annotated[str, option(MEASUREMENT, help="prompts to measure on: 'builtin' or a .jsonl file")] = "builtin",
     held_out_categories: Annotated[
         str | None,
-        typer.Option(help="measure on prompts of these kinds only  [built-in data: question,variables,code]"),
+        option(MEASUREMENT, help="measure on prompts of these kinds only  [built-in data: question,variables,code]"),
     ] = None,
     held_out_prompts: Annotated[
         int | None,
-        typer.Option(help=f"number of held-out prompts at most  [built-in prompts: {defaults.HELD_OUT_PROMPTS}]"),
+        option(
+            MEASUREMENT, help=f"number of held-out prompts at most  [built-in prompts: {defaults.HELD_OUT_PROMPTS}]"
+        ),
     ] = None,
-    start_cutoff: Annotated[int | None, typer.Option(help="lower the cutoff from here over half the training")] = None,
-    hold: Annotated[float, typer.Option(help="share of steps at full depth, to preserve it, 0 to 0.5")] = defaults.HOLD,
+    start_cutoff: Annotated[
+        int | None, option(TRAINING, help="lower the cutoff from here over half the training")
+    ] = None,
+    hold: Annotated[
+        float, option(TRAINING, help="share of steps at full depth, to preserve it, 0 to 0.5")
+    ] = defaults.HOLD,
     anchors: Anchors = defaults.ANCHORS,
-    method: Annotated[Literal["lora", "full"], typer.Option(help="train an adapter or all weights")] = "lora",
-    rank: Annotated[int | None, typer.Option(help=f"rank of the adapter  [{defaults.RANK}]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="peak learning rate  [by the model's size]")] = None,
-    steps: Annotated[int, typer.Option(help="optimizer steps")] = defaults.STEPS,
-    batch_size: Annotated[int, typer.Option(help="rows per forward pass")] = defaults.BATCH_SIZE,
-    accumulate: Annotated[int, typer.Option(help="forward passes per step")] = defaults.ACCUMULATE,
+    method: Annotated[Literal["lora", "full"], option(TRAINING, help="train an adapter or all weights")] = "lora",
+    rank: Annotated[int | None, option(TRAINING, help=f"rank of the adapter  [{defaults.RANK}]")] = None,
+    learning_rate: Annotated[float | None, option(TRAINING, help="peak learning rate  [by the model's size]")] = None,
+    steps: Annotated[int, option(TRAINING, help="optimizer steps")] = defaults.STEPS,
+    batch_size: Annotated[int, option(TRAINING, help="rows per forward pass")] = defaults.BATCH_SIZE,
+    accumulate: Annotated[int, option(TRAINING, help="forward passes per step")] = defaults.ACCUMULATE,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option(help="compute activations again to save memory  [from 1B parameters]")
+        bool | None, option(TRAINING, help="compute activations again to save memory  [from 1B parameters]")
     ] = None,
     against: Annotated[
         Literal["base", "itself"] | None,
-        typer.Option(help="full depth to measure against: of the model before, or after  [before, if it distils]"),
+        option(
+            MEASUREMENT, help="full depth to measure against: of the model before, or after  [before, if it distils]"
+        ),
     ] = None,
     decode_tokens: Annotated[
-        int, typer.Option(help="reference tokens per held-out prompt")
+        int, option(MEASUREMENT, help="reference tokens per held-out prompt")
     ] = defaults.HELD_OUT_DECODE_TOKENS,
-    max_kl: Annotated[float, typer.Option(help="goal of the recommendation, nats per token")] = defaults.MAX_KL,
-    sweep_every: Annotated[int, typer.Option(help="steps between measurements of all cutoffs")] = defaults.SWEEP_EVERY,
-    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints")] = defaults.CHECKPOINT_EVERY,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the adapter, the built-in data and its order")] = 0,
+    max_kl: Annotated[float, option(MEASUREMENT, help="goal of the recommendation, nats per token")] = defaults.MAX_KL,
+    sweep_every: Annotated[
+        int, option(MEASUREMENT, help="steps between measurements of all cutoffs")
+    ] = defaults.SWEEP_EVERY,
+    checkpoint_every: Annotated[int, option(TRAINING, help="steps between checkpoints")] = defaults.CHECKPOINT_EVERY,
+    seed: Annotated[int, seed_option(TRAINING, "seed of the adapter, the built-in data and its order")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
     skip_self_test: SkipSelfTest = False,
-    out: Annotated[Path | None, typer.Option(help="folder  [runs/MODEL-finetune_TIME]")] = None,
+    out: Annotated[Path | None, option(RESULTS, help="folder  [runs/MODEL-finetune_TIME]")] = None,
     resume: Resume = False,
     quiet: Quiet = False,
-    json: Annotated[bool, typer.Option("--json", help="print the table alone, as JSON")] = False,
+    json: Annotated[bool, option(RESULTS, "--json", help="print the table alone, as JSON")] = False,
 ) -> None:
     """Train a model to lose less at a cutoff, and measure all cutoffs before, during and after."""
     arguments = dict(locals())

@@ -5,24 +5,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 
 from diagnostics.cli.common import announce, load
-from diagnostics.cli.options import Device, Dtype, Model, Quiet, RemoteCode, Revision, SkipSelfTest
+from diagnostics.cli.options import (
+    RESULTS,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    RemoteCode,
+    Revision,
+    SkipSelfTest,
+    option,
+    seed_option,
+)
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support.errors import UserError
 
-PromptText = Annotated[str, typer.Option(help="text, @FILE, or @- for standard input")]
+TEXT, POLICY = "Text", "Policy"  # headings of its options
+
+PromptText = Annotated[str, option(TEXT, help="text, @FILE, or @- for standard input")]
 PolicyName = Annotated[
     str | None,
-    typer.Option(help="such as full or speed; parameters as in speed:24:anchors=0  [speed with a cutoff]"),
+    option(POLICY, help="such as full or speed; parameters as in speed:24:anchors=0  [speed with a cutoff]"),
 ]
 Cutoff = Annotated[
-    int | None, typer.Option(help="layers that prompt tokens run through, for policies that take a cutoff")
+    int | None, option(POLICY, help="layers that prompt tokens run through, for policies that take a cutoff")
 ]
 RecommendationFile = Annotated[
-    Path | None, typer.Option(help="recommendation.json, or a run folder, to take the policy's layer from")
+    Path | None, option(POLICY, help="recommendation.json, or a run folder, to take the policy's layer from")
 ]
 
 
@@ -33,21 +45,21 @@ def generate(
     policy: PolicyName = None,
     cutoff: Cutoff = None,
     recommendation: RecommendationFile = None,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate at most")] = 128,
-    chat: Annotated[bool | None, typer.Option("--chat/--text", help="use the chat template  [if there is one]")] = None,
-    system: Annotated[str | None, typer.Option(help="system message, with the chat template")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="share of the probability to draw from")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the sampling")] = 0,
-    chunk_size: Annotated[int | None, typer.Option(help="prompt tokens per forward pass; bounds memory")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="full depth and the policy side by side")] = False,
+    max_new_tokens: Annotated[int, option(TEXT, help="tokens to generate at most")] = 128,
+    chat: Annotated[bool | None, option(TEXT, "--chat/--text", help="use the chat template  [if there is one]")] = None,
+    system: Annotated[str | None, option(TEXT, help="system message, with the chat template")] = None,
+    temperature: Annotated[float, option(TEXT, help="0 takes the most likely token")] = 0.0,
+    top_p: Annotated[float, option(TEXT, help="share of the probability to draw from")] = 1.0,
+    seed: Annotated[int, seed_option(TEXT, "seed of the sampling")] = 0,
+    chunk_size: Annotated[int | None, option(POLICY, help="prompt tokens per forward pass; bounds memory")] = None,
+    compare: Annotated[bool, option(POLICY, "--compare", help="full depth and the policy side by side")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
     skip_self_test: SkipSelfTest = False,
     quiet: Quiet = False,
-    json: Annotated[bool, typer.Option("--json", help="print token ids, text and timings alone")] = False,
+    json: Annotated[bool, option(RESULTS, "--json", help="print token ids, text and timings alone")] = False,
 ) -> None:
     """Generate after a prompt under a policy, and print its time and memory."""
     arguments = dict(locals())

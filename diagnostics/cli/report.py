@@ -1,9 +1,8 @@
 """``report``: a run, a benchmark, an evaluation or a fine-tuning as one page."""
 
 import os
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,6 +18,7 @@ def report(
     The goals are those of the run's ``recommendation.json``, or the default ones. For an evaluation or a benchmark the
     page has its tables and figures; for a fine-tuning, what it changed, and the run of the trained model.
     """
+    from diagnostics.cutoffs.goals import saved_goals
     from diagnostics.cutoffs.recommendation import recommend
     from diagnostics.evaluate.evaluation_folder import EVALUATION, load_evaluation
     from diagnostics.finetune.finetuning_folder import AFTER, FINETUNING, load_finetuning
@@ -41,27 +41,12 @@ def report(
         if not finetuning.complete:
             raise UserError(f"fine-tuning {str(run)!r} is not finished: continue it with --resume")
         after = load_run(run / AFTER)
-        page = pages.finetuning_report(finetuning, after, recommend(after, **_saved_goals(run)))
+        page = pages.finetuning_report(finetuning, after, recommend(after, **saved_goals(run)))
     elif os.path.exists(run / BENCHMARK_MANIFEST) and not is_run:
         page = pages.benchmark_report(load_benchmark(run))
     else:
         loaded = load_run(run)
         benchmark = load_benchmark(run) if os.path.exists(run / BENCHMARK) else None
-        page = pages.report(loaded, recommend(loaded, **_saved_goals(run)), benchmark)
+        page = pages.report(loaded, recommend(loaded, **saved_goals(run)), benchmark)
     pages.write_report(html, page)
     print(f"Report: {html}")
-
-
-def _saved_goals(folder: Path) -> dict[str, Any]:
-    """Return the goals of the recommendation in a folder; none where there is none."""
-    from diagnostics.cutoffs.recommendation import Criterion
-    from diagnostics.policies.recommendation import read_recommendation
-    from diagnostics.runs.places import RECOMMENDATION
-    from diagnostics.support.errors import UserError
-
-    saved = read_recommendation(folder).get("criterion") if (folder / RECOMMENDATION).exists() else None
-    known = {field.name for field in fields(Criterion)}
-    goals = {name: value for name, value in saved.items() if name in known} if isinstance(saved, dict) else {}
-    if not all(isinstance(value, int | float) for value in goals.values()):
-        raise UserError(f"the goals in {str(folder / RECOMMENDATION)!r} are not numbers: make it anew with `recommend`")
-    return goals

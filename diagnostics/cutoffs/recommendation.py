@@ -5,6 +5,7 @@ recommendation is the smallest admissible cutoff from which every larger one is 
 regions, which do not use the loss, and says whether they agree.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from diagnostics.cutoffs.savings import LENGTHS, predict_savings
 from diagnostics.runs.run import Run
 from diagnostics.support.defaults import CONFIDENCE, MAX_KL
 from diagnostics.support.errors import UserError
-from diagnostics.support.files import dump_json, write_sealed
+from diagnostics.support.files import dump_json, read_json, write_sealed
 
 MAX_LOSS = 1000.0  # nats per token; the largest goal that is accepted
 ROUNDING = 1e-9  # so that an agreement of 0.9 meets a goal of 0.9
@@ -93,12 +94,25 @@ class Recommendation:
         """Per cutoff 1..L: mean and bound of every loss."""
         return self.data["evidence"]
 
-    def save(self, path: str | Path) -> None:
-        """Write ``recommendation.json`` atomically; raise UserError if that is not possible."""
+    def save(self, path: str | Path) -> bool:
+        """Write ``recommendation.json`` atomically, unless it says the same already; return whether it was written.
+
+        Raises UserError if it cannot be written.
+        """
+        path = Path(path)
+        if self._is_in(path):
+            return False
         try:
-            write_sealed(Path(path), self.data)
+            write_sealed(path, self.data)
         except OSError as error:
             raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+        return True
+
+    def _is_in(self, path: Path) -> bool:
+        try:
+            return bool(read_json(path) == json.loads(self.to_json()))
+        except (OSError, ValueError):  # there is none, or it is damaged
+            return False
 
     def to_json(self) -> str:
         """Return the content of ``recommendation.json``."""

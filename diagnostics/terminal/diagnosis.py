@@ -9,7 +9,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from diagnostics.cutoffs.goals import GOALS
+from diagnostics.cutoffs.answer import answer
+from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.cutoffs.recommendation import Recommendation
 from diagnostics.runs.run import Run
 from diagnostics.terminal.units import readable_bytes
@@ -39,11 +40,12 @@ def show_run(run: Run, console: Console, *, phrase: Callable[[str], str] = str) 
 def show_recommendation(
     run: Run, recommendation: Recommendation, console: Console, *, phrase: Callable[[str], str] = str
 ) -> None:
-    """Print the curves with regions and cutoff, the loss around the cutoff, the savings, and the recommendation.
+    """Print the answer, then what it rests on, and the answer again: the last lines are those that stay in sight.
 
     Notes are printed as ``phrase`` has them: the command names its flags in them.
     """
     selection, stable = recommendation.selection_region, recommendation.stabilization_region
+    console.print(Text(f"{answer(recommendation)}\n", style="bold"))
     console.print(Panel(Group(_title(run), *_curves(run, console.width, recommendation))))
     console.print(f"Selection region      {selection or NO_REGION}")
     console.print(f"Stabilization region  {stable or NO_REGION}")
@@ -51,7 +53,8 @@ def show_recommendation(
     console.print(loss_table(recommendation))
     console.print(savings_table(recommendation))
     _show_notes(map(phrase, recommendation.data["notes"]), console)
-    console.print(_sentence(recommendation))
+    console.print(_verdict(recommendation))
+    console.print(Text(answer(recommendation), style="bold"))
 
 
 def _show_notes(notes: Iterable[str], console: Console) -> None:
@@ -80,6 +83,7 @@ def _curves(run: Run, width: int, recommendation: Recommendation | None = None) 
     rows.append(("loss if cut above, KL", Text(bars(losses, losses.max())), f"0 .. {losses.max():.2g}"))
     if recommendation:
         rows.append(("regions", _marks(recommendation, run.n_layers), ""))
+        rows.append(("prompt runs through", _depth(recommendation.cutoff, run.n_layers), ""))
     block = max(RULER, (width - MARGINS) // RULER * RULER)
     for first in range(0, run.n_layers, block):
         layers = range(first, min(first + block, run.n_layers))
@@ -92,7 +96,7 @@ def _curves(run: Run, width: int, recommendation: Recommendation | None = None) 
         grid.add_row("layer", _ruler(layers), "")
         yield grid
     if recommendation:
-        yield Text("regions: s selects, = stable, | last layer below the cutoff", style="dim")
+        yield Text("regions: s selects from the prompt, = the prompt is stable", style="dim")
 
 
 def bars(values: Sequence[float] | np.ndarray, top: float) -> str:
@@ -105,16 +109,18 @@ def _marks(recommendation: Recommendation, n_layers: int) -> Text:
     selection, stable = recommendation.selection_region, recommendation.stabilization_region
     text = Text()
     for layer in range(n_layers):
-        cut = layer == recommendation.cutoff - 1  # the last layer that the prompt runs through
-        if cut:
-            text.append("|", style="bold red")
-        elif selection and selection.first <= layer <= selection.last:
+        if selection and selection.first <= layer <= selection.last:
             text.append("s", style="green")
         elif stable and stable.first <= layer <= stable.last:
             text.append("=", style="blue")
         else:
             text.append("·", style="dim")
     return text
+
+
+def _depth(cutoff: int, n_layers: int) -> Text:
+    """Draw a line through the layers below the cutoff."""
+    return Text("━" * cutoff, style="bold red") + Text("·" * (n_layers - cutoff), style="dim")
 
 
 def _ruler(layers: range) -> str:
@@ -127,8 +133,7 @@ def loss_table(recommendation: Recommendation) -> Table:
     cutoff, n_layers = recommendation.cutoff, recommendation.data["n_layers"]
     criterion = recommendation.data["criterion"]
     confidence = f"{100 * criterion['confidence']:g}%"
-    goals = " and ".join(f"{label} {criterion[name]:g}" for name, label in GOALS.items() if name in criterion)
-    goals += ", in every category" if criterion.get("every_category") else ""
+    goals = goals_in_words(criterion)
     table = Table(
         title=f"Measured loss of SPEED around the cutoff ({recommendation.data['n_prompts']} prompts; goal: {goals})",
         title_justify="left",
@@ -183,7 +188,8 @@ def savings_table(recommendation: Recommendation) -> Table:
     return table
 
 
-def _sentence(recommendation: Recommendation) -> Text:
+def _verdict(recommendation: Recommendation) -> Text:
+    """Say the cutoff, and whether the regions, which do not know the loss, put it there too."""
     data, cutoff = recommendation.data, recommendation.cutoff
     text = Text(f"\nRecommended cutoff: {cutoff} of {data['n_layers']} layers", style="bold")
     anchors = "1 anchor" if data["anchors"] == 1 else f"{data['anchors']} anchors"
@@ -206,5 +212,9 @@ def region_verdict(recommendation: Recommendation) -> str:
     ]
     if not by_region:
         return ""
-    verdict = "agree with" if agreement["agree"] else "DISAGREE with"
-    return f"The regions {verdict} the measured loss: {', '.join(by_region)}."
+    tolerance = agreement["tolerance_layers"]
+    within = f"{tolerance} layer{'' if tolerance == 1 else 's'}"
+    verdict = f"agree with the measured loss, within {within}"
+    if not agreement["agree"]:
+        verdict = f"DISAGREE with the measured loss, by more than {within}"
+    return f"The regions {verdict}: {', '.join(by_region)}."

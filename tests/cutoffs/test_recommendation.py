@@ -8,6 +8,7 @@ from rich.console import Console
 from scipy import stats
 
 from diagnostics import LoadedModel, Prompt, PromptSet, UserError, diagnose, recommend
+from diagnostics.cutoffs.answer import answer
 from diagnostics.cutoffs.bounds import upper_bound
 from diagnostics.support.files import read_json
 from diagnostics.terminal.diagnosis import show_recommendation, show_run
@@ -372,11 +373,38 @@ def test_the_run_is_shown_without_a_recommendation():
 def test_marks_and_ruler_stand_below_their_layers():
     run = make_run(spread(FALLING), layers=region_layers(2, 4, 5))
     text = render(lambda console: show_recommendation(run, recommend(run), console), 80)
-    marks, ruler = (next(x for x in text.splitlines() if f" {name} " in x[:26]) for name in ("regions", "layer"))
+    names = ("regions", "prompt runs through", "layer")
+    marks, depth, ruler = (
+        next(x for x in text.splitlines() if x.startswith("│") and f" {name} " in x[:26]) for name in names
+    )
     start = ruler.index("0")
-    assert marks[start : start + 8] == "··sss|=="  # cutoff 6: layer 5 is the last that the prompt runs through
+    assert marks[start : start + 8] == "··sss==="
+    assert depth[start : start + 8] == "━━━━━━··"  # cutoff 6: layer 5 is the last that the prompt runs through
     assert ruler[start + 5] == "5"
     assert "goal: KL at most 0.1" in text
+
+
+@pytest.mark.parametrize(
+    ("regions", "said"),
+    [
+        (
+            (2, 4, 5),
+            "The regions agree with the measured loss, within 1 layer: selection says 5, stabilization says 5",
+        ),
+        ((1, 2, 3), "The regions DISAGREE with the measured loss, by more than 1 layer: selection says 3"),
+    ],
+)
+def test_how_far_apart_agreement_may_be_is_said(regions, said):
+    run = make_run(spread(FALLING), layers=region_layers(*regions))
+    text = render(lambda console: show_recommendation(run, recommend(run), console), 200)
+    assert said in text
+
+
+def test_the_answer_stands_first_and_last():
+    run = make_run(spread(FALLING), layers=region_layers(2, 4, 5))
+    recommendation = recommend(run)
+    lines = render(lambda console: show_recommendation(run, recommendation, console), 200).splitlines()
+    assert lines[0] == lines[-1] == answer(recommendation)
 
 
 def test_savings_of_the_paper_as_printed():
