@@ -1,5 +1,6 @@
 """The dashboard's server: what `speed-diagnostics dashboard` runs with Streamlit. The pages are those of main.py."""
 
+import ipaddress
 import os
 import socket
 import threading
@@ -13,16 +14,19 @@ import streamlit as st
 from starlette.middleware import Middleware
 from streamlit import cli_util
 
-from dashboard.access import Access
-from diagnostics.cli.dashboard import TOKEN_VARIABLE
+from dashboard.access import LOCAL_NAMES, Access
+from diagnostics.cli.dashboard import HOSTS_VARIABLE, TOKEN_VARIABLE
 
 PORT = int(st.get_option("server.port"))
+ADDRESS = ipaddress.ip_address(str(st.get_option("server.address")))
+PATH = f"/{st.get_option('server.baseUrlPath') or ''}"
 START_SECONDS = 30
 
 
 def open_browser() -> None:
     """Open a browser once the server answers."""
-    host = str(st.get_option("server.address"))
+    host = "localhost" if ADDRESS.is_unspecified else str(ADDRESS)
+    name = f"[{host}]" if ":" in host else host
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         try:
@@ -30,7 +34,7 @@ def open_browser() -> None:
         except OSError:
             time.sleep(0.05)
         else:
-            cli_util.open_browser(f"http://{host}:{PORT}")
+            cli_util.open_browser(f"http://{name}:{PORT}{PATH.rstrip('/')}")
             return
 
 
@@ -43,5 +47,12 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
 
 
 # The token leaves the environment: jobs, which are started from here, have no use for it.
-access = Middleware(Access, token=os.environ.pop(TOKEN_VARIABLE, ""), cookie=f"speed-diagnostics-{PORT}")
+access = Middleware(
+    Access,
+    names=(*LOCAL_NAMES, *filter(None, os.environ.pop(HOSTS_VARIABLE, "").split(","))),
+    addresses=not ADDRESS.is_loopback,
+    token=os.environ.pop(TOKEN_VARIABLE, ""),
+    cookie=f"speed-diagnostics-{PORT}",
+    path=PATH,
+)
 app = st.App(Path(__file__).with_name("main.py"), middleware=[access], lifespan=lifespan)

@@ -1,7 +1,8 @@
 """Who may talk to the dashboard: an ASGI layer before all of it, pages, files, uploads and websockets alike.
 
 The name by which it is addressed must be one of its own. Otherwise a foreign page whose name is made to lead to this
-machine (DNS rebinding) would be of the same origin as the dashboard. Where a request names the page that it comes from,
+machine (DNS rebinding) would be of the same origin as the dashboard. A plain address is nobody's name: if others may
+reach the dashboard, any will do. Where a request names the page that it comes from,
 that page must be the dashboard's: not one of another port either. Ports of forwarded connections (``ssh -L``) differ
 from the server's and are not looked at but for this.
 
@@ -15,6 +16,7 @@ import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -34,16 +36,28 @@ class Access:
     ----------
     names
         Host names, without ports, by which the dashboard may be addressed.
+    addresses
+        Whether it may be addressed by any IP address, too.
     token
         What a visitor must bring; empty for none.
     cookie
         The cookie's name, which differs between dashboards of one host.
+    path
+        The path below which the dashboard is served; browsers show the cookie there.
     """
 
     def __init__(
-        self, app: Application, *, names: Iterable[str] = LOCAL_NAMES, token: str = "", cookie: str = "dashboard"
+        self,
+        app: Application,
+        *,
+        names: Iterable[str] = LOCAL_NAMES,
+        addresses: bool = False,
+        token: str = "",
+        cookie: str = "dashboard",
+        path: str = "/",
     ) -> None:
-        self.app, self.names, self.cookie = app, frozenset(names), cookie
+        self.app, self.names, self.addresses = app, frozenset(names), addresses
+        self.cookie, self.path = cookie, path
         self.token = token.encode()
         self.proof = hmac.new(self.token, b"cookie", hashlib.sha256).hexdigest() if token else ""
 
@@ -53,16 +67,19 @@ class Access:
             await self.app(scope, receive, send)
             return
         hosts, origins = _values(scope, b"host"), _values(scope, b"origin")
-        if len(hosts) != 1 or _name(hosts[0]) not in self.names:
-            await _refuse(scope, send, "This dashboard is not reached by that name.")
+        if len(hosts) != 1 or not self._is_own(_name(hosts[0])):
+            await _refuse(scope, send, "This dashboard is not reached by that name: --allow-host would allow it.")
         elif any(not _is_of(origin, hosts[0]) for origin in origins):
             await _refuse(scope, send, "This dashboard answers its own pages only.")
         elif not self.token or self._has_cookie(scope):
-            await self.app(scope, receive, send)
+            await self.app(_without_origin(scope), receive, send)
         elif scope["type"] == "http" and self._brings_token(scope):
             await self._welcome(scope, send)
         else:
             await _refuse(scope, send, "Open the address with the token that the dashboard's command printed.")
+
+    def _is_own(self, name: str | None) -> bool:
+        return name is not None and (name in self.names or (self.addresses and _is_address(name)))
 
     def _has_cookie(self, scope: Scope) -> bool:
         for text in _values(scope, b"cookie"):
@@ -83,7 +100,7 @@ class Access:
         rest = urlencode([(name, value) for name, value in _query(scope) if name != PARAMETER])
         headers = {
             "location": f"?{rest}",
-            "set-cookie": f"{self.cookie}={self.proof}; Path=/; HttpOnly; SameSite=Lax",
+            "set-cookie": f"{self.cookie}={self.proof}; Path={self.path}; HttpOnly; SameSite=Lax",
             "cache-control": "no-store",
             "referrer-policy": "no-referrer",
         }
@@ -92,6 +109,14 @@ class Access:
 
 def _values(scope: Scope, name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]
+
+
+def _without_origin(scope: Scope) -> Scope:
+    """Leave out the page that a request names, which was looked at.
+
+    Streamlit would compare it with names that it knows, and ask a server on the internet for one of them.
+    """
+    return {**scope, "headers": [header for header in scope["headers"] if header[0].lower() != b"origin"]}
 
 
 def _query(scope: Scope) -> list[tuple[str, str]]:
@@ -109,6 +134,14 @@ def _name(host: str) -> str | None:
         return parts.hostname if parts.netloc == host and "@" not in host else None
     except ValueError:
         return None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_of(origin: str, host: str) -> bool:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.paths import ROOT
@@ -23,7 +24,8 @@ KEY = base64.b64encode(b"0123456789abcdef").decode()
 class Server:
     """The dashboard's command on a free port."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, address="127.0.0.1"):
+        self.address = address
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -35,11 +37,11 @@ class Server:
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": root},
         )
-        self.said = self.process.stdout.readline().decode().split()[-1]
+        self.said = re.search(r"http\S+", self.process.stdout.readline().decode())[0]
         until = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < until:
             try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                socket.create_connection((self.address, self.port), 1).close()
                 return
             except OSError:
                 time.sleep(0.05)
@@ -55,7 +57,7 @@ class Server:
         """Send one raw request, and return the status and the head and body of the answer."""
         host = f"127.0.0.1:{self.port}" if host is None else host
         lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host else []), *headers]
-        with socket.create_connection(("127.0.0.1", self.port), 10) as there:
+        with socket.create_connection((self.address, self.port), 10) as there:
             there.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
             there.settimeout(10)
             found = there.recv(65536).decode("latin-1")
@@ -179,3 +181,83 @@ def test_tokens_differ():
 
     assert proof("a") != proof("b")
     assert proof("") == ""
+
+
+# --- For others than this machine ---
+
+
+def own_address():
+    """An address of this machine by which others reach it."""
+    found = [a.address for one in psutil.net_if_addrs().values() for a in one if a.family == socket.AF_INET]
+    return next((address for address in found if not address.startswith("127.")), None)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """For all, below a path, by one name; without a token, whose work others test."""
+    options = ("--host=0.0.0.0", "--no-token", "--allow-host=Box.example", "--base-path=/speed")
+    running = Server(tmp_path_factory.mktemp("runs"), *options)
+    yield running
+    running.close()
+
+
+def test_by_any_address_and_by_the_names_given(opened):
+    for name in ("127.0.0.1", "localhost", "[::1]", "10.1.2.3", "[fe80::1]", "box.example", "BOX.example"):
+        host = f"{name}:{opened.port}"
+        assert opened.ask("/speed/", host=host)[0] == 200
+        assert opened.websocket(f"Origin: http://{host}", host=host, path="/speed/_stcore/stream") == 101
+    # Behind a proxy that has the certificate.
+    proxied = {"host": "box.example", "path": "/speed/_stcore/stream"}
+    assert opened.websocket("Origin: https://box.example", **proxied) == 101
+
+
+@pytest.mark.parametrize("name", ["evil.com", "box.example.evil.com", "10.1.2.3.evil.com", "0x7f.1", "1234", "*", ""])
+def test_by_no_other_name(opened, name):
+    """Names can be made to lead here; an address cannot."""
+    host = f"{name}:{opened.port}"
+    assert opened.ask("/speed/", host=host)[0] == 403
+    assert opened.websocket(f"Origin: http://{host}", host=host, path="/speed/_stcore/stream") == 403
+
+
+def test_pages_of_others_are_refused_there_too(opened):
+    host = f"10.1.2.3:{opened.port}"
+    for origin in ("http://evil.com", f"http://10.1.2.4:{opened.port}", "http://10.1.2.3", "null"):
+        assert opened.websocket(f"Origin: {origin}", host=host, path="/speed/_stcore/stream") == 403
+
+
+def test_others_reach_it(opened):
+    address = own_address()
+    if address is None:
+        pytest.skip("this machine has no address but its own")
+    opened.address = address
+    try:
+        assert opened.ask("/speed/", host=f"{address}:{opened.port}")[0] == 200
+    finally:
+        opened.address = "127.0.0.1"
+
+
+def test_below_a_path(opened):
+    assert opened.said == f"http://127.0.0.1:{opened.port}/speed"
+    status, page = opened.ask("/speed/quality")
+    assert status == 200
+    assert "streamlit" in page.lower()
+    assert opened.ask("/speed/_stcore/health")[0] == 200
+
+
+def test_others_need_a_token_unless_it_was_declined(tmp_path):
+    server = Server(tmp_path, "--host=0.0.0.0", "--base-path=speed")
+    try:
+        assert server.ask("/speed/")[0] == 403
+        address, _, token = server.said.partition("?token=")
+        assert address == f"http://127.0.0.1:{server.port}/speed/"
+        status, text = server.ask(f"/speed/?token={token}")
+        assert status == 303
+        assert "\r\nlocation: ?\r\n" in text
+        cookie = re.search(r"\r\nset-cookie: ([^;]+); (.*)\r\n", text)
+        assert "Path=/speed" in cookie[2].split("; ")
+        kept = f"Cookie: {cookie[1]}"
+        assert server.ask("/speed/", kept)[0] == 200
+        assert server.websocket(kept, path="/speed/_stcore/stream") == 101
+        assert server.websocket(path="/speed/_stcore/stream") == 403
+    finally:
+        server.close()

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -145,6 +146,61 @@ def test_what_is_started(monkeypatch, capfd, tmp_path, replaced, browser):
     assert environment["KEPT"] == "yes"
     assert "SPEED_DIAGNOSTICS_RUNS" not in os.environ
     assert not (tmp_path / "my runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--allow-host", "*"), "--allow-host '*' is not a host name"),
+        (("--allow-host", "http://box"), "--allow-host 'http://box' is not a host name"),
+        (("--allow-host", "box:8501"), "--allow-host 'box:8501' is not a host name"),
+        (("--allow-host", ""), "--allow-host '' is not a host name"),
+        (("--host", "box"), "--host 'box' is not an IP address"),
+        (("--host", "203.0.113.1"), "--host 203.0.113.1 is not an address of this machine"),
+        (("--base-path", "a b"), "--base-path 'a b' is not a path"),
+        (("--base-path", "/a/../b"), "--base-path 'a/../b' is not a path"),
+        (("--base-path", "a?b"), "--base-path 'a?b' is not a path"),
+        (("--example", "runs"), "--example shows a folder of its own: leave the folder out"),
+    ],
+)
+def test_places_that_it_cannot_be_at(monkeypatch, capfd, replaced, arguments, said):
+    assert said in refuse(monkeypatch, capfd, *arguments)
+    assert not replaced
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token"),
+    [
+        ((), False),
+        (("--token",), True),
+        (("--host", "127.0.0.1"), False),
+        (("--host", "localhost"), False),
+        (("--host", "::1"), False),
+        (("--host", "0.0.0.0"), True),
+        (("--allow-host", "box"), True),
+        (("--host", "0.0.0.0", "--no-token"), False),
+        (("--allow-host", "box", "--no-token"), False),
+    ],
+)
+def test_who_else_can_reach_it_needs_a_token_or_a_word(monkeypatch, capfd, tmp_path, replaced, arguments, token):
+    if "::1" in arguments and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    _, out, err = run_command(monkeypatch, capfd, "dashboard", tmp_path, *arguments)
+    ((_, words, environment),) = replaced
+    assert ("SPEED_DIAGNOSTICS_TOKEN" in environment) == token
+    assert ("?token=" in out) == token
+    assert ("--server.headless=true" in words) == token
+    warning = f"warning: everyone who reaches it can read the runs, run models and write to {tmp_path}\n"
+    assert err == (warning if "--no-token" in arguments else "")
+
+
+def test_names_and_path_reach_the_server(monkeypatch, capfd, tmp_path, replaced):
+    arguments = ("--allow-host", "Box.example", "--allow-host", "other", "--base-path", "/a/b/")
+    _, out, _ = run_command(monkeypatch, capfd, "dashboard", tmp_path, *arguments, "--no-token")
+    ((_, words, environment),) = replaced
+    assert environment["SPEED_DIAGNOSTICS_HOSTS"] == "box.example,other"
+    assert "--server.baseUrlPath=a/b" in words
+    assert re.search(r"http://127.0.0.1:\d+/a/b \(Ctrl-C ends it\)$", out.strip())
 
 
 def test_the_folder_of_runs_is_absolute_also_by_default_and_from_home(monkeypatch, capfd, tmp_path, replaced):

@@ -9,10 +9,10 @@ import pytest
 from diagnostics import UserError, diagnose, load_prompts
 from diagnostics.cli.benchmark import bench
 from diagnostics.cli.diagnosis import diagnose as diagnosis_command
-from diagnostics.cli.diagnosis import recommend as recommend_command
 from diagnostics.cli.evaluation import evaluate as evaluate_command
 from diagnostics.cli.finetuning import finetune as finetune_command
 from diagnostics.cli.flags import _options, with_flags
+from diagnostics.cli.recommendation import recommend as recommend_command
 from tests.support.paths import ROOT
 from tests.support.runs import run_command, save_tiny, write_prompts
 from tests.support.tiny import tiny_model
