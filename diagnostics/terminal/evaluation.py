@@ -10,6 +10,7 @@ from diagnostics.evaluate.items import AVERAGE
 from diagnostics.evaluate.score_table import KEPT, texts
 
 LONGEST, NARROWEST = 30, 8
+FEW = 50  # items of a task; below, half of a 95% interval can be 14 points and more
 
 
 def show_evaluation(summary: pd.DataFrame, console: Console) -> None:
@@ -25,6 +26,13 @@ def show_evaluation(summary: pd.DataFrame, console: Console) -> None:
     console.print(
         f"{head}; * differs from full depth (5%, corrected over tasks); kept: the average as a share of full depth's."
     )
+    of_tasks = summary[summary["task"] != AVERAGE]
+    few = of_tasks.loc[of_tasks["n"] < FEW].drop_duplicates("task")
+    if len(few):
+        counts = ", ".join(f"{task} ({n})" for task, n in zip(few["task"], few["n"], strict=True))
+        console.print(
+            Text(f"Few items: {counts}. Their intervals are wide; differences mean little below {FEW} items.", "yellow")
+        )
 
 
 def _table(shown: pd.DataFrame, narrow: bool = False) -> Table:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +18,8 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
 from diagnostics.terminal.units import readable_bytes
+
+OPEN, CLOSE = "[", "]"  # around tokens that differ, where there are no colours
 
 
 def summary_line(lm: LoadedModel, prompt_ids: Tensor, generation: Generation, policy: Policy) -> str:
@@ -56,8 +60,14 @@ def show_comparison(
     texts.add_column(FullPolicy.name, ratio=1)
     texts.add_column(str(policy), ratio=1)
     marks = differing(left, right)
-    texts.add_row(_marked(lm, left, marks[0], "red"), _marked(lm, right, marks[1], "green"))
+    styled = console.is_terminal
+    texts.add_row(
+        _marked(lm, left, marks[0], "underline red" if styled else None),
+        _marked(lm, right, marks[1], "underline green" if styled else None),
+    )
     console.print(texts)
+    if not styled and any(map(any, marks)):
+        console.print(f"{OPEN}Tokens{CLOSE} that the other side lacks are marked.", markup=False)
     same = same_start(left, right)
     if left == right:
         console.print(f"All {len(left)} tokens are the same." if len(left) > 1 else "The one token is the same.")
@@ -83,9 +93,13 @@ def _number(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _marked(lm: LoadedModel, ids: list[int], differs: list[bool], colour: str) -> Text:
-    """Return the text of tokens, with those that differ underlined."""
+def _marked(lm: LoadedModel, ids: list[int], differs: list[bool], style: str | None) -> Text:
+    """Return the text of tokens, with those that differ in a style, or without one in brackets."""
     text = Text()
-    for piece, differ in marked_text(lm.tokenizer, ids, differs):
-        text.append(piece, style=f"underline {colour}" if differ else None)
+    for differ, pieces in groupby(marked_text(lm.tokenizer, ids, differs), key=itemgetter(1)):
+        words = "".join(piece for piece, _ in pieces)
+        if differ and style is None:
+            inner = words.strip()
+            words = words.replace(inner, f"{OPEN}{inner}{CLOSE}", 1) if inner else f"{OPEN}{words}{CLOSE}"
+        text.append(words, style=style if differ else None)
     return text

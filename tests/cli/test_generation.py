@@ -15,6 +15,7 @@ from rich.console import Console
 
 from diagnostics import FastKVPolicy, FullPolicy, ProjectedPolicy, SpeedPolicy, cli, load_model, parse_policy
 from diagnostics.generation import generation as GENERATE
+from diagnostics.generation.differences import differing
 from diagnostics.generation.generation import Generation
 from diagnostics.terminal.generation import show_comparison
 from tests.support.policy_cases import reference_logits
@@ -385,9 +386,16 @@ def test_compare_shows_both_texts_and_figures(world, made, command, clock):
         world.tiny, "--prompt", PROMPT, "--max-new-tokens", NEW, "--policy", "speed:3", "--compare"
     )
     assert (status, err) == (0, "")
-    lines = [line.split() for line in out.splitlines()]
+    lines = [line.split() for line in out.replace("[", "").replace("]", "").splitlines()]
     assert ["full", "speed:3"] in lines
     assert [*full["text"].split(), *speed["text"].split()] in lines
+    # Where there are no colours, what differs is in brackets.
+    marked = differing(full["token_ids"], speed["token_ids"])
+    texts = [words([token for token, differs in zip(data["token_ids"], marks, strict=True) if differs])
+             for data, marks in zip((full, speed), marked, strict=True)]  # fmt: skip
+    (shown,) = [line for line in out.splitlines() if line.split()[:1] == full["text"].split()[:1]]
+    assert " ".join(re.findall(r"\[([^]]*)\]", shown)).split() == " ".join(texts).split()
+    assert "[Tokens] that the other side lacks are marked." in out
     assert f"The first {same} tokens are the same (of {NEW} and {NEW})." in out
     assert f"{N} prompt tokens" in out
     sizes = [data["kv_bytes"] for data in (full, speed)]

@@ -461,6 +461,17 @@ def test_the_terminal_says_averages_whatever_its_width(made, width):
     assert ("±" in said) == (width > 48)
 
 
+@pytest.mark.parametrize("n", [49, 50])
+def test_few_items_are_named(made, n):
+    out, table = io.StringIO(), summarize(made)
+    tasks = [task for task in dict.fromkeys(table["task"]) if task != AVERAGE]
+    table.loc[table["task"] == tasks[0], "n"] = n
+    table.loc[table["task"] != tasks[0], "n"] = 200
+    show_evaluation(table, Console(file=out, width=400))
+    few = f"Few items: {tasks[0]} (49). Their intervals are wide" in out.getvalue()
+    assert few == (n < 50)
+
+
 def test_what_is_kept_is_the_share_of_full_depth(made):
     table = summarize(made).set_index(["policy", "task"])
     for policy, task in table.index:
