@@ -16,6 +16,8 @@ from diagnostics.runs.run import Run
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY = (
     *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#8A8A8A"),
 )
+# Pixels that stay above a figure without its title, for panels' titles and labels of lines.
+LEAST_ABOVE = 28
 TITLE_PLACE = {"x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}}
 TITLE_HEIGHT, LEGEND_HEIGHT = 60, 50  # pixels
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BROWN, GREY)
@@ -147,7 +149,7 @@ def without_title(figure: go.Figure) -> go.Figure:
     """Return a copy without the title and the room for it, for a page that has it as a heading: plotly cuts titles."""
     bare = go.Figure(figure)
     bare.layout.title = None
-    room = min(TITLE_HEIGHT, bare.layout.margin.t - 10)  # figures without a legend have less above them
+    room = min(TITLE_HEIGHT, bare.layout.margin.t - LEAST_ABOVE)
     bare.layout.margin.t -= room
     bare.layout.height -= room
     return bare

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import plotly.io as pio
 from jinja2 import Environment
 
+from diagnostics.figures.style import title_of, without_title
 from diagnostics.support.glossary import GLOSSARY
 
 TEMPLATE, STYLE = "page.html.jinja", "page.css"
@@ -20,9 +20,6 @@ TEMPLATE, STYLE = "page.html.jinja", "page.css"
 PLOTLY = "plotly-cartesian.min.js"
 # What a heading calls a term that the glossary has under another name.
 ALIASES = {"KV": "KV cache", "same top": "same top token"}
-# The heading above the figure replaces plotly's title, which plotly cuts where it does not fit.
-TITLE_HEIGHT = 50
-LEAST_MARGIN = 28
 
 
 @dataclass(frozen=True)
@@ -54,17 +51,13 @@ class Picture:
 
     @property
     def title(self) -> str:
-        """The first line of the figure's title, as text."""
-        title = html.unescape(str(self.figure.layout.title.text or "").partition("<br>")[0])
+        """The figure's title, as text."""
+        title, _ = title_of(self.figure)
         return title[:1].upper() + title[1:]
 
     def drawing(self) -> str:
         """Return the figure without its title as JSON that may stand in a script of a page."""
-        bare = type(self.figure)(self.figure)
-        top, height = int(bare.layout.margin.t), int(bare.layout.height)
-        less = max(0, min(TITLE_HEIGHT, top - LEAST_MARGIN))
-        bare.update_layout(title=None, height=height - less, margin={"t": top - less})
-        text = pio.to_json(bare, validate=False)
+        text = pio.to_json(without_title(self.figure), validate=False)
         assert text is not None
         return text.replace("<", "\\u003c")
 
