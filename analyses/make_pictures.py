@@ -70,8 +70,8 @@ def dashboard(browser: Any, runs: Path) -> None:
     with serving(runs) as address:
         for path, picture in PAGES.items():
             page = browser.new_page(viewport=WINDOW)
+            page.set_default_timeout(90_000)
             page.goto(f"{address}/{path}?run={RUN}")
-            page.locator(".main-svg").first.wait_for(timeout=90_000)
             drawn(page)
             page.screenshot(path=RESULTS / picture)
             page.close()

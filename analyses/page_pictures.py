@@ -106,6 +106,9 @@ def drawn(page: Any) -> None:
     page.locator(START).first.wait_for()
     settled(page)
     page.wait_for_function("!document.querySelector('[data-testid=stSkeleton], [data-testid=stSpinner]')")
+    page.wait_for_function(
+        "[...document.querySelectorAll('[data-testid=stPlotlyChart]')].every(chart => chart.querySelector('.main-svg'))"
+    )
     page.wait_for_timeout(700)  # figures follow the window after a pause
 
 

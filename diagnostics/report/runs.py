@@ -7,7 +7,7 @@ import pandas as pd
 
 from diagnostics import figures
 from diagnostics.cutoffs.answer import ANSWER_LENGTH, answer
-from diagnostics.cutoffs.goals import GOALS
+from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.cutoffs.recommendation import ROUNDING, Recommendation
 from diagnostics.generation.benchmark_folder import Benchmark
 from diagnostics.report.benchmarks import benchmark_parts
@@ -55,11 +55,9 @@ def run_cards(recommendation: Recommendation) -> list[Card]:
 def goal(run: Run, recommendation: Recommendation) -> str:
     """Say which goal the cutoff meets, and on what."""
     criterion, lengths = recommendation.data["criterion"], run.prompts["n_prompt"]
-    goals = " and ".join(f"{label} {criterion[name]:g}" for name, label in GOALS.items() if name in criterion)
-    each = ", in every category of prompts" if criterion.get("every_category") else ""
     of = "1 prompt" if len(lengths) == 1 else f"{len(lengths)} prompts"
     return (
-        f"Goal: {goals}, with {criterion['confidence']:.0%} confidence{each}. "
+        f"Goal: {goals_in_words(criterion)}, with {criterion['confidence']:.0%} confidence. "
         f"Measured on {of} of {lengths.min():,} to {lengths.max():,} tokens."
     )
 

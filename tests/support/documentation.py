@@ -22,6 +22,7 @@ REASONS = (
     "needs a GPU",
     "needs a model of yours",
     "needs a model hub",
+    "needs Docker",
     "runs until Ctrl-C",
     "takes minutes",
     "takes hours",
