@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diagnostics.cutoffs.goals import saved_goals
+from diagnostics.cutoffs.regions import RegionRules
 from diagnostics.evaluate.evaluation_folder import EVALUATION
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING
 from diagnostics.runs.manifest import RUN_FOLDER
 from diagnostics.runs.parts import PARTS, count_finished, prompts_of
-from diagnostics.runs.places import BENCHMARK, MANIFEST, RECOMMENDATION
+from diagnostics.runs.places import BENCHMARK, MANIFEST
 from diagnostics.support.errors import UserError
-from diagnostics.support.files import read_json
 
 # Name, size and time of every file that a folder's content depends on.
 Signature = tuple[tuple[str, int, int], ...]
@@ -64,10 +65,18 @@ class Entry:
     @property
     def goals(self) -> dict[str, Any]:
         """Goals of the recommendation saved with the run; empty where there is none to read."""
+        return {name: float(value) for name, value in self._saved.items() if name != "rules"}
+
+    @property
+    def region_rules(self) -> RegionRules | None:
+        """Thresholds of the regions of the recommendation saved with the run; None for the default ones."""
+        return self._saved.get("rules")
+
+    @property
+    def _saved(self) -> dict[str, Any]:
         try:
-            criterion = read_json(self.path / RECOMMENDATION)["criterion"]
-            return {k: float(v) for k, v in criterion.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return saved_goals(self.path)
+        except UserError:
             return {}
 
 

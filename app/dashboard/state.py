@@ -18,6 +18,7 @@ from dashboard.catalog import Entry, Signature, find_runs
 from dashboard.markdown import md as md
 from diagnostics.cli.dashboard import RUNS_VARIABLE
 from diagnostics.cutoffs.recommendation import Recommendation, recommend
+from diagnostics.cutoffs.regions import RegionRules
 from diagnostics.runs.example import example_folder
 from diagnostics.runs.run import Run, load_run
 from diagnostics.support.errors import UserError
@@ -104,7 +105,7 @@ def open_run(entry: Entry) -> Run:
 
 def recommendation(entry: Entry, goals: dict[str, float]) -> Recommendation:
     """Recommend a cutoff for a run and goals (none: the default); raise UserError for goals that make no sense."""
-    return _recommend(str(entry.path), entry.signature, tuple(sorted(goals.items())))
+    return _recommend(str(entry.path), entry.signature, tuple(sorted(goals.items())), entry.region_rules)
 
 
 def saved_recommendation(entry: Entry) -> Recommendation:
@@ -199,10 +200,12 @@ def _load(path: str, signature: Signature) -> Run:
 
 
 @st.cache_resource(max_entries=64, show_spinner="Computing the recommendation ...")
-def _recommend(path: str, signature: Signature, goals: tuple[tuple[str, float], ...]) -> Recommendation:
+def _recommend(
+    path: str, signature: Signature, goals: tuple[tuple[str, float], ...], rules: RegionRules | None
+) -> Recommendation:
     run = _load(path, signature)
     try:
         chosen: dict[str, Any] = dict(goals)
-        return recommend(run, **chosen)
+        return recommend(run, rules=rules, **chosen)
     except (KeyError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"run {path!r} is damaged: {type(error).__name__} {error}") from None

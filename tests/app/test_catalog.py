@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from dashboard.catalog import find_runs
+from dashboard.state import saved_recommendation
 from diagnostics import load_run, recommend
+from diagnostics.cutoffs.regions import RegionRules
 from diagnostics.support.files import read_json
 from tests.support.runs import contents, write_run
 from tests.support.users import as_nobody
@@ -216,6 +218,16 @@ def test_goals_are_those_that_were_saved(tmp_path):
         found = only(folder).goals
         assert goals.items() <= found.items()
         assert recommend(load_run(folder), **found).data == made.data
+
+
+def test_region_rules_are_those_of_the_saved_recommendation(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert only(folder).region_rules is None
+    rules = RegionRules(max_drift=0.4, max_gap=1)
+    made = recommend(load_run(folder), max_kl=0.3, rules=rules)
+    made.save(folder / "recommendation.json")
+    assert only(folder).region_rules == rules
+    assert saved_recommendation(only(folder)).data == made.data
 
 
 CRITERIA = ["null", "[1]", '{"max_kl": "x"}', '{"max_kl": null}']
