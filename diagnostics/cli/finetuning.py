@@ -25,8 +25,17 @@ from diagnostics.cli.options import (
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.support import defaults
 from diagnostics.support.errors import UserError
+from diagnostics.support.progress import Progress
 
 DATA, TRAINING = "Data", "Training"  # headings of its options
+# What the library calls the parts of its work -> what they are, in their order.
+STAGES = {
+    "answers": "preparing rows",
+    "before": "measuring before training",
+    "teacher": "reading full depth",
+    "training": "training",
+    "after": "measuring after training",
+}
 
 
 def finetune(
@@ -157,7 +166,7 @@ def finetune(
                 out=out,
                 resume=resume,
                 goals={"max_kl": max_kl},
-                progress=advance,
+                progress=_staged(advance),
                 arguments=plain(arguments),
             )
     except KeyboardInterrupt:
@@ -172,3 +181,14 @@ def finetune(
 
         show_finetuning(finetuning, table, Console(highlight=False), phrase=with_flags)
         print(f"Adapter, recommendation and measurements: {out}")
+
+
+def _staged(advance: Progress) -> Progress:
+    """Return a callback that also says which stage of the whole the work is in: the time left is that of the stage."""
+
+    def report(done: int, total: int, what: str) -> None:
+        name, _, piece = what.partition(" ")
+        stage = f"{STAGES[name]} (stage {[*STAGES].index(name) + 1} of {len(STAGES)})"
+        advance(done, total, f"{stage}, {piece}" if piece else stage)
+
+    return report

@@ -153,6 +153,15 @@ def test_in_a_log_there_are_plain_lines(command, monkeypatch, tmp_path, name):
         assert any(re.search(r"so far, about \d+ s left$", line) for line in said)
 
 
+def test_a_fine_tuning_says_which_of_its_stages_it_is_in(command):
+    _, _, err = command("finetune")
+    said = err.splitlines()
+    assert "fine-tuning: 1 of 3, measuring before training (stage 2 of 5), p0" in said
+    stages = [int(number) for number in re.findall(r"\(stage (\d) of 5\)", err)]
+    assert stages == sorted(stages)
+    assert set(stages) == {1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize("flag", ["--quiet", "-q"])
 @pytest.mark.parametrize("name", LONG_COMMANDS)
 def test_quiet_leaves_the_result_alone(command, name, flag):
