@@ -15,6 +15,9 @@ pytestmark = [
     pytest.mark.skipif(not browsing.available(), reason="there is no Chromium"),
 ]
 
+# Opened at one of its pages, Streamlit tries whether that is its root.
+TRIED = tuple(f"/speed/cutoff/_stcore/{name}" for name in ("health", "host-config"))
+
 
 def test_below_a_path_and_with_a_token_every_page_works():
     server = Server(example_folder(), "--host=0.0.0.0", "--base-path=/speed")
@@ -37,5 +40,5 @@ def test_below_a_path_and_with_a_token_every_page_works():
             browsing.settled(page)
     finally:
         server.close()
-    assert troubles == []
-    assert failed == []
+    assert [url for url in failed if not url.endswith(TRIED)] == []
+    assert [text for text in troubles if "the server responded with a status of 404" not in text] == []
