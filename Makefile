@@ -61,7 +61,7 @@ test-browser: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
 	$(CHROMIUM) || timeout 300 $(BIN)/python -m playwright install --with-deps chromium || true
 	if $(BIN)/python -c 'import sys; sys.path.append("analyses"); import browsing; sys.exit(not browsing.available())'; \
-	then $(PYTEST) -m browser tests/app/test_browser.py tests/report/test_browser.py; \
+	then $(PYTEST) -m browser tests/app tests/report; \
 	else echo "NOT RUN: the dashboard and reports in a browser. There is no Chromium, and it could not be installed." >&2; fi
 
 mutate: install

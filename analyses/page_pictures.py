@@ -8,6 +8,7 @@ Needs `pip install -e '.[app,browser]'` and a Chromium.
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,11 @@ def main(folder: str, runs: str | None = None) -> None:
         sys.exit(f"error: {len(found)} texts are cut or covered")
 
 
-def photograph(browser: Any, address: str, folder: Path) -> list[str]:
-    """Take every page of a dashboard at every width, light and dark, and return what is cut, a line each."""
+def photograph(browser: Any, address: str, folder: Path, schemes: Sequence[str] = SCHEMES) -> list[str]:
+    """Take every page of a dashboard at every width in every scheme, and return what is cut, a line each."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
-    for scheme in SCHEMES:
+    for scheme in schemes:
         page = browser.new_page(viewport={"width": WIDTHS[-1], "height": HEIGHT}, color_scheme=scheme)
         page.set_default_timeout(90_000)
         for name, path in pages(page, address).items():

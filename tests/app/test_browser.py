@@ -3,24 +3,21 @@
 `make test-browser` installs what this needs. Without it these tests are skipped, and say what is missing.
 """
 
-import importlib.util
 import re
 
 import pytest
 
-from browsing import available, browsing, go, serving, settled
+from browsing import browsing, go, serving, settled
 from diagnostics import diagnose, load_prompts, load_run, recommend
 from diagnostics.generation.benchmarks import benchmark
 from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.runs.places import RECOMMENDATION
 from tests.support.finetunings import make_finetuning, save_finetuning
 from tests.support.tiny import tiny_model
+from tests.support.watched import require_browser, watched
 
 pytestmark = pytest.mark.browser
-if importlib.util.find_spec("playwright") is None:
-    pytest.skip("playwright is not installed: make test-browser", allow_module_level=True)
-if not available():
-    pytest.skip("there is no Chromium: make test-browser", allow_module_level=True)
+require_browser()
 
 # Pages in the order of a visit, and whether they have figures.
 PAGES = {
@@ -33,8 +30,6 @@ PAGES = {
     "Compare": True,
     "New diagnosis": False,
 }
-# Streamlit's client looks for its server below the address of a page first.
-PROBES = re.compile(r"/_stcore/(health|host-config)$")
 
 
 @pytest.fixture(scope="module")
@@ -63,32 +58,8 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """A page whose console must stay free of errors, and which must ask nobody but this machine."""
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(60_000)
-    troubles = []
-
-    def answered(response):
-        if response.status >= 400 and not PROBES.search(response.url):
-            troubles.append(f"{response.status} {response.url}")
-
-    def said(message):
-        if message.type == "error" and "404 (Not Found)" not in message.text:
-            troubles.append(message.text)
-
-    def asked(request):
-        if not request.url.startswith((address, address.replace("http", "ws"), "data:", "blob:")):
-            troubles.append(f"asked {request.url}")
-
-    page.on("response", answered)
-    page.on("console", said)
-    page.on("request", asked)
-    page.on("pageerror", lambda error: troubles.append(str(error)))
-    yield page
-    shown = page.get_by_test_id("stException").all_inner_texts()
-    page.close()
-    assert not troubles
-    assert not shown
+    with watched(browser, address) as opened:
+        yield opened
 
 
 def test_every_page_and_its_figures(page, address):

@@ -1,21 +1,17 @@
 """Reports in a real browser: they open from a file, draw everything, and cut no text, on any screen and on paper."""
 
-import importlib.util
-
 import pytest
 
-from browsing import available, browsing
+from browsing import browsing
 from diagnostics import load_run, recommend
 from diagnostics.evaluate.evaluation_folder import load_evaluation
 from diagnostics.generation.benchmark_folder import load_benchmark
 from diagnostics.report import benchmark_report, evaluation_report, report
 from diagnostics.runs.example import BENCHMARK, EVALUATION, RUN, example_folder
+from tests.support.watched import require_browser
 
 pytestmark = pytest.mark.browser
-if importlib.util.find_spec("playwright") is None:
-    pytest.skip("playwright is not installed: make test-browser", allow_module_level=True)
-if not available():
-    pytest.skip("there is no Chromium: make test-browser", allow_module_level=True)
+require_browser()
 
 WIDTHS = (800, 1024, 1440)
 # Elements whose content is wider than they are; tables scroll.
