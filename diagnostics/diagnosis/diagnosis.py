@@ -21,6 +21,7 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.segments import Layout
 from diagnostics.prompts.digests import inputs_digest
 from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
+from diagnostics.prompts.given import as_prompts
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.runs.manifest import SCHEMA_VERSION, RunManifest
 from diagnostics.runs.parts import merge
@@ -33,13 +34,13 @@ from diagnostics.support.defaults import ANCHORS, DECODE_TOKENS, DETAIL_PROMPTS
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-from diagnostics.support.progress import Progress
+from diagnostics.support.progress import Progress, reporter
 
 
 @one_writer
 def diagnose(
     model: Any,
-    prompts: PromptSet,
+    prompts: PromptSet | Sequence[Any] | str,
     *,
     decode_tokens: int = DECODE_TOKENS,
     anchors: int = ANCHORS,
@@ -51,7 +52,7 @@ def diagnose(
     out: str | Path | None = None,
     resume: bool = False,
     teacher: Teacher | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     arguments: dict[str, Any] | None = None,
 ) -> Run:
     """Measure every layer and every cutoff on every prompt.
@@ -61,7 +62,8 @@ def diagnose(
     model
         The model: from `load_model` or `LoadedModel.wrap`, or a TransformerBridge or an nnsight model.
     prompts
-        The prompts, from `load_prompts`. A prompt without a reference is continued greedily at full depth.
+        From `load_prompts`; or a text, or a list of texts, conversations and `Prompt` objects: see
+        `diagnostics.prompts.as_prompts`. A prompt without a reference is continued greedily at full depth.
     decode_tokens
         Maximum number of reference tokens per prompt, 1 or more.
     anchors
@@ -88,7 +90,8 @@ def diagnose(
         compared with that model's full depth, on its references. For a fine-tuned model this measures what was lost
         relative to the original.
     progress
-        Called as ``progress(done, total, prompt_id)`` before each prompt and once at the end.
+        A bar on stderr by default, False for none, or a function that is called as ``progress(done, total, prompt_id)``
+        before each prompt and once at the end.
     arguments
         The user's arguments, stored unchanged in the manifest.
 
@@ -105,6 +108,7 @@ def diagnose(
         raise UserError(f"lens positions is {lens_positions}: give 1 or more")
     if detail_prompts < 0:
         raise UserError(f"detail prompts is {detail_prompts}: give 0 or more")
+    prompts, report = as_prompts(prompts), reporter(progress, "diagnosing")
     lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
     probes = all_probes()
     capture = make_capture(backend, lm, remote)
@@ -128,8 +132,7 @@ def diagnose(
     for index, prompt in enumerate(encoded):
         if writer and writer.is_done(index):
             continue
-        if progress:
-            progress(index, len(encoded), prompt.prompt_id)
+        report(index, len(encoded), prompt.prompt_id)
         tables = _diagnose_prompt(
             lm,
             prompt,
@@ -148,8 +151,7 @@ def diagnose(
             writer.write(index, tables)
         else:
             finished.append(tables)
-    if progress:
-        progress(len(encoded), len(encoded), "")
+    report(len(encoded), len(encoded), "")
     timings = {"timings": {"seconds_last_session": round(time.perf_counter() - started, 3)}}
     if writer:
         return writer.finish(**timings)

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from diagnostics.diagnosis.capture.hooks import HooksCapture
 from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
+from diagnostics.prompts.given import as_prompts
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.support.defaults import DECODE_TOKENS
 from diagnostics.support.errors import UserError
-from diagnostics.support.progress import Progress
+from diagnostics.support.progress import Progress, reporter
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,22 +42,25 @@ class Teacher:
 
 
 def observe_teacher(
-    lm: LoadedModel, prompts: PromptSet, *, decode_tokens: int = DECODE_TOKENS, progress: Progress | None = None
+    lm: LoadedModel,
+    prompts: PromptSet | Sequence[Any] | str,
+    *,
+    decode_tokens: int = DECODE_TOKENS,
+    progress: Progress | bool = True,
 ) -> Teacher:
     """Run a model over prompts at full depth, with at most ``decode_tokens`` reference tokens each, as `diagnose` does.
 
-    Raises UserError for a prompt that does not fit.
+    ``progress`` is as for `diagnose`. Raises UserError for a prompt that does not fit.
     """
+    lm, prompts, report = LoadedModel.of(lm), as_prompts(prompts), reporter(progress, "observing")
     capture = HooksCapture(lm)
     prompt_ids, references, logits = {}, {}, {}
     encoded = encode_for_diagnosis(prompts, lm.tokenizer, lm.anatomy.max_positions, decode_tokens)
     for index, prompt in enumerate(encoded):
-        if progress:
-            progress(index, len(encoded), prompt.prompt_id)
+        report(index, len(encoded), prompt.prompt_id)
         outcome = capture.run(prompt.token_ids, prompt.reference_ids, (), n_decode=decode_tokens, n_anchors=1)
         prompt_ids[prompt.prompt_id] = prompt.token_ids
         references[prompt.prompt_id] = tuple(outcome.reference_ids.tolist())
         logits[prompt.prompt_id] = outcome.logits.to("cpu", lm.dtype)
-    if progress:
-        progress(len(encoded), len(encoded), "")
+    report(len(encoded), len(encoded), "")
     return Teacher(lm.name, lm.weight_hash, prompt_ids, references, logits)

@@ -19,24 +19,26 @@ from diagnostics.evaluate.items import Task
 from diagnostics.evaluate.sandbox import isolation
 from diagnostics.evaluate.score_table import markdown, summarize
 from diagnostics.evaluate.scoring import QUERIES, SharedPrefill
+from diagnostics.evaluate.tasks import as_tasks
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
+from diagnostics.policies.registry import as_policies
 from diagnostics.prompts.digests import tokens_digest
 from diagnostics.self_test import looked_up_once
 from diagnostics.support.defaults import MARGIN, QUERY
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-from diagnostics.support.progress import Progress
+from diagnostics.support.progress import Progress, reporter
 
 
 @one_writer
 @looked_up_once()
 def evaluate(
     lm: LoadedModel,
-    tasks: Sequence[Task],
-    policies: Sequence[Policy],
+    tasks: Sequence[Task | str] | Task | str,
+    policies: Sequence[Policy | str] | Policy | str,
     *,
     limit: int | None = None,
     query: str = QUERY,
@@ -46,7 +48,7 @@ def evaluate(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     arguments: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Answer the items of every task under every policy; full depth is added in front.
@@ -56,7 +58,8 @@ def evaluate(
     lm
         The model.
     tasks, policies
-        The tasks to answer, and the policies to compare.
+        The tasks to answer, and the policies to compare; one or several, as objects or by name (see
+        `diagnostics.evaluate.load_task` and `diagnostics.parse_policy`).
     limit
         Items of each task, drawn at random; all if None.
     query
@@ -72,7 +75,8 @@ def evaluate(
     out, resume
         Folder to write, with the summary, and whether to continue the same evaluation in it.
     progress
-        Called as ``progress(done, total, what)`` before each item and at the end.
+        A bar on stderr by default, False for none, or a function that is called as ``progress(done, total, what)``
+        before each item and at the end.
     arguments
         What the user asked for; the manifest keeps it unchanged.
 
@@ -93,6 +97,8 @@ def evaluate(
         raise UserError(f"limit is {limit}: give 1 or more")
     if not 0 <= margin <= 1:
         raise UserError(f"margin is {margin}: give a share from 0 to 1")
+    lm, policies, report = LoadedModel.of(lm), as_policies(policies), reporter(progress, "evaluating")
+    tasks = as_tasks(tasks, lm.tokenizer, limit=limit, seed=seed)
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
         raise UserError("name one task or more, each once")
@@ -115,8 +121,7 @@ def evaluate(
                 shared = SharedPrefill(lm, chunk_size)
                 for policy in compared:
                     step = f"{task.name}, {policy.spec}"
-                    if progress:
-                        progress(done, total, step)
+                    report(done, total, step)
                     done += 1
                     if policy in failed or rows.has(policy, item):
                         continue
@@ -128,8 +133,7 @@ def evaluate(
                     else:
                         rows.add(policy, item, row)
         parts += [rows.of(policy) for policy in compared if policy not in failed]
-    if progress:
-        progress(total, total, "")
+    report(total, total, "")
     if not parts:
         raise UserError(f"nothing could be evaluated: {'; '.join(errors)}")
     manifest["errors"] = errors

@@ -4,6 +4,7 @@ For SPEED the numbers equal those of the cutoff sweep; this module measures them
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,38 +15,42 @@ from diagnostics.generation.generation import decode, generate
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
+from diagnostics.policies.registry import as_policies
 from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
+from diagnostics.prompts.given import as_prompts
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.self_test import looked_up_once
 from diagnostics.support.defaults import DECODE_TOKENS
 from diagnostics.support.divergence import kl_divergence, log_probabilities, reported
 from diagnostics.support.errors import UserError
-from diagnostics.support.progress import Progress
+from diagnostics.support.progress import Progress, reporter
 
 
 @torch.no_grad()
 @looked_up_once()
 def fidelity(
     lm: LoadedModel,
-    prompts: PromptSet,
-    policies: Sequence[Policy],
+    prompts: PromptSet | Sequence[Any] | str,
+    policies: Sequence[Policy | str] | Policy | str,
     *,
     decode_tokens: int = DECODE_TOKENS,
     chunk_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> pd.DataFrame:
     """Compare every policy's next-token distributions with those of full depth, teacher-forced on the reference.
 
     Parameters
     ----------
     lm, prompts, policies
-        The model, its prompts, and the policies. A prompt without a reference is continued greedily at full depth.
+        The model, its prompts as `diagnostics.diagnose` takes them, and the policies. A prompt without a reference is
+        continued greedily at full depth.
     decode_tokens
         Reference tokens per prompt at most, 1 or more.
     chunk_size
         Prompt tokens per forward pass; bounds memory at long prompts.
     progress
-        Called as ``progress(done, total, prompt_id)`` before each prompt and once at the end.
+        A bar on stderr by default, False for none, or a function that is called as ``progress(done, total, prompt_id)``
+        before each prompt and once at the end.
 
     Returns
     -------
@@ -61,13 +66,14 @@ def fidelity(
     """
     if decode_tokens < 1:
         raise UserError(f"decode tokens is {decode_tokens}: give 1 or more")
+    lm, prompts, policies = LoadedModel.of(lm), as_prompts(prompts), as_policies(policies)
+    report = reporter(progress, "comparing")
     for policy in policies:
         policy.check(lm.anatomy)
     encoded = encode_for_diagnosis(prompts, lm.tokenizer, lm.anatomy.max_positions, decode_tokens)
     rows = []
     for index, prompt in enumerate(encoded):
-        if progress:
-            progress(index, len(encoded), prompt.prompt_id)
+        report(index, len(encoded), prompt.prompt_id)
         shared = SharedPrefill(lm, chunk_size)
         reference = _reference(lm, prompt, decode_tokens, chunk_size)
         full = _log_probabilities(lm, prompt, reference, FullPolicy(), shared)
@@ -76,8 +82,7 @@ def fidelity(
             row = {"prompt_id": prompt.prompt_id, "category": prompt.category, "policy": policy.spec}
             lengths = {"n_prompt": len(prompt.token_ids), "n_decode": len(reference)}
             rows.append(row | lengths | _compared(full, under_policy, reference))
-    if progress:
-        progress(len(encoded), len(encoded), "")
+    report(len(encoded), len(encoded), "")
     return pd.DataFrame(rows)
 
 

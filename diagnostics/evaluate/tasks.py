@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diagnostics.evaluate.humaneval import load_humaneval
 from diagnostics.evaluate.items import Task, read_jsonl
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
 
 HUMANEVAL = "humaneval"
 MAX_LENGTH = 2**20  # tokens of a retrieval task
+
+
+def as_tasks(tasks: Any, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, seed: int = 0) -> list[Task]:
+    """Return what was given as tasks: one or several, as objects or by names for `load_task`; else a UserError."""
+    if isinstance(tasks, str | Task):
+        tasks = [tasks]
+    how = "give load_task(...), the name of a task, or a list of such"
+    if not isinstance(tasks, Iterable):
+        raise UserError(f"tasks are {tasks!r}: {how}")
+    made = [load_task(one, tokenizer, limit=limit, seed=seed) if isinstance(one, str) else one for one in tasks]
+    for one in made:
+        if not isinstance(one, Task):
+            raise UserError(f"a task is {one!r}: {how}")
+    return made
 
 
 def load_task(name: str, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None, seed: int = 0) -> Task:

@@ -35,7 +35,7 @@ def model_card(finetuning: FineTuning, base: str) -> str:
         "from diagnostics import SpeedPolicy, load_model",
         "",
         'lm = load_model(".")',
-        'inputs = lm.tokenizer("The sea is", return_tensors="pt")',
+        'inputs = lm.tokenizer("The sea is", return_tensors="pt").to(lm.device)',
         f"with SpeedPolicy({cutoff}, anchors={settings['anchors']})(lm.model):",
         "    tokens = lm.model.generate(**inputs, max_new_tokens=16)",
         "print(lm.tokenizer.decode(tokens[0]))",

@@ -38,13 +38,14 @@ from diagnostics.finetune.watch import Watch
 from diagnostics.models.loading import LoadedModel
 from diagnostics.prompts.digests import inputs_digest, tokenizer_digest
 from diagnostics.prompts.encoding import EncodedPrompt, encode_for_diagnosis
+from diagnostics.prompts.given import as_prompts
 from diagnostics.prompts.prompt import PromptSet
 from diagnostics.runs.places import RECOMMENDATION
-from diagnostics.support.errors import UserError
+from diagnostics.support.errors import UserError, require
 from diagnostics.support.files import write_text
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
-from diagnostics.support.progress import Progress
+from diagnostics.support.progress import Progress, reporter
 
 KEPT_CHECKPOINTS = 2
 
@@ -53,13 +54,13 @@ KEPT_CHECKPOINTS = 2
 def finetune(
     lm: LoadedModel,
     source: Source,
-    held_out: PromptSet,
+    held_out: PromptSet | Sequence[Any] | str,
     settings: Settings,
     *,
     out: str | Path,
     resume: bool = False,
     goals: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     arguments: dict[str, Any] | None = None,
 ) -> FineTuning:
     """Train a model under SPEED so that it loses less at a cutoff, and measure what it loses at all of them.
@@ -71,7 +72,7 @@ def finetune(
     source
         The data to train on: see `diagnostics.finetune.sources`.
     held_out
-        Prompts to measure on; none of them is trained on.
+        Prompts to measure on, as `diagnostics.diagnose` takes them; none of them is trained on.
     settings
         How to train.
     out, resume
@@ -80,7 +81,8 @@ def finetune(
     goals
         Goals of the recommendation, as arguments of `recommend`.
     progress
-        Called as ``progress(done, total, what)`` at every part of the work.
+        Bars on stderr by default, False for none, or a function that is called as ``progress(done, total, what)`` at
+        every part of the work.
     arguments
         What the user asked for; the manifest keeps it unchanged.
 
@@ -95,6 +97,9 @@ def finetune(
         If settings are invalid, data cannot be used, the folder holds something else, the loss is not finite, or for
         what `train_under` and `diagnose` refuse.
     """
+    lm, held_out, report = LoadedModel.of(lm), as_prompts(held_out), reporter(progress, "fine-tuning")
+    require(isinstance(source, Source), f"the data are {source!r:.60}: give Source(load_data(...), NAME)")
+    require(isinstance(settings, Settings), f"the settings are {settings!r:.60}: give Settings(cutoff=...)")
     _require_trainable(lm)
     settings = settings.settled(lm)
     goals = goals or {}
@@ -108,7 +113,7 @@ def finetune(
     if folder.complete:
         return load_finetuning(folder.path)
     with FINETUNING_FOLDER.writing(folder.path):
-        return _carry_out(lm, source, held_out, encoded, settings, goals, folder, progress)
+        return _carry_out(lm, source, held_out, encoded, settings, goals, folder, report)
 
 
 def _carry_out(
@@ -119,10 +124,9 @@ def _carry_out(
     settings: Settings,
     goals: dict[str, Any],
     folder: FineTuningWriter,
-    progress: Progress | None,
+    report: Progress,
 ) -> FineTuning:
     """Do the steps of a fine-tuning that are left: rows, measurement before, training, measurement after."""
-    report = progress or (lambda done, total, what: None)
     rows, _ = folder.examples(source.n_parts, partial(_make_part, lm, source, report))
     examples = _without(rows, {prompt.token_ids for prompt in encoded})
     if not examples:

@@ -20,13 +20,14 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
 from diagnostics.policies import Policy
 from diagnostics.policies.full import FullPolicy
+from diagnostics.policies.registry import as_policies
 from diagnostics.self_test import looked_up_once
 from diagnostics.support.defaults import NEW_TOKENS, REPEATS
 from diagnostics.support.errors import UserError
 from diagnostics.support.folders import manifest_head
 from diagnostics.support.locks import one_writer
 from diagnostics.support.memory import peak_memory
-from diagnostics.support.progress import Progress
+from diagnostics.support.progress import Progress, reporter
 
 WARM_UP_TOKENS = 2
 
@@ -35,16 +36,16 @@ WARM_UP_TOKENS = 2
 @looked_up_once()
 def benchmark(
     lm: LoadedModel,
-    policies: Sequence[Policy],
+    policies: Sequence[Policy | str] | Policy | str,
     *,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | int,
     repeats: int = REPEATS,
     new_tokens: int = NEW_TOKENS,
     batch_size: int = 1,
     chunk_size: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     arguments: dict[str, Any] | None = None,
 ) -> Benchmark:
     """Measure policies at several prompt lengths.
@@ -54,9 +55,9 @@ def benchmark(
     lm
         The model; its weights do not matter for times, so a random one serves.
     policies
-        Policies to compare; full depth is added in front if it is missing.
+        Policies to compare, as objects or as texts such as ``speed:24``; full depth is added in front if it is missing.
     lengths
-        Prompt lengths in tokens. Prompts are random tokens, the same for all policies.
+        Prompt lengths in tokens, one or several. Prompts are random tokens, the same for all policies.
     repeats
         Measurements of each, after one warm-up.
     new_tokens
@@ -68,7 +69,7 @@ def benchmark(
     out
         Folder for ``benchmark.parquet`` and ``benchmark.json``, which may be a run folder; written after each length.
     progress
-        Called as ``progress(done, total, what)``.
+        A bar on stderr by default, False for none, or a function that is called as ``progress(done, total, what)``.
     arguments
         What the user asked for; the manifest keeps it unchanged.
 
@@ -77,6 +78,8 @@ def benchmark(
     UserError
         If a number is out of range, a length exceeds the model's positions, or a policy does not fit the model.
     """
+    lm, policies, report = LoadedModel.of(lm), as_policies(policies), reporter(progress, "benchmarking")
+    lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     for name, value, least in (
         ("repeats", repeats, 1),
         ("new tokens", new_tokens, 2),
@@ -97,25 +100,24 @@ def benchmark(
             raise UserError(
                 f"{rope.reason}: {length} prompt tokens and {new_tokens} new ones are on both sides of that"
             )
-    policies = list(dict.fromkeys([FullPolicy(), *policies]))
-    for policy in policies:
+    compared = list(dict.fromkeys([FullPolicy(), *policies]))
+    for policy in compared:
         policy.check(lm.anatomy)
         if policy.anchors > min(lengths):
             raise UserError(f"{policy}: the prompt has {min(lengths)} tokens, fewer than the anchors")
     folder = None if out is None else Path(out)
     if folder is not None:
         BENCHMARK_FOLDER.require_free(folder)
-    manifest = _manifest(lm, policies, new_tokens, chunk_size, seed, arguments)
+    manifest = _manifest(lm, compared, new_tokens, chunk_size, seed, arguments)
     rows: list[dict[str, Any]] = []
-    total = len(lengths) * len(policies) * (repeats + 1)
+    total = len(lengths) * len(compared) * (repeats + 1)
     done = 0
     for length in lengths:
         ids = _token_ids(lm, batch_size, length, seed)
         out_of_memory: set[Policy] = set()
         for repeat in range(-1, repeats):  # -1 warms up
-            for policy in policies:
-                if progress:
-                    progress(done, total, f"{policy.spec} at {length}")
+            for policy in compared:
+                report(done, total, f"{policy.spec} at {length}")
                 done += 1
                 if policy in out_of_memory:
                     continue
@@ -131,8 +133,7 @@ def benchmark(
                     rows.append(row | {"repeat": repeat})
         if folder is not None and rows:
             write_benchmark(folder, manifest, pd.DataFrame(rows))
-    if progress:
-        progress(total, total, "")
+    report(total, total, "")
     if not rows:
         raise UserError(f"nothing could be measured: {'; '.join(manifest['notes'])}")
     return Benchmark(manifest, pd.DataFrame(rows), folder)

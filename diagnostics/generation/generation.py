@@ -6,7 +6,7 @@ say which tokens are prompt and which are decode phase, and return the KV cache.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from diagnostics.generation.inputs import token_ids, token_input
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import RopeLengths
 from diagnostics.policies import Policy
@@ -21,6 +22,7 @@ from diagnostics.policies.block import active, running
 from diagnostics.policies.cache import PolicyCache
 from diagnostics.policies.entry import admit_padding
 from diagnostics.policies.full import FullPolicy
+from diagnostics.policies.registry import parse_policy
 from diagnostics.policies.runtime import Runtime, ShallowCallDone
 from diagnostics.policies.segments import Phases, phases_of, require_anchors
 from diagnostics.support.errors import UserError
@@ -44,6 +46,8 @@ class Generation:
         Time per output token after the first, mean in seconds; NaN if there is only one.
     kv_bytes
         Bytes of keys and values in use at the end, measured from the tensors.
+    texts
+        The generated text of every row, without special tokens; empty for a model that came without its tokenizer.
     """
 
     token_ids: Tensor
@@ -51,6 +55,7 @@ class Generation:
     ttft_s: float
     tpot_s: float
     kv_bytes: int
+    texts: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -100,7 +105,7 @@ def prefill(
         If the policy does not fit the model, the tokens or the cache.
     """
     module = _module(model)
-    tokens = input_ids.shape[1]
+    tokens = token_ids(input_ids).shape[1]
     if tokens == 0:
         raise UserError("the prompt has no tokens")
     if chunk_size is not None and chunk_size < 1:
@@ -147,18 +152,19 @@ def decode(model: Model, input_ids: Tensor, cache: PolicyCache) -> Tensor:
     ask at full depth about a document. Raises UserError if the cache does not fit the model.
     """
     module = _module(model)
+    tokens = token_ids(input_ids).shape[1]
     with _under(module, None, cache) as runtime:
-        runtime.expect(Phases(0, input_ids.shape[1]))
+        runtime.expect(Phases(0, tokens))
         return module(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
 
 
 @torch.no_grad()
 def generate(
     model: Model,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping[str, Any] | str | Sequence[Mapping[str, str]],
     attention_mask: Tensor | None = None,
     *,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     cache: PolicyCache | None = None,
     max_new_tokens: int = 64,
     chunk_size: int | None = None,
@@ -167,13 +173,17 @@ def generate(
     generator: torch.Generator | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     streamer: Any = None,
+    chat: bool | None = None,
 ) -> Generation:
     """Generate after a prompt, and time it.
 
     Parameters
     ----------
-    model, input_ids, attention_mask, policy, cache, chunk_size
-        As for `prefill`.
+    model, attention_mask, policy, cache, chunk_size
+        As for `prefill`; the policy also as a text, such as ``speed:24``.
+    input_ids
+        As for `prefill`, or what a tokenizer returns. A `LoadedModel` also takes a text, or a conversation: a list of
+        ``{"role": ..., "content": ...}``.
     max_new_tokens
         Tokens to generate at most, 1 or more.
     temperature, top_p
@@ -184,6 +194,9 @@ def generate(
         Tokens that end a row; by default the model's own, ``()`` for none.
     streamer
         Gets prompt and tokens as from ``model.generate()``: ``put(ids)``, ``end()``.
+    chat
+        Whether a text is a user message of the chat template (True) or stands as it is (False); by default the former
+        if the model has a chat template, as for the command.
 
     Raises
     ------
@@ -197,6 +210,8 @@ def generate(
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: give a share above 0, at most 1")
     module = _module(model)
+    input_ids, attention_mask = token_input(model, input_ids, attention_mask, chat=chat, max_new_tokens=max_new_tokens)
+    policy = parse_policy(policy) if isinstance(policy, str) else policy
     ends = end_tokens(module, eos_token_id).to(input_ids.device)
     pad = module.generation_config.pad_token_id
     pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
@@ -237,12 +252,15 @@ def generate(
         if streamer is not None:
             streamer.end()
     steps = len(generated) - 1
+    answers = torch.stack(generated, dim=1)
+    texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True) if isinstance(model, LoadedModel) else ()
     return Generation(
-        token_ids=torch.stack(generated, dim=1),
+        token_ids=answers,
         cache=cache,
         ttft_s=first_token_at - started,
         tpot_s=(ended - first_token_at) / steps if steps else float("nan"),
         kv_bytes=cache.kv_bytes,
+        texts=tuple(texts),
     )
 
 
@@ -255,7 +273,7 @@ def outgrown(cache: PolicyCache, rope: RopeLengths) -> bool:
 
 
 def _module(model: Model) -> Any:
-    return model.model if isinstance(model, LoadedModel) else model
+    return model if isinstance(model, nn.Module) else LoadedModel.of(model).model
 
 
 @contextmanager

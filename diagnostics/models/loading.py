@@ -1,6 +1,8 @@
 """Loads a model, its tokenizer and its parts from a hub id, a folder, an adapter, a GGUF file or the built-in name."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,8 @@ class LoadedModel:
         A bridge and an nnsight model have a tokenizer; a transformers model needs one. With ``weights=False`` an
         nnsight model whose weights are not loaded stays so. Raises UserError if the model cannot be served.
         """
+        if isinstance(model, str | Path):
+            raise UserError(f"the model is a name, {str(model)!r}: load it first, with load_model({str(model)!r})")
         library = library_of(model)
         wrapper = None if library == TRANSFORMERS else model
         if library == NNSIGHT and weights and not model.dispatched:
@@ -81,6 +85,11 @@ class LoadedModel:
             wrapper=wrapper,
             library=library,
         )
+
+    @classmethod
+    def of(cls, model: Any) -> "LoadedModel":
+        """Return a loaded model as it is, and wrap any other; raises UserError as `wrap` does."""
+        return model if isinstance(model, cls) else cls.wrap(model)
 
     @property
     def device(self) -> torch.device:
@@ -145,15 +154,16 @@ def load_model(
         refuse_config(config, name)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         spread = device == "map" or (device == "auto" and _exceeds_one_gpu(config, torch_dtype))
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch_dtype,
-            use_safetensors=True,
-            device_map="auto" if spread else None,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-            **options,
-        )
+        with _without_bar():
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch_dtype,
+                use_safetensors=True,
+                device_map="auto" if spread else None,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+                **options,
+            )
         _require_all_weights(report, name)
         if not spread:
             loaded = loaded.to(torch_device)
@@ -167,6 +177,25 @@ def load_model(
         problem = hub_problem(error, name, revision)
         raise problem or UserError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
     return LoadedModel.wrap(loaded, tokenizer, name)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Keep transformers' bar of the weights out of sight; those of downloads stay, and all are as before afterwards."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    shown, downloads_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # and those of downloads
+    if downloads_shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if not downloads_shown:
+            disable_progress_bars()
 
 
 def _load_adapter(name: str, folder: Path, revision: str | None, **options: Any) -> LoadedModel:

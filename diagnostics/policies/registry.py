@@ -10,6 +10,7 @@ A policy of this package is a file in it. Another distribution names its class i
 import importlib
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -73,6 +74,20 @@ def find_policy(name: str) -> type[Policy]:
             hint = f"; did you mean '{kind}:{spelling[2]}'?"
         raise UserError(f"policy {name!r} is not one of: {', '.join(policies)}{hint}")
     return policies[name]
+
+
+def as_policies(policies: Any) -> list[Policy]:
+    """Return one or several policies, given as objects or as texts for `parse_policy`; raise UserError for others."""
+    if isinstance(policies, str | Policy):
+        policies = [policies]
+    how = "give SpeedPolicy(24), 'speed:24', or a list of such"
+    if isinstance(policies, type) or not isinstance(policies, Iterable):
+        raise UserError(f"policies are {policies!r}: {how}")
+    made = [parse_policy(one) if isinstance(one, str) else one for one in policies]
+    for one in made:
+        if not isinstance(one, Policy):
+            raise UserError(f"a policy is {one!r}: {how}")
+    return made
 
 
 def parse_policy(text: str) -> Policy:
