@@ -1,6 +1,11 @@
 """The recommendation as one plain sentence, the same in the terminal, the dashboard, the report and notebooks."""
 
-from diagnostics.cutoffs.recommendation import Recommendation
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diagnostics.cutoffs.recommendation import Recommendation
 
 ANSWER_LENGTH = 8192  # prompt tokens
 

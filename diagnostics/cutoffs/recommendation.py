@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.cutoffs.answer import answer
 from diagnostics.cutoffs.bounds import MIN_PROMPTS, upper_bound
+from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.cutoffs.regions import Region, RegionRules, Regions, find_regions
 from diagnostics.cutoffs.savings import LENGTHS, predict_savings
 from diagnostics.runs.run import Run
 from diagnostics.support.defaults import CONFIDENCE, MAX_KL
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import dump_json, read_json, write_sealed
+from diagnostics.support.overview import Overview, Readable
 
 MAX_LOSS = 1000.0  # nats per token; the largest goal that is accepted
 ROUNDING = 1e-9  # so that an agreement of 0.9 meets a goal of 0.9
@@ -67,8 +70,8 @@ class Criterion:
         return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-@dataclass(frozen=True)
-class Recommendation:
+@dataclass(frozen=True, repr=False)
+class Recommendation(Readable):
     """A cutoff with its evidence; ``data`` is the content of ``recommendation.json``."""
 
     data: dict[str, Any]
@@ -93,6 +96,19 @@ class Recommendation:
     def evidence(self) -> list[dict[str, Any]]:
         """Per cutoff 1..L: mean and bound of every loss."""
         return self.data["evidence"]
+
+    def overview(self) -> Overview:
+        """The answer, the goal, what was measured at the cutoff, and the regions."""
+        at, n_layers = self.evidence[self.cutoff - 1], self.data["n_layers"]
+        selection, stabilization = self.selection_region, self.stabilization_region
+        facts = {
+            "goal": goals_in_words(self.data["criterion"]),
+            "measured there": f"KL {at['kl']:.4f} nats per token, same top token {at['top1_agreement']:.1%}",
+            "selection region": str(selection or "none found"),
+            "stabilization region": str(stabilization or "none found"),
+            "notes": "; ".join(self.data["notes"]) or None,
+        }
+        return Overview(f"Cutoff {self.cutoff} of {n_layers} for {self.data['model']}", answer(self), facts)
 
     def save(self, path: str | Path) -> bool:
         """Write ``recommendation.json`` atomically, unless it says the same already; return whether it was written.

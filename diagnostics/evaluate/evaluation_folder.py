@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from diagnostics.runs.parts import PARTS
 from diagnostics.support.errors import UserError
 from diagnostics.support.files import read_table, write_sealed, write_table, write_text
 from diagnostics.support.folders import FolderKind, Head
+from diagnostics.support.overview import Overview, Readable
 
 if TYPE_CHECKING:
     from diagnostics.policies import Policy
@@ -50,8 +51,8 @@ class EvaluationManifest(Head, total=False):
 EVALUATION_FOLDER: FolderKind[EvaluationManifest] = FolderKind("evaluation", EVALUATION, EvaluationManifest)
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Readable):
     """Scores of one model: ``items`` has one row per task, policy and item.
 
     Columns: task, policy, item_id, category, question (what was asked, at most about 2,000 characters), choices (texts,
@@ -62,8 +63,20 @@ class Evaluation:
     """
 
     manifest: EvaluationManifest
-    items: pd.DataFrame = field(repr=False)
+    items: pd.DataFrame
     path: Path | None = None
+
+    def overview(self) -> Overview:
+        """What was asked, and every policy's mean score; `diagnostics.evaluate.summarize` has intervals and tests."""
+        counts = self.items.groupby("task", sort=False)["item_id"].nunique()
+        means = self.items.groupby(["policy", "task"], sort=False)["score"].mean().groupby("policy", sort=False).mean()
+        facts = {
+            "tasks": ", ".join(f"{task} ({count} items)" for task, count in counts.items()),
+            "score, mean over tasks": ", ".join(f"{policy} {100 * score:.1f}%" for policy, score in means.items()),
+            "not finished": "; ".join(self.manifest.get("errors", [])) or None,
+            "folder": self.path,
+        }
+        return Overview(f"Evaluation of {self.manifest['model']}", facts=facts)
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Required, cast
 
@@ -36,6 +36,7 @@ from diagnostics.support.files import (
     write_table,
 )
 from diagnostics.support.folders import FolderKind, Head
+from diagnostics.support.overview import Overview, Readable
 
 FINETUNING, EXAMPLES, STEPS, SWEEPS = "finetuning.json", "examples.parquet", "steps.parquet", "sweeps.parquet"
 CHECKPOINTS, BEFORE, AFTER = "checkpoints", "before", "after"
@@ -61,8 +62,8 @@ class FineTuningManifest(Head, total=False):
 FINETUNING_FOLDER: FolderKind[FineTuningManifest] = FolderKind("fine-tuning", FINETUNING, FineTuningManifest)
 
 
-@dataclass(frozen=True, eq=False)
-class FineTuning:
+@dataclass(frozen=True, eq=False, repr=False)
+class FineTuning(Readable):
     """A fine-tuning, finished or not.
 
     ``steps``: one row per step, with ``step`` (1, 2, ...), ``loss`` in nats per target, ``learning_rate``,
@@ -72,9 +73,21 @@ class FineTuning:
     """
 
     manifest: FineTuningManifest
-    steps: pd.DataFrame = field(repr=False)
-    sweeps: pd.DataFrame = field(repr=False)
+    steps: pd.DataFrame
+    sweeps: pd.DataFrame
     path: Path | None = None
+
+    def overview(self) -> Overview:
+        """How it was trained, and what it loses at its cutoff."""
+        settings, n_layers = self.manifest["settings"], self.manifest["n_layers"]
+        cutoff, last = int(settings["cutoff"]), int(self.sweeps["step"].max())
+        before, after = self.curve(0)[cutoff], self.curve()[cutoff]
+        facts = {
+            "KL at that cutoff": f"{before:.3f} before, {after:.3f} after {last} steps, nats per token",
+            "status": None if self.complete else f"not finished: {last} of {settings['steps']} steps measured",
+            "folder": self.path,
+        }
+        return Overview(f"Fine-tuning of {self.manifest['model']} for cutoff {cutoff} of {n_layers}", facts=facts)
 
     @property
     def complete(self) -> bool:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required
 
@@ -16,6 +16,7 @@ from diagnostics.policies.full import FullPolicy
 from diagnostics.runs.places import BENCHMARK, MANIFEST
 from diagnostics.support.files import remove_scratch, write_sealed, write_table
 from diagnostics.support.folders import FolderKind, Head
+from diagnostics.support.overview import Overview, Readable
 
 BENCHMARK_MANIFEST = "benchmark.json"
 # Columns that a benchmark must have.
@@ -50,8 +51,8 @@ BENCHMARK_FOLDER: FolderKind[BenchmarkManifest] = FolderKind(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Benchmark:
+@dataclass(frozen=True, eq=False, repr=False)
+class Benchmark(Readable):
     """Measurements of one model.
 
     ``rows``: one per policy, length and repeat, with columns policy, spec, cutoff (layers that all prompt tokens run
@@ -61,8 +62,19 @@ class Benchmark:
     """
 
     manifest: BenchmarkManifest
-    rows: pd.DataFrame = field(repr=False)
+    rows: pd.DataFrame
     path: Path | None = None
+
+    def overview(self) -> Overview:
+        """What was measured on what; `summary` has the numbers."""
+        lengths = ", ".join(f"{length:,}" for length in self.rows["n_prompt"].unique())
+        facts = {
+            "hardware": self.manifest["hardware"],
+            "policies": ", ".join(self.rows["spec"].unique()),
+            "prompt tokens": f"{lengths}; {self.rows['repeat'].nunique()} repeats",
+            "folder": self.path,
+        }
+        return Overview(f"Benchmark of {self.manifest['model']}", facts=facts)
 
     def summary(self) -> pd.DataFrame:
         """One row per length and policy: mean, std, median of each measure, and ratios to full depth.

@@ -27,13 +27,14 @@ from diagnostics.models.lookup import hub_problem, locate
 from diagnostics.models.outline import check_model as check_model
 from diagnostics.support.errors import UserError, one_line
 from diagnostics.support.files import require_sums
+from diagnostics.support.overview import Overview, Readable
 
 # Tensors of old checkpoints that are computed from the configuration.
 DERIVED = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".attention.masked_bias")
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedModel:
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadedModel(Readable):
     """A transformers causal language model, its tokenizer and its parts.
 
     ``model`` is the stock object: nothing is folded, centred or patched. ``revision`` is the hub commit, or None.
@@ -90,6 +91,21 @@ class LoadedModel:
     def of(cls, model: Any) -> "LoadedModel":
         """Return a loaded model as it is, and wrap any other; raises UserError as `wrap` does."""
         return model if isinstance(model, cls) else cls.wrap(model)
+
+    def overview(self) -> Overview:
+        """Its size, and where it runs."""
+        anatomy, positions = self.anatomy, self.anatomy.max_positions
+        heads = f"{anatomy.n_heads} heads of {anatomy.head_dim} ({anatomy.n_kv_heads} KV)"
+        facts = {
+            "layers": f"{anatomy.n_layers}, each {heads}",
+            "positions": None if positions is None else f"{positions:,}",
+            "weights": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+            "class": type(self.model).__name__,
+            "library": self.library,
+            "revision": self.revision,
+            "adapter of": self.base,
+        }
+        return Overview(f"Model {self.name}", facts=facts)
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from diagnostics.policies.recommendation import recommended_cutoff
 from diagnostics.support.errors import UserError
+from diagnostics.support.overview import Overview
 
 if TYPE_CHECKING:
     from torch import nn
@@ -181,6 +182,11 @@ class Policy(ABC):
             if value != field.default:
                 parts.append(str(value) if position == 0 else f"{field.name}={value}")
         return ":".join(parts)
+
+    def _repr_html_(self) -> str:
+        """Show the policy in a notebook; its ``repr`` is that of a dataclass, which Python reads again."""
+        names = [field.name for field in fields(self)]
+        return Overview(f"{self.title} ({self.spec})", facts={name: getattr(self, name) for name in names}).html()
 
     def __str__(self) -> str:
         return self.spec

@@ -1,7 +1,7 @@
 """A run: its manifest and tables, read from its folder or kept in memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,18 +12,33 @@ from diagnostics.runs.manifest import RUN_FOLDER, RunManifest
 from diagnostics.runs.parts import find_parts, merge, read_tables
 from diagnostics.runs.schema import COLUMNS, Tables, tables_problem
 from diagnostics.support.errors import UserError
+from diagnostics.support.overview import Overview, Readable
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+@dataclass(frozen=True, eq=False, repr=False)
+class Run(Readable):
     """One diagnosis: its manifest and tables, in a folder (``path``) or in memory only.
 
     The tables of an interrupted run hold the prompts that finished.
     """
 
     manifest: RunManifest
-    tables: Tables = field(repr=False)
+    tables: Tables
     path: Path | None = None
+
+    def overview(self) -> Overview:
+        """What was measured, and where it is."""
+        n, asked = len(self.prompts), self.manifest["n_prompts"]
+        categories = ", ".join(dict.fromkeys(map(str, self.prompts["category"])))
+        lengths = self.prompts["n_prompt"]
+        done = f"{n} prompts" if self.complete else f"{n} of {asked} prompts so far"
+        facts = {
+            "model": f"{self.manifest['model']}, {self.n_layers} layers, {self.manifest['n_heads']} heads",
+            "prompts": f"{lengths.min():,} to {lengths.max():,} tokens; {categories}",
+            "tables": ", ".join(f"{name} ({len(table):,} rows)" for name, table in self.tables.items()),
+            "folder": self.path,
+        }
+        return Overview(f"Run {self.name}: {done}", facts=facts)
 
     @property
     def prompts(self) -> pd.DataFrame:

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.utils import logging
 
 from diagnostics import LoadedModel, UserError, load_model
 from diagnostics.models import embedded
@@ -259,6 +261,19 @@ def test_models_that_are_not_there(name, said):
         load_model(name)
     assert one_line(caught)
     assert name in str(caught.value)
+
+
+def test_loading_draws_no_bar_and_leaves_those_of_others_as_they_were(tiny_folder, capsys):
+    was = logging.is_progress_bar_enabled()
+    try:
+        for shown in (False, True):
+            logging.enable_progress_bar() if shown else logging.disable_progress_bar()
+            load_model(tiny_folder)
+            assert logging.is_progress_bar_enabled() == shown
+            assert are_progress_bars_disabled() != shown
+            assert capsys.readouterr() == ("", "")
+    finally:
+        logging.enable_progress_bar() if was else logging.disable_progress_bar()
 
 
 # --- Device and type ---
