@@ -4,7 +4,7 @@ Every figure has a transparent background and takes its text colours from plotly
 pages.
 """
 
-from diagnostics.figures.benchmarks import benchmark_ratios
+from diagnostics.figures.benchmarks import benchmark_ratios, benchmark_sentences
 from diagnostics.figures.cutoffs import compare_runs, cutoff_loss, retention
 from diagnostics.figures.finetuning import finetuning_categories, finetuning_cutoffs, finetuning_steps
 from diagnostics.figures.heads import head_map
@@ -17,6 +17,7 @@ from diagnostics.figures.values import figure_values
 __all__ = [
     "PALETTE",
     "benchmark_ratios",
+    "benchmark_sentences",
     "compare_runs",
     "cutoff_loss",
     "figure_values",

@@ -76,14 +76,14 @@ def layer_curves(run: Run, recommendation: Recommendation | None = None) -> go.F
 
 
 def layer_panel(run: Run, name: str, recommendation: Recommendation | None = None) -> go.Figure:
-    """Draw one of ``PANELS`` alone, as `layer_curves` does."""
+    """Draw one of ``PANELS`` alone, as `layer_curves` does; what it is of, its reader says once for all panels."""
     panel = PANELS[name]
     figure = make_subplots(rows=1, cols=1)
     _draw(figure, run, panel)
     figure.update_xaxes(title_text="layer")
     if recommendation is not None:
         _mark_regions(figure, recommendation, _legend(1))
-    return finished(figure, panel.question, 330, about(run))
+    return finished(figure, panel.question, 330)
 
 
 def layer_sentences(run: Run, recommendation: Recommendation | None = None) -> dict[str, str]:

@@ -27,7 +27,7 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 DASHES = ("solid", "dash", "dot")
 LONGEST_NAME = 28
 # Parts of a figure's height outside the plot: the title above it, the axis below, and the legend below the axis.
-ABOVE, AXIS, LEGEND = 50, 66, 50
+ABOVE, AXIS, LEGEND = 80, 66, 50
 
 
 def quality_scores(summary: pd.DataFrame) -> go.Figure:

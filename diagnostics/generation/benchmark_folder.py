@@ -79,7 +79,8 @@ class Benchmark(Readable):
     def summary(self) -> pd.DataFrame:
         """One row per length and policy: mean, std, median of each measure, and ratios to full depth.
 
-        A ratio is the median over repeats of the ratio within the repeat.
+        A ratio is the median over repeats of the ratio within the repeat; ``ratio_low`` and ``ratio_high`` are the
+        smallest and the largest of these.
         """
         keys = ["n_prompt", "spec"]
         full = self.rows[self.rows["policy"] == FullPolicy.name].set_index(["n_prompt", "repeat"])
@@ -92,7 +93,9 @@ class Benchmark(Readable):
         ].first()
         for name in MEASURED:
             table[f"{name}_mean"], table[f"{name}_std"] = grouped[name].mean(), grouped[name].std()
-            table[name], table[f"{name}_ratio"] = grouped[name].median(), grouped[f"{name}_ratio"].median()
+            table[name], ratio = grouped[name].median(), grouped[f"{name}_ratio"]
+            table[f"{name}_ratio"] = ratio.median()
+            table[f"{name}_ratio_low"], table[f"{name}_ratio_high"] = ratio.min(), ratio.max()
         table["prefill_tflops"], table["decode_gb_s"] = (
             grouped["prefill_tflops"].median(),
             grouped["decode_gb_s"].median(),

@@ -260,7 +260,7 @@ def test_benchmark_ratios():
             "n_prompt": n,
             "batch_size": 1,
             "repeat": repeat,
-            "ttft_s": seconds * n / 1000,
+            "ttft_s": seconds * n / 1000 * (1 + repeat * (policy == "speed") / 2),
             "tpot_s": seconds / 10,
             "kv_bytes": int(100 * seconds),
             "peak_bytes": 1.0,
@@ -275,10 +275,21 @@ def test_benchmark_ratios():
         for n in (512, 2048)
         for repeat in range(2)
     ]
-    figure = figures.benchmark_ratios(Benchmark({"model": "m", "hardware": "h"}, pd.DataFrame(rows)))
+    made = Benchmark({"model": "m", "hardware": "h"}, pd.DataFrame(rows))
+    figure = figures.benchmark_ratios(made)
     assert_complete_figure(figure)
     measured = [t for t in figure.data if t.name == "speed:3"]
-    assert [list(t.y) for t in measured] == [[0.5, 0.5]] * 3
+    assert [list(t.y) for t in measured] == [[0.625, 0.625], [0.5, 0.5], [0.5, 0.5]]
+    for drawn, low, high in zip(measured, (0.5, 0.5, 0.5), (0.75, 0.5, 0.5), strict=True):
+        # Bars reach over the ratios of all repeats.
+        np.testing.assert_allclose(np.subtract(drawn.y, drawn.error_y.arrayminus), low)
+        np.testing.assert_allclose(np.add(drawn.y, drawn.error_y.array), high)
+    assert figures.benchmark_sentences(made) == {
+        "speed:3": "At 2,048 tokens speed:3 needs 0.62 of full depth's time to first token, 0.50 of its time per "
+        "further token and 0.50 of its KV cache."
+    }
+    alone = Benchmark(made.manifest, made.rows[made.rows["policy"] == "speed"])
+    assert figures.benchmark_sentences(alone) == {}
     assert [list(t.x) for t in measured] == [[512, 2048]] * 3
     assert sorted(t.y[0] for t in figure.data if t.name == "speed:3: limit") == [0.4, 0.5, 0.6]
     assert [t.showlegend for t in measured] == [True, False, False]

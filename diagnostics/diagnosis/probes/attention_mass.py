@@ -39,8 +39,8 @@ class AttentionMass(Probe):
     name = "attention_mass"
     describes: ClassVar[Mapping[str, str]] = {
         "mass_anchor": "attention weight on the anchors, mean over decode queries (and heads), 0..1",
-        "mass_prompt": "attention weight on the prompt, 0..1",
-        "mass_decode": "attention weight on decode-phase tokens, 0..1",
+        "mass_prompt": "attention weight on the prompt, mean over decode queries (and heads), 0..1",
+        "mass_decode": "attention weight on decode-phase tokens, mean over decode queries (and heads), 0..1",
         "mass_sink": "attention weight on the model's learned sinks, 0..1; zero where it has none",
         "selectivity": "total variation between a query's attention over the prompt (as masses) and its mean over "
         "decode queries, 0..1; layers: mean over heads; tokens: one number per layer, this token's part of the layer's",

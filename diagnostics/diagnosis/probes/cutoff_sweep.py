@@ -29,7 +29,7 @@ class CutoffSweep(Probe):
         "kl": "KL(full depth || SPEED at this cutoff), mean over decode positions, nats per token",
         "top1_agreement": "share of decode positions where both put the same token on top, 0..1",
         "nll": "negative log-likelihood of the reference under SPEED at this cutoff, nats per token",
-        "nll_full": "the same at full depth",
+        "nll_full": "negative log-likelihood of the reference at full depth, nats per token",
     }
 
     def __init__(self, context: PromptContext) -> None:

@@ -28,7 +28,7 @@ class Drift(Probe):
     name = "drift"
     describes: ClassVar[Mapping[str, str]] = {
         "drift_prompt": "mean over prompt positions of 1 - cos(h_l, h_l+1), 0..2",
-        "drift_prompt_centred": "the same after subtracting the mean over prompt positions from each, 0..2",
+        "drift_prompt_centred": "drift_prompt of residuals less their mean over prompt positions, 0..2",
         "update_prompt": "mean over prompt positions of |h_l+1 - h_l| / |h_l|, >= 0",
         "to_final_prompt": f"mean of cos(h_l+1, h_L) over up to {N_SAMPLED} evenly spaced prompt positions, -1..1",
         "drift_decode": "mean over decode positions of 1 - cos(h_l, h_l+1), 0..2",

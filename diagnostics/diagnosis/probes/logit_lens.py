@@ -29,12 +29,12 @@ class LogitLens(Probe):
         "lens_top1": "share of lens positions where the lens's top token is the final one, 0..1",
         "lens_rank": "rank of the final top token under the lens, median over lens positions, 0 is top",
         "lens_js": "Jensen-Shannon distance from the lens after layer l-1, sqrt(nats), 0..0.833; NaN in layer 0",
-        "lens_kl_translated": "lens_kl with the mean over prompt positions of h_L - h_l+1 added first, nats",
-        "lens_top1_translated": "lens_top1 of the translated lens, 0..1",
+        "lens_kl_translated": "lens_kl after adding the mean over prompt positions of h_L - h_l+1, nats",
+        "lens_top1_translated": "lens_top1 of the lens of lens_kl_translated, 0..1",
         "lens_settled": "share of lens positions whose top token is final from this layer on, 0..1",
         "lens_token": "most likely token after layer l at the first decode positions; in lens, for prompts kept in "
         "detail",
-        "lens_probability": "its probability, 0..1",
+        "lens_probability": "probability of lens_token after layer l, 0..1; in lens, for prompts kept in detail",
     }
 
     def __init__(self, context: PromptContext) -> None:

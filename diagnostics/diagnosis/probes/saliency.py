@@ -26,7 +26,8 @@ class Saliency(Probe):
     describes: ClassVar[Mapping[str, str]] = {
         "saliency_overlap": "overlap of the top 20% of prompt tokens with those of each later layer, mean over later "
         "layers, 0..1 (0.2 by chance); NaN in the last layer",
-        "saliency_overlap_next": "overlap with the next layer alone, 0..1; NaN in the last layer",
+        "saliency_overlap_next": "overlap of the top 20% of prompt tokens with those of the next layer, 0..1; NaN in "
+        "the last layer",
     }
 
     def __init__(self, context: PromptContext) -> None:
