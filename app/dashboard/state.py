@@ -121,23 +121,35 @@ def show(
     name: str,
     draw: Callable[..., Any],
     *,
+    note: str = "",
+    help: str | None = None,
     table: pd.DataFrame | Callable[[], pd.DataFrame] | None = None,
     on_select: Any = "ignore",
     **values: Any,
 ) -> Any:
     """Show the figure that ``draw(**values)`` makes of an entry, drawn once for its name and plain values.
 
-    Its title stands above it as a heading, beside a download of ``table``, by default the data drawn. Selections, where
-    ``on_select`` asks for them, are kept as those of the widget ``figure NAME``. Returns the figure.
+    Its title stands above it as a heading with ``help`` as its tooltip, beside a download of ``table``, by default the
+    data drawn; ``note`` says what to see. Selections of points, where ``on_select`` asks for them, are kept as those of
+    the widget ``figure NAME``. Returns the figure.
     """
     drawn = _figure(draw, name, str(entry.path), entry.signature, values)
     row = st.container(horizontal=True, vertical_alignment="bottom")
     title, subject = drawn.title
-    row.markdown(f"##### {md(title)}" + (f"  \n{md(subject)}" if subject else ""), width="stretch")
+    row.markdown(f"##### {md(title)}" + (f"  \n{md(subject)}" if subject else ""), width="stretch", help=help)
     file_name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{entry.name}-{name}")
     download(row, "CSV", drawn.csv if table is None else to_csv(table), f"{file_name}.csv", "text/csv", type="tertiary")
     options = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2, "filename": file_name}}
-    st.plotly_chart(drawn.bare, width="stretch", config=options, key=f"figure {name}", on_select=on_select)
+    if note:
+        st.markdown(note)
+    st.plotly_chart(
+        drawn.bare,
+        width="stretch",
+        config=options,
+        key=f"figure {name}",
+        on_select=on_select,
+        selection_mode="points",
+    )
     return drawn.figure
 
 

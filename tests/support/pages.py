@@ -70,8 +70,13 @@ def table(at, number=0):
     return at.dataframe[number].value
 
 
+def texts(at):
+    """The HTML that a page shows, without the styles that all pages share."""
+    return [element.value for element in at.html if "<style>" not in element.value]
+
+
 def html(at):
-    return "".join(element.value for element in at.html)
+    return "".join(texts(at))
 
 
 def edit_manifest(folder, name=MANIFEST, /, **changes):
