@@ -8,16 +8,28 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from dashboard.address import bind, number, one_of
 from dashboard.catalog import Entry, Signature
-from dashboard.state import entries, md, runs_folder, show
+from dashboard.changed_items import where_answers_changed
+from dashboard.moments import readable_time
+from dashboard.state import download, entries, md, runs_folder, show
 from diagnostics import figures
 from diagnostics.evaluate.answer_metrics import FAILURES
 from diagnostics.evaluate.evaluation_folder import ITEMS, Evaluation, load_evaluation
-from diagnostics.evaluate.score_table import FULL, kept, markdown, plural, summarize, texts
+from diagnostics.evaluate.score_table import FULL, KEPT, kept, markdown, plural, summarize, texts
 from diagnostics.figures.quality import policy_label
 from diagnostics.report import asked_margin, asked_seed
+from diagnostics.support.glossary import GLOSSARY
 
-SIDES = {"lost": "Lost", "won": "Won"}
+MARGIN_HELP = f"{GLOSSARY['margin']} Non-inferior: {GLOSSARY['non-inferior']}"
+# Headings of columns in words, with what they are.
+KEPT_HELP = "the average as a share of that of full depth"
+FAILURE_HELP = {
+    "empty": "generated answers without any text",
+    "unfinished": "generated answers that were not over when the tokens ran out",
+    "repeating": "generated answers that repeat themselves",
+    "unparseable": "generated answers in which no answer was found",
+}
 # More verdicts than these scroll in a box of so many pixels.
 MOST_VERDICTS, BOX = 5, 250
 
@@ -44,19 +56,9 @@ def within(table: pd.DataFrame, margin: float) -> pd.DataFrame:
 
 def choose_margin(entry: Entry, manifest: Mapping[str, Any]) -> float:
     """Let the reader move the margin; it begins with the one that was asked for."""
-    first = 100 * asked_margin(manifest)
-    # A key of its own: Streamlit forgets those of widgets when the page is left.
-    own = f"own margin {entry.name}"
-    chosen = st.number_input(
-        "Margin, points",
-        0.0,
-        100.0,
-        float(st.session_state.get(own, first)),
-        0.5,
-        key=f"margin {entry.name}",
-        help="A policy is non-inferior if it is, with 95% confidence, less than this below full depth.",
-    )
-    st.session_state[own] = chosen
+    key = f"margin {entry.name}"
+    bind(key, "margin", 100 * asked_margin(manifest), number(0, 100), of=entry.name)
+    chosen = st.number_input("Margin, points", 0.0, 100.0, step=0.5, key=key, help=MARGIN_HELP)
     return round(chosen / 100, 6)
 
 
@@ -67,7 +69,7 @@ def about(evaluation: Evaluation) -> None:
     n = evaluation.items.groupby("task")["item_id"].nunique()
     parts = [m["model"], identity.get("dtype"), m.get("hardware"), f"{n.sum():,} items of {plural(len(n))}"]
     parts += [f"query: {identity['query']}"] if "query" in identity else []
-    parts += [f"made {m['created']}"] if "created" in m else []
+    parts += [f"made {readable_time(m['created'])}"] if "created" in m else []
     st.caption(md(", ".join(str(part) for part in parts if part)))
     errors = m.get("errors")
     for error in errors if isinstance(errors, list) else []:
@@ -86,11 +88,13 @@ def scores(table: pd.DataFrame) -> None:
         for _, row in table[table["non_inferior"].fillna(False).astype(bool)].iterrows():
             shown.loc[row["policy"], row["task"]] += " ✓"
     shown = shown.rename(index=policy_label)
-    st.dataframe(shown.rename_axis("policy"), width="stretch")
+    headings = {KEPT: st.column_config.TextColumn("average kept, %", help=KEPT_HELP)}
+    for name in FAILURES:
+        headings[f"{name}, %"] = st.column_config.TextColumn(f"{name} answers, %", help=FAILURE_HELP.get(name))
+    st.dataframe(shown.rename_axis("policy"), width="stretch", column_config=headings)
     st.caption(
         "Scores in percent ± half of the 95% interval. \\* differs significantly from full depth (5%, corrected over "
-        "the tasks of a policy; averages are not tested). ✓ non-inferior at the margin. Kept: the average as a share "
-        "of that of full depth."
+        "the tasks of a policy; averages are not tested). ✓ non-inferior at the margin."
     )
 
 
@@ -113,77 +117,7 @@ def drawn(entry: Entry, table: pd.DataFrame, margin: float) -> None:
             if figure is None:
                 st.caption(missing)
             else:
-                show(entry, f"quality {name.lower()}", lambda figure=figure, **_: figure, margin=margin)
-
-
-def changed(items: pd.DataFrame, policy: str) -> dict[str, pd.DataFrame]:
-    """Return the items that a policy loses and wins against full depth, a row each with what both answered."""
-    full, other = (items[items["policy"] == name] for name in (FULL, policy))
-    both = full.merge(other, on=["task", "item_id"], suffixes=("", "_policy"))
-    return {
-        "lost": both[both["score"] > both["score_policy"]].reset_index(drop=True),
-        "won": both[both["score"] < both["score_policy"]].reset_index(drop=True),
-    }
-
-
-def where_answers_changed(items: pd.DataFrame, policies: list[str]) -> None:
-    """Let the reader look at the items that a policy answers otherwise."""
-    st.subheader("Where answers changed")
-    left, middle, right = st.columns([2, 2, 3], vertical_alignment="bottom")
-    policy = left.selectbox("Policy", policies, format_func=policy_label, key="changed_policy")
-    task = middle.selectbox("Task", ["all tasks", *dict.fromkeys(items["task"])], key="changed_task")
-    changes = changed(items if task == "all tasks" else items[items["task"] == task], str(policy))
-    side = right.segmented_control(
-        "Items",
-        list(SIDES),
-        default="lost",
-        required=True,
-        format_func=lambda side: f"{SIDES[side]} ({len(changes[side])})",
-        key="changed_side",
-        label_visibility="collapsed",
-    )
-    rows = changes[str(side)]
-    label = policy_label(str(policy))
-    columns = {
-        "task": "task",
-        "item_id": "item",
-        "category": "category",
-        "score": "score, full depth",
-        "score_policy": f"score, {label}",
-        "gold": "right choice",
-        "chosen": "chosen, full depth",
-        "chosen_policy": f"chosen, {label}",
-        "accepted": "accepted",
-        "answer": "answer, full depth",
-        "answer_policy": f"answer, {label}",
-    }
-    shown = [name for name in columns if name in rows and (rows[name].notna() & (rows[name] != "")).any()]
-    if rows.empty:
-        st.caption("None.")
-        return
-    st.dataframe(rows[shown].rename(columns=columns), hide_index=True, width="stretch", height="auto")
-    st.caption(
-        "Lost: full depth is right and the policy wrong, or scores lower where scores are graded. Won: the reverse."
-    )
-    if "answer" in rows and rows["answer"].notna().any():
-        answers(rows[rows["answer"].notna()].reset_index(drop=True), label)
-
-
-def answers(rows: pd.DataFrame, label: str) -> None:
-    """Show both answers to an item, as text."""
-    chosen = st.selectbox(
-        "Both answers to",
-        range(len(rows)),
-        format_func=lambda i: f"{rows.loc[i, 'task']}: {rows.loc[i, 'item_id']}",
-        key="changed_item",
-    )
-    row = rows.loc[int(chosen)]
-    if isinstance(row.get("accepted"), str):
-        st.caption(f"Accepted: {md(row['accepted'])}")
-    sides = (("full depth", row["score"], row["answer"]), (label, row["score_policy"], row["answer_policy"]))
-    for column, (name, score, answer) in zip(st.columns(2), sides, strict=True):
-        column.caption(md(f"{name}: score {score:.2g}" + ("" if str(answer).strip() else ", empty")))
-        column.code(str(answer), language=None, wrap_lines=True)
+                show(entry, f"quality {name.lower()}", lambda figure=figure, **_: figure, table=table, margin=margin)
 
 
 def downloads(table: pd.DataFrame) -> None:
@@ -197,7 +131,7 @@ def downloads(table: pd.DataFrame) -> None:
         "summary.md": (markdown(table), "text/markdown"),
     }
     for column, (name, (data, kind)) in zip(st.columns(3), files.items(), strict=True):
-        column.download_button(name, data, name, kind, width="stretch", key=name)
+        download(column, name, data, name, kind, width="stretch")
 
 
 evaluations = {entry.name: entry for entry in entries() if entry.has_evaluation}
@@ -207,7 +141,8 @@ if not evaluations:
     st.code("speed-diagnostics evaluate --tasks needle@512,arc_easy --policies speed:22,speed:25", language="bash")
     st.stop()
 left, right = st.columns([3, 1])
-entry = evaluations[left.selectbox("Evaluation", list(evaluations), key="evaluation")]
+bind("evaluation", "evaluation", next(iter(evaluations)), one_of(evaluations), of=str(runs_folder()), always=True)
+entry = evaluations[str(left.selectbox("Evaluation", list(evaluations), key="evaluation"))]
 if not os.path.exists(entry.path / ITEMS):
     st.info(f"**{md(entry.name)}** is not finished. If nothing runs any more, go on with what began it, and add:")
     st.code(f"--out {entry.path} --resume", language="bash")
@@ -225,5 +160,5 @@ if "difference" in table:
 scores(table)
 drawn(entry, table, margin)
 if "difference" in table:
-    where_answers_changed(evaluation.items, policies)
+    where_answers_changed(evaluation.items, policies, entry.name)
 downloads(table)

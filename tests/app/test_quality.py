@@ -279,6 +279,56 @@ def test_a_manifest_with_a_field_of_another_type_is_one_line(tmp_path, open_app,
     assert f"field {next(iter(odd))} is missing or wrong" in line
 
 
+def with_texts(items):
+    """What each item asked, and the choices where there are some."""
+    return items.assign(
+        question=[f"Question <b>{item}</b>?" for item in items["item_id"]],
+        choices=[
+            None if pd.isna(gold) else [f" choice *{n}* of {item}" for n in range(4)]
+            for item, gold in zip(items["item_id"], items["gold"], strict=True)
+        ],
+    )
+
+
+def test_a_changed_item_shows_its_question_its_choices_and_who_chose_what(tmp_path, open_app):
+    made = make_evaluation(n=60)
+    save_evaluation(tmp_path / "made", Evaluation(made.manifest, with_texts(made.items)))
+    at = open_app(tmp_path, "quality")
+    at.selectbox(key="changed_policy").select("speed:22").run()
+    at.selectbox(key="changed_task").select("boolq").run()
+    assert calm(at) == []
+    shown = at.dataframe[1].value
+    at.selectbox(key="changed_item").select_index(1).run()
+    item = shown["item"][1]
+    assert [text.value for text in at.text] == [f"Question <b>{item}</b>?"]
+    assert shown["question"][1] == f"Question <b>{item}</b>?"
+    number = int(item.partition("/")[2])
+    table = at.table[0].value
+    assert [literal(text) for text in table["choice"]] == [f"choice *{n}* of {item}" for n in range(4)]
+    marked = {column: list(table.index[table[column] == "✓"]) for column in ("right", "full depth", "SPEED 22")}
+    right, wrong = "ABCD"[number % 4], "ABCD"[(number + 1) % 4]
+    assert marked == {"right": [right], "full depth": [right], "SPEED 22": [wrong]}
+    assert (shown["right choice"][1], shown["chosen, SPEED 22"][1]) == (right, wrong)
+    at.selectbox(key="changed_task").select("gsm8k").run()
+    assert calm(at) == []
+    assert len(at.table) == 0
+    assert len(at.text) == 1
+    assert len(at.code) == 2
+
+
+def test_an_evaluation_without_texts_says_why(runs, open_app):
+    at = open_app(runs, "quality")
+    assert any("made before questions and choices were kept" in caption.value for caption in at.caption)
+
+
+def test_the_address_brings_the_margin_and_the_changed_item_back(runs, open_app):
+    at = open_app(runs, "quality", margin="7.5", policy="speed:22", task="gsm8k", side="lost", item="1")
+    assert calm(at) == []
+    assert at.number_input(key="margin made-eval").value == 7.5
+    assert (at.selectbox(key="changed_policy").value, at.selectbox(key="changed_task").value) == ("speed:22", "gsm8k")
+    assert at.selectbox(key="changed_item").value == 1
+
+
 # --- Catalog ---
 
 
