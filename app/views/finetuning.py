@@ -7,10 +7,13 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from dashboard.address import bind, one_of, whole
 from dashboard.cards import Card, cards
 from dashboard.catalog import Entry, Signature
+from dashboard.moments import readable_time
 from dashboard.state import compare_runs, entries, md, recommendation, runs_folder, show
 from diagnostics import figures
+from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.finetune.cutoff_comparison import compare_cutoffs
 from diagnostics.finetune.finetuning_folder import (
     AFTER,
@@ -24,6 +27,7 @@ from diagnostics.finetune.finetuning_folder import (
 from diagnostics.report import finetuning_data
 from diagnostics.support.defaults import MAX_KL
 from diagnostics.support.errors import UserError
+from diagnostics.support.glossary import GLOSSARY
 
 Runs = dict[str, Entry]
 
@@ -74,8 +78,41 @@ def about(manifest: Mapping[str, Any]) -> None:
     parts += [f"data: {manifest['source']}"] if "source" in manifest else []
     if isinstance(held_out, dict):
         parts += [f"held out: {held_out.get('n_prompts')} prompts of {held_out.get('name')}"]
-    parts += [manifest.get("hardware"), f"made {manifest['created']}" if "created" in manifest else None]
+    parts += [manifest.get("hardware"), f"made {readable_time(manifest['created'])}" if "created" in manifest else None]
     st.caption(md(", ".join(str(part) for part in parts if part)))
+
+
+def what_changed(recommended: dict[str, int], n_layers: int) -> str:
+    """Say in words, and in a colour, whether prompts can stop earlier after training."""
+    if len(recommended) < 2:
+        return "The recommended cutoffs before and after training cannot be compared: one of the runs is missing."
+    before, after = recommended[BEFORE], recommended[AFTER]
+    if after < before:
+        words = f"prompts can stop at layer {after} of {n_layers}, {_layers(before - after)} earlier than before"
+    elif after > before:
+        words = f"prompts must run through {after} of {n_layers} layers, {_layers(after - before)} more than before"
+    else:
+        words = f"prompts must run through {after} of {n_layers} layers, as before"
+    return f"{_badge(before, after)} After training, at the same goal, {words}."
+
+
+def what_changed_at(trained: int, before: float, after: float) -> str:
+    """Say in words, and in a colour, how the loss at the trained cutoff changed: KL before and after."""
+    form = ".3f" if max(before, after) >= 0.001 else ".2g"
+    went = "fell" if after < before else "rose" if after > before else "stayed"
+    return (
+        f"{_badge(before, after)} At the trained cutoff {trained} the KL from full depth {went} from {before:{form}} "
+        f"to {after:{form}} nats per token."
+    )
+
+
+def _badge(before: float, after: float) -> str:
+    """Judge a number that is better when it is smaller."""
+    return ":green-badge[better]" if after < before else ":red-badge[worse]" if after > before else ":gray-badge[equal]"
+
+
+def _layers(n: int) -> str:
+    return f"{n} layer{'' if n == 1 else 's'}"
 
 
 def headline(finetuning: FineTuning, table: pd.DataFrame, recommended: dict[str, int], goals: dict[str, float]) -> None:
@@ -84,18 +121,19 @@ def headline(finetuning: FineTuning, table: pd.DataFrame, recommended: dict[str,
     trained = int(m["settings"]["cutoff"])
     rows = table.set_index("cutoff")
     started = finetuning.sweeps["step"].max() > 0
-    asked = {name.replace("_", " "): value for name, value in goals.items() if name != "confidence"}
-    goal = ", ".join(f"{name} {value:g}" for name, value in asked.items())
 
     def change(cutoff: int, column: str, form: str, unit: str) -> tuple[str, str]:
         before, now = (format(rows[f"{column}_{when}"][cutoff], form) for when in (BEFORE, AFTER))
         return (now, f"{before} before; {unit}") if started else (before, unit)
 
     st.subheader(f"{md(m['model'])}: trained at cutoff {trained} of {n_layers} layers")
+    st.markdown(what_changed(recommended, n_layers))
+    if started:
+        st.markdown(what_changed_at(trained, *(float(rows[f"kl_{when}"][trained]) for when in (BEFORE, AFTER))))
     numbers = {
         "Recommended cutoff": (
             " → ".join(str(recommended.get(name, "?")) for name in (BEFORE, AFTER)),
-            f"before → after; goal: {goal}",
+            f"before → after; goal: {goals_in_words(goals)}",
         ),
         f"KL at cutoff {trained}": change(trained, "kl", ".3f", "nats per token"),
         f"Same top token at {trained}": change(trained, "top1_agreement", ".1%", "of decode positions"),
@@ -127,7 +165,10 @@ def drawn(entry: Entry, finetuning: FineTuning, goal: float | None) -> None:
     trained, n_layers = int(m["settings"]["cutoff"]), int(m["n_layers"])
     show(entry, "finetuning cutoffs", lambda **_: figures.finetuning_cutoffs(finetuning, goal), goal=goal)
     show(entry, "finetuning steps", lambda **_: figures.finetuning_steps(finetuning))
-    cutoff = st.slider("Cutoff to look at, by kind of prompt", 1, n_layers, trained, key=f"kinds {name}")
+    bind(f"kinds {name}", "kinds_at", trained, whole(1, n_layers), of=name)
+    cutoff = st.slider(
+        "Cutoff to look at, by kind of prompt", 1, n_layers, key=f"kinds {name}", help=GLOSSARY["cutoff"]
+    )
     show(
         entry,
         "finetuning kinds",
@@ -180,7 +221,8 @@ if not finetunings:
     st.info(f"There is no fine-tuning in **{md(runs_folder())}** yet. Make one in a terminal:")
     st.code("speed-diagnostics finetune --cutoff 20", language="bash")
     st.stop()
-entry = finetunings[st.selectbox("Fine-tuning", list(finetunings), key="finetuning")]
+bind("finetuning", "finetuning", next(iter(finetunings)), one_of(finetunings), of=str(runs_folder()), always=True)
+entry = finetunings[str(st.selectbox("Fine-tuning", list(finetunings), key="finetuning"))]
 manifest = FINETUNING_FOLDER.read(entry.path)
 runs = runs_of(entry, listed)
 if not all(os.path.exists(entry.path / name) for name in (STEPS, SWEEPS)):

@@ -1,5 +1,7 @@
 """The page *Benchmark*: the summary of a benchmark, and damaged ones in one line."""
 
+import json
+import re
 import shutil
 
 import numpy as np
@@ -16,20 +18,20 @@ def test_the_benchmark_is_its_summary(library, open_app):
     shown = table(at)
     assert len(shown) == len(summary) == 6
     expected = {
-        "prompt tokens": summary["n_prompt"],
-        "policy": summary["spec"],
-        "TTFT, s": summary["ttft_s"],
-        "of full": summary["ttft_s_ratio"],
-        "limit": summary["ttft_limit"],
-        "TPOT, ms": 1000 * summary["tpot_s"],
-        "of full ": summary["tpot_s_ratio"],
-        "limit ": summary["tpot_limit"],
-        "KV, MiB": summary["kv_bytes"] / 2**20,
-        "of full  ": summary["kv_bytes_ratio"],
+        "n_prompt": summary["n_prompt"],
+        "spec": summary["spec"],
+        "ttft_s": summary["ttft_s"],
+        "ttft_s_ratio": summary["ttft_s_ratio"],
+        "ttft_limit": summary["ttft_limit"],
+        "tpot_ms": 1000 * summary["tpot_s"],
+        "tpot_s_ratio": summary["tpot_s_ratio"],
+        "tpot_limit": summary["tpot_limit"],
+        "kv_mib": summary["kv_bytes"] / 2**20,
+        "kv_bytes_ratio": summary["kv_bytes_ratio"],
         "repeats": summary["repeats"],
     }
     for name, column in expected.items():
-        if column.dtype == object or name == "policy":
+        if name == "spec":
             assert list(shown[name]) == list(column)
         else:
             np.testing.assert_allclose(shown[name].astype(float), column, atol=6e-4)
@@ -40,6 +42,26 @@ def test_the_benchmark_is_its_summary(library, open_app):
     same(numbers(ttft["x"]), rows["n_prompt"])
     same(numbers(ttft["y"]), rows["ttft_s_ratio"])
     assert any("tiny-llama" in literal(caption.value) for caption in at.caption)
+    assert any(re.search(r"made \d+ \w{3} \d{4}, \d\d:\d\d UTC", literal(c.value)) for c in at.caption)
+
+
+def test_a_sentence_says_what_each_policy_needs_at_the_longest_prompt(library, open_app):
+    at = open_app(library, "benchmark")
+    said = literal(at.markdown[0].value)
+    summary = load_benchmark(library / "bench").summary()
+    for spec in ("speed:3", "speed:2"):
+        row = summary[(summary["spec"] == spec) & (summary["n_prompt"] == 32)].iloc[0]
+        assert (
+            f"- At 32 tokens {spec} needs {row['ttft_s_ratio']:.2f} of full depth's time to first token, "
+            f"{row['tpot_s_ratio']:.2f} of its time per further token and {row['kv_bytes_ratio']:.2f} of its KV cache."
+        ) in said
+
+
+def test_columns_have_names_in_words(library, open_app):
+    config = json.loads(open_app(library, "benchmark").dataframe[0].proto.columns)
+    labels = [column["label"] for column in config.values() if "label" in column]
+    assert len(set(labels)) == len(labels) == 14
+    assert {"TTFT of full depth", "TPOT of full depth", "KV of full depth"} <= set(labels)
 
 
 def test_a_benchmark_in_a_run_folder_is_found(copy, library, open_app):

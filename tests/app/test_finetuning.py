@@ -47,7 +47,7 @@ def test_the_headline_is_before_and_after(runs, made, open_app):
         "Full depth's own drift": "0.010",
     }
     said = captions(at)
-    assert "before → after; goal: max kl 0.3" in said
+    assert "before → after; goal: KL at most 0.3" in said
     assert f"{table['kl_before'][TRAINED]:.3f} before; nats per token" in said
     assert literal(at.subheader[0].value) == "made-model: trained at cutoff 3 of 6 layers"
     assert any(
@@ -55,6 +55,33 @@ def test_the_headline_is_before_and_after(runs, made, open_app):
         "held out: 6 prompts of builtin, CPU" in line
         for line in said
     )
+
+
+def judged(at):
+    """The sentences in words, with the colour of their verdict."""
+    return [literal(markdown.value) for markdown in at.markdown if "-badge[" in markdown.value]
+
+
+def test_sentences_say_what_training_changed(runs, made, open_app):
+    cutoffs, at_trained = judged(open_app(runs, "finetuning"))
+    before, after = (recommend(load_run(runs / "tuned" / name), max_kl=0.3).cutoff for name in (BEFORE, AFTER))
+    n = before - after
+    assert cutoffs.startswith(":green-badge[better] After training, at the same goal, prompts can stop at layer")
+    assert f"at layer {after} of 6, {n} layer{'s' if n > 1 else ''} earlier than before" in cutoffs
+    table = compare_cutoffs(made).set_index("cutoff")
+    kl = [f"{table[f'kl_{when}'][TRAINED]:.3f}" for when in (BEFORE, AFTER)]
+    assert at_trained.startswith(":green-badge[better] At the trained cutoff 3")
+    assert f"fell from {kl[0]} to {kl[1]} nats" in at_trained
+
+
+def test_a_change_for_the_worse_is_called_so(tmp_path, made, open_app):
+    turned = made.sweeps.assign(step=made.sweeps["step"].max() - made.sweeps["step"])
+    save_finetuning(tmp_path / "worse", FineTuning(made.manifest, made.steps, turned), goals={"max_kl": 0.3})
+    cutoffs, at_trained = judged(open_app(tmp_path, "finetuning"))
+    assert cutoffs.startswith(":red-badge[worse]")
+    assert "more than before" in cutoffs
+    assert at_trained.startswith(":red-badge[worse]")
+    assert "rose from" in at_trained
 
 
 def test_given_answers_have_no_drift_but_a_likelihood(tmp_path, open_app):
@@ -127,7 +154,8 @@ def test_the_runs_in_it_have_all_other_pages(runs, open_app, page):
     assert set(at.sidebar.selectbox[0].options) == {"tuned/before", "tuned/after"}
     at.sidebar.selectbox[0].select("tuned/after").run()
     assert calm(at) == []
-    text = literal(at.subheader[0].value) if page == "overview" else figure_title(at)
+    shown = {"overview": at.subheader, "layers": at.caption}.get(page)
+    text = figure_title(at) if shown is None else literal(shown[0].value)
     assert AFTER in text
     assert at.query_params["run"] in ("tuned/after", ["tuned/after"])
 
