@@ -74,14 +74,18 @@ class Job:
             return None
 
     @property
-    def message(self) -> str:
-        """The last line that the command said."""
+    def lines(self) -> list[str]:
+        """The lines that the command said, oldest first."""
         try:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         except OSError:
-            return ""
-        errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or [""])[-1].removeprefix("error: ")
+            return []
+
+    @property
+    def message(self) -> str:
+        """The last line that the command said; its last error, where there is one."""
+        errors = [line for line in self.lines if line.startswith("error: ")]
+        return (errors or self.lines or [""])[-1].removeprefix("error: ")
 
 
 def start_job(runs: Path, name: str, arguments: Sequence[str]) -> Job:
@@ -163,6 +167,18 @@ def forget_job(job: Job) -> None:
     """Take a job off the list; its run folder stays."""
     for kind in ("json", "log", "jsonl"):
         _place(Path(job.runs), job.name, kind).unlink(missing_ok=True)
+
+
+def option_of(job: Job, option: str) -> str | None:
+    """Return the value that a job gave an option of the command; None where it did not."""
+    found = [word.removeprefix(f"{option}=") for word in job.arguments if word.startswith(f"{option}=")]
+    return found[-1] if found else None
+
+
+def saved_prompts(runs: Path, name: str) -> Path | None:
+    """Return the file of prompts that a job read; None where it read none."""
+    path = _place(runs, name, "jsonl")
+    return path if name and path.is_file() else None
 
 
 def save_prompts(runs: Path, name: str, data: bytes) -> Path:

@@ -22,6 +22,8 @@ TEXT = "font: 15px/1.6 system-ui, sans-serif; white-space: pre-wrap; overflow-wr
 
 # A model runs under one policy at a time.
 BUSY = threading.Lock()
+# Name, device and type of the model that this process holds.
+LOADED: list[tuple[str, str, str]] = []
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,20 @@ class Played:
     kv_bytes: int
 
 
-@st.cache_resource(max_entries=1, show_spinner="Loading the model ...")
+@st.cache_resource(max_entries=1, show_spinner=False)
 def playground_model(name: str, device: str, dtype: str) -> LoadedModel:
     """Load a model, and let it run once: the first pass of a process also sets libraries up."""
+    LOADED.clear()
     lm = load_model(name, device=device, dtype=dtype)
     with BUSY:
         generate(lm, torch.zeros(1, 8, dtype=torch.long, device=lm.device), max_new_tokens=2, eos_token_id=())
+    LOADED.append((name, device, dtype))
     return lm
+
+
+def is_loaded(name: str, device: str, dtype: str) -> bool:
+    """Whether `playground_model` has this model, so that a page that is reloaded need not ask for it again."""
+    return (name, device, dtype) in LOADED
 
 
 def play(lm: LoadedModel, ids: torch.Tensor, policy: Policy, paint: Callable[[str], None], **options: object) -> Played:

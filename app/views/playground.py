@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import streamlit as st
 import torch
 
-from dashboard.playing import Played, marked, play, playground_model, text_html
-from dashboard.state import current_entry, md, open_run, saved_recommendation
+from dashboard.address import bind, flag, number, one_of, some_of, text, whole
+from dashboard.playing import Played, is_loaded, marked, play, playground_model, text_html
+from dashboard.state import current_entry, download, md, open_run, saved_recommendation, to_csv
 from diagnostics.cli.options import MODEL_HELP
 from diagnostics.generation.differences import marked_text, same_start
 from diagnostics.generation.inputs import encode_input
@@ -22,29 +24,47 @@ from diagnostics.policies.speed import SpeedPolicy
 from diagnostics.prompts.encoding import encode_prompt
 from diagnostics.prompts.load import load_prompts
 from diagnostics.support.errors import UserError
+from diagnostics.support.glossary import GLOSSARY
 
 MOST_POLICIES = 3
 TYPES = ["auto", *DTYPES]
+COLUMNS = {
+    "ttft_s": st.column_config.NumberColumn("TTFT, s", format="%.3f", help=GLOSSARY["TTFT"]),
+    "ttft_ratio": st.column_config.NumberColumn("TTFT of full depth", format="%.3f"),
+    "tpot_ms": st.column_config.NumberColumn("TPOT, ms", format="%.1f", help=GLOSSARY["TPOT"]),
+    "tpot_ratio": st.column_config.NumberColumn("TPOT of full depth", format="%.3f"),
+    "kv_mib": st.column_config.NumberColumn("KV, MiB", format="%.2f", help=GLOSSARY["KV cache"]),
+    "kv_ratio": st.column_config.NumberColumn("KV of full depth", format="%.3f"),
+    "tokens": st.column_config.NumberColumn("new tokens"),
+}
+PROMPT_HEIGHT = 110  # pixels: what was generated stays on the first screen
 
 
 def choose_model() -> LoadedModel | None:
-    """Let the reader load a model; None until one is loaded."""
+    """Let the reader load a model; None until one is loaded. One that this process still holds is taken as it is."""
     entry = current_entry()
     known = open_run(entry).manifest["model"] if entry else EMBEDDED_MODEL
-    # What was loaded stays, whichever run is looked at meanwhile.
-    known, device_name, kind = st.session_state.get("play_loaded", (known, "auto", "auto"))
     left, middle, right, last = st.columns([5, 2, 3, 2], vertical_alignment="bottom")
-    name = left.text_input("Model", known, key="play_model", help=MODEL_HELP)
-    device = middle.text_input("Device", device_name, key="play_device")
-    dtype = right.selectbox("Type", TYPES, TYPES.index(kind), key="play_dtype")
+    # What was loaded stays, whichever run is looked at meanwhile.
+    chosen = st.session_state.get("play_loaded", (known, "auto", "auto"))
+    bind("play_model", "model", chosen[0], text(), always="play_loaded" in st.session_state)
+    name = left.text_input("Model", key="play_model", help=MODEL_HELP)
+    bind("play_device", "device", chosen[1], text())
+    device = middle.text_input("Device", key="play_device", help="auto, map, cpu, cuda, cuda:1, mps")
+    bind("play_dtype", "dtype", chosen[2], one_of(TYPES))
+    dtype = right.selectbox("Type", TYPES, key="play_dtype", help="auto: float32 on cpu, else bfloat16")
     wanted = (name.strip(), device.strip(), str(dtype))
     if last.button("Load", width="stretch", key="load"):
         st.session_state["play_loaded"] = wanted
         st.session_state.pop("played", None)  # another tokenizer's tokens
+    elif "play_loaded" not in st.session_state and is_loaded(*wanted):
+        st.session_state["play_loaded"] = wanted
+    place = st.empty()
     if st.session_state.get("play_loaded") != wanted:
-        st.info("Load the model to generate with it.")
+        place.info("Load the model to generate with it. It stays loaded for all pages of this dashboard.")
         return None
-    return playground_model(*wanted)
+    with place, st.spinner("Loading the model ..."):
+        return playground_model(*wanted)
 
 
 def choose_policies(lm: LoadedModel) -> list[Policy]:
@@ -54,20 +74,21 @@ def choose_policies(lm: LoadedModel) -> list[Policy]:
     start = max(1, round(0.75 * n_layers))
     if entry is not None and open_run(entry).n_layers == n_layers:
         start = saved_recommendation(entry).cutoff
-    left, right = st.columns([1, 1])
-    cutoff = left.slider("Cutoff", 1, n_layers, start, key=f"play_cutoff {n_layers} {start}")
+    left, middle, right = st.columns([3, 4, 3])
+    bind("play_cutoff", "cutoff", start, whole(1, n_layers), of=f"playground {lm.name} {n_layers} {start}")
+    cutoff = left.slider("Cutoff", 1, n_layers, key="play_cutoff", help=GLOSSARY["cutoff"])
     offered: dict[str, Policy] = {}
     for policy in policies_at(cutoff):
         if not isinstance(policy, FullPolicy):
             offered[policy.title] = policy
             if policy.anchors:
                 offered[f"{policy.title} without anchor"] = replace(policy, anchors=0)
-    kinds = right.pills(
-        "Beside full depth", list(offered), selection_mode="multi", default=[SpeedPolicy.title], key="kinds"
+    bind("kinds", "policies", [SpeedPolicy.title], some_of(offered))
+    kinds = middle.pills(
+        "Beside full depth", list(offered), selection_mode="multi", key="kinds", help=GLOSSARY["anchor"]
     )
-    more = right.text_input(
-        "More policies", "", key="more_policies", placeholder="such as speed:20, fastkv:retention_rate=0.2"
-    )
+    bind("more_policies", "more", "", text())
+    more = right.text_input("More policies", key="more_policies", placeholder="speed:20, fastkv:retention_rate=0.2")
     asked = [policy for title, policy in offered.items() if title in kinds]
     policies = list(dict.fromkeys([*asked, *(parse_policy(spec) for spec in more.split(",") if spec.strip())]))
     for policy in policies:
@@ -91,45 +112,63 @@ def fill(lm: LoadedModel) -> None:
     st.session_state["prompt"] = body[:end]
 
 
-def ask(lm: LoadedModel) -> tuple[str, dict[str, object]]:
-    """Ask for the prompt and how to go on from it."""
-    with st.expander("Take a long built-in prompt", icon=":material/auto_stories:"):
-        left, middle, right = st.columns([2, 2, 1], vertical_alignment="bottom")
-        left.selectbox("Kind", [p.category for p in load_prompts("builtin", max_prompts=7)], key="example")
+def ask(lm: LoadedModel, is_ready: bool) -> tuple[str, dict[str, Any], Any]:
+    """Ask for the prompt and how to go on from it; where to generate, return the place of the button that stops it."""
+    bind("prompt", "prompt", "", text())
+    prompt = st.text_area(
+        "Prompt", key="prompt", height=PROMPT_HEIGHT, placeholder="Type or paste a prompt; long ones show more."
+    )
+    row = st.container(horizontal=True, vertical_alignment="center")
+    wanted = row.button("Generate", type="primary", icon=":material/play_arrow:", key="generate", disabled=not is_ready)
+    place = row.empty()
+    with row.popover("Settings", icon=":material/tune:"):
+        options = settings(lm)
+    with row.popover("Take a long built-in prompt", icon=":material/auto_stories:"):
+        st.selectbox("Kind", [p.category for p in load_prompts("builtin", max_prompts=7)], key="example")
         most = min(lm.anatomy.max_positions or 8192, 131072)
         lengths = [n for n in (256, 512, 1024, 2048, 4096, 8192, 32768, 131072) if n <= most]
-        middle.select_slider("Tokens", lengths, lengths[min(2, len(lengths) - 1)], key="example_length")
-        right.button("Fill in", on_click=fill, args=(lm,), width="stretch", key="fill")
-    # Two keys: Streamlit forgets a widget's own when the page is left.
-    st.session_state.setdefault("prompt", st.session_state.get("own_prompt", ""))
-    text = st.text_area("Prompt", key="prompt", height=160, placeholder="Type or paste a prompt; long ones show more.")
-    st.session_state["own_prompt"] = text
-    columns = st.columns(5, vertical_alignment="bottom")
+        st.select_slider("Tokens", lengths, lengths[min(2, len(lengths) - 1)], key="example_length")
+        st.button("Fill in", on_click=fill, args=(lm,), key="fill")
+    return prompt, options, place if wanted else None
+
+
+def settings(lm: LoadedModel) -> dict[str, Any]:
+    """Ask how to generate."""
     templated = bool(getattr(lm.tokenizer, "chat_template", None))
-    options: dict[str, object] = {
-        "chat": columns[0].toggle("Chat template", templated, disabled=not templated, key="chat"),
-        "max_new_tokens": columns[1].number_input("New tokens", 1, 4096, 64, key="new_tokens"),
-        "temperature": columns[2].number_input("Temperature", 0.0, 10.0, 0.0, 0.1, key="temperature"),
-        "top_p": columns[3].number_input("top-p", 0.01, 1.0, 1.0, 0.05, key="top_p"),
-        "seed": columns[4].number_input("Seed", 0, 2**31, 0, key="seed"),
+    bind("chat", "chat", templated, flag(), of=str(templated))
+    bind("new_tokens", "new_tokens", 64, whole(1, 4096))
+    bind("temperature", "temperature", 0.0, number(0, 10))
+    bind("top_p", "top_p", 1.0, number(0.01, 1))
+    bind("seed", "seed", 0, whole(0, 2**31))
+    return {
+        "chat": st.toggle("Chat template", disabled=not templated, key="chat"),
+        "max_new_tokens": st.number_input("New tokens", 1, 4096, key="new_tokens"),
+        "temperature": st.number_input("Temperature", 0.0, 10.0, step=0.1, key="temperature", help="0: greedy"),
+        "top_p": st.number_input("top-p", 0.01, 1.0, step=0.05, key="top_p"),
+        "seed": st.number_input("Seed", 0, 2**31, key="seed", help="of sampling, at a temperature above 0"),
     }
-    return text, options
 
 
-def run(lm: LoadedModel, policies: list[Policy], text: str, options: dict[str, object]) -> None:
-    """Generate under full depth and every policy, one after the other, side by side on the page."""
-    if not text.strip():
-        raise UserError("the prompt is empty")
-    chat, seed = bool(options.pop("chat")), int(options.pop("seed"))  # type: ignore[call-overload]
-    ids = encode_input(lm, text, chat=chat, max_new_tokens=int(options["max_new_tokens"]))  # type: ignore[call-overload]
+def stopped() -> None:
+    """Note that the reader stopped what was running."""
+    st.session_state["stopped"] = True
+
+
+def run(lm: LoadedModel, policies: list[Policy], prompt: str, options: dict[str, Any], place: Any) -> None:
+    """Generate under full depth and every policy, one after the other, side by side; a button at ``place`` stops it."""
     st.session_state.pop("played", None)
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    chat, seed = bool(options.pop("chat")), int(options.pop("seed"))
+    ids = encode_input(lm, prompt, chat=chat, max_new_tokens=int(options["max_new_tokens"]))
+    # Streamlit ends what runs at any click.
+    place.button("Stop", key="stop", icon=":material/stop:", on_click=stopped)
     every: list[Policy] = [FullPolicy(), *(p for p in policies if p != FullPolicy())]
     slots = []
     for column, policy in zip(st.columns(len(every)), every, strict=True):
         column.markdown(f"**{md(policy.spec)}**")
         slots.append(column.empty())
         slots[-1].caption("waiting")
-    st.button("Stop", key="stop", icon=":material/stop:")  # any click makes the page begin anew
     results = []
     for slot, policy in zip(slots, every, strict=True):
         generator = torch.Generator(lm.device).manual_seed(seed)
@@ -155,21 +194,23 @@ def show(lm: LoadedModel, n_prompt: int, results: list[Played]) -> None:
         same = same_start(full.token_ids, other.token_ids)
         equal = full.token_ids == other.token_ids
         column.caption("the same tokens" if equal else f"the same for {same} tokens, then different")
-    lines = [
+    lines = pd.DataFrame(
         {
             "policy": one.spec,
-            "TTFT, s": one.ttft_s,
-            "of full": one.ttft_s / full.ttft_s,
-            "TPOT, ms": 1000 * one.tpot_s,
-            "of full ": math.nan if math.isnan(one.tpot_s) else one.tpot_s / full.tpot_s,
-            "KV, MiB": one.kv_bytes / 2**20,
-            "of full  ": one.kv_bytes / full.kv_bytes,
+            "ttft_s": one.ttft_s,
+            "ttft_ratio": one.ttft_s / full.ttft_s,
+            "tpot_ms": 1000 * one.tpot_s,
+            "tpot_ratio": math.nan if math.isnan(one.tpot_s) else one.tpot_s / full.tpot_s,
+            "kv_mib": one.kv_bytes / 2**20,
+            "kv_ratio": one.kv_bytes / full.kv_bytes,
             "tokens": len(one.token_ids),
         }
         for one in results
-    ]
-    st.dataframe(pd.DataFrame(lines).round(3), hide_index=True, width="stretch")
-    st.caption(f"{n_prompt:,} prompt tokens. One run of each, with painting the text in it: for figures use `bench`.")
+    )
+    st.dataframe(lines, hide_index=True, width="stretch", column_config=COLUMNS)
+    row = st.container(horizontal=True, vertical_alignment="center")
+    row.caption(f"{n_prompt:,} prompt tokens. One run of each, with painting the text in it: for figures use `bench`.")
+    download(row, "CSV", to_csv(lines), "playground.csv", "text/csv", type="tertiary")
 
 
 st.title("Full depth and a policy, side by side")
@@ -180,9 +221,11 @@ if model is not None:
         chosen = choose_policies(model)
     except UserError as error:  # the prompt stays below it
         st.error(md(error))
-    prompt, settings = ask(model)
-    asked = st.button("Generate", type="primary", icon=":material/play_arrow:", key="generate", disabled=chosen is None)
-    if asked and chosen is not None:
-        run(model, chosen, prompt, settings)
+    prompt, options, place = ask(model, is_ready=chosen is not None)
+    was_stopped = st.session_state.pop("stopped", False)
+    if place is not None and chosen is not None:
+        run(model, chosen, prompt, options, place)
     elif "played" in st.session_state:
         show(model, *st.session_state["played"])
+    elif was_stopped:
+        st.caption("Stopped.")

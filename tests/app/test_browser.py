@@ -104,6 +104,27 @@ def test_the_cutoff_slider_moves_the_evidence(page, address, runs):
     assert int(slider.input_value()) == start - 3
 
 
+def test_a_click_on_a_head_shows_what_it_looks_at(page, address, runs):
+    n_layers, n_heads = load_run(runs / "embedded").array("selectivity").shape[1:]
+    page.goto(f"{address}/layers?run=embedded&section=Heads")
+    plot = page.locator(".js-plotly-plot .nsewdrag").first
+    plot.wait_for()
+    settled(page)
+    box = plot.bounding_box()
+    for layer, head in ((20, 6), (3, 0)):
+        x = box["x"] + (head + 0.2) / n_heads * box["width"]  # not in the middle: the whole cell is there to be clicked
+        y = box["y"] + box["height"] - (layer + 0.5) / n_layers * box["height"]
+        page.mouse.move(x - 3, y)
+        page.mouse.move(x, y)
+        page.locator(".hoverlayer .hovertext", has_text=f"layer {layer}, head {head}").wait_for()
+        page.mouse.click(x, y)
+        page.get_by_role("heading", name=f"Layer {layer}, head {head}").wait_for()
+        settled(page)
+    page.get_by_text("of all attention that this head gives").wait_for()
+    assert "layer=3" in page.url
+    assert "head=0" in page.url
+
+
 def test_a_fine_tuning_leads_to_its_runs_side_by_side(page, address):
     page.goto(f"{address}/finetuning")
     page.get_by_role("heading", name="made-model: trained at cutoff 3 of 6 layers").wait_for()
@@ -132,6 +153,18 @@ def test_generating_beside_full_depth(page, address):
     page.get_by_text("prompt tokens. One run of each").wait_for()
     assert page.get_by_text(re.compile("the same tokens|the same for .* tokens")).count() == 1
     page.get_by_test_id("stDataFrame").wait_for()
+    page.reload()  # the process still has the model, and the address the prompt
+    prompt.wait_for()
+    settled(page)
+    assert prompt.input_value() == "Name three colours of the rainbow."
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("New tokens").fill("4000")
+    page.get_by_label("New tokens").press("Enter")
+    settled(page)
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped.").wait_for()
 
 
 def test_a_diagnosis_is_started_survives_a_reload_and_is_cancelled(page, address, runs):

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dashboard import jobs
+from dashboard import jobs, settings_check
 from diagnostics import load_run, recommend
-from diagnostics.runs.places import RECOMMENDATION
-from tests.support.pages import ODD, calm, go, literal, table
+from diagnostics.models.outline import ModelOutline
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
+from diagnostics.support.files import read_json
+from tests.support.pages import ODD, calm, edit_manifest, go, literal, table
 from tests.support.runs import save_tiny, write_prompts
 
 
@@ -38,7 +40,9 @@ class FakeCommand:
 
 @pytest.fixture
 def command(monkeypatch):
+    """The command in place of its process; its models, which are made up, pass every check."""
     fake = FakeCommand()
+    monkeypatch.setattr(settings_check, "check_model", lambda model, **_: ModelOutline(model, "cpu", "float32"))
     monkeypatch.setattr(jobs, "subprocess", types.SimpleNamespace(Popen=fake.Popen, DEVNULL=subprocess.DEVNULL))
     yield fake
     fake.end()
@@ -137,6 +141,69 @@ def test_a_job_that_ended_without_a_word(tmp_path, command, open_app):
     assert states(at) == ["failed"]
     assert calm(at) == ["it ended without a word"]
     assert "Try again" in job_buttons(at)
+    assert at.code[0].value == "nothing yet"
+
+
+def test_a_failed_job_leads_back_to_the_form_with_its_settings(tmp_path, command, monkeypatch, open_app):
+    rerun = jobs_page_rerun(monkeypatch)
+    at = open_app(tmp_path / "runs", "diagnosis")
+    at.file_uploader(key="prompt_file").upload("mine.jsonl", b'{"text": "hello"}\n')
+    at.selectbox(key="dtype").select("float16")
+    start(at, model="some/model", context=700, max_prompts=3, goal=0.25)
+    (job,) = jobs.list_jobs(tmp_path / "runs")
+    command.end()
+    job.log.write_text("recommend: reads the model\nerror: out of memory\n")
+    again = open_app(tmp_path / "runs", "diagnosis")  # as after a reload, of an address without settings
+    assert again.number_input(key="context").value == 1024
+    job_buttons(again)["Try again"].click().run()
+    assert rerun
+    assert calm(again) == ["out of memory"]
+    assert "recommend: reads the model" in again.code[0].value
+    assert again.text_input(key="model").value == "some/model"
+    assert [again.number_input(key=key).value for key in ("context", "max_prompts", "goal")] == [700, 3, 0.25]
+    assert again.selectbox(key="dtype").value == "float16"
+    start(again, context=900)
+    first, second = command.commands
+    assert "--context-length=900" in second
+    assert [word for word in second if word.startswith(("--max", "--dtype"))] == [
+        word for word in first if word.startswith(("--max", "--dtype"))
+    ]
+    prompts = [next(w for w in line if w.startswith("--prompts=")).partition("=")[2] for line in command.commands]
+    assert Path(prompts[1]).read_bytes() == b'{"text": "hello"}\n'
+
+
+def test_the_form_survives_a_reload(tmp_path, command, open_app):
+    at = open_app(tmp_path / "runs", "diagnosis")
+    at.number_input(key="context").set_value(333)
+    at.text_input(key="device").set_value("cpu").run()
+    query = {name: at.query_params[name] for name in at.query_params}
+    again = open_app(tmp_path / "runs", "diagnosis", **query)
+    assert again.number_input(key="context").value == 333
+    assert again.text_input(key="device").value == "cpu"
+
+
+def test_an_estimate_comes_from_a_finished_run_of_the_model(copy, command, open_app):
+    folder = copy("tiny")
+    seconds, identity = 60.0, read_json(folder / MANIFEST)["identity"]
+    edit_manifest(folder, timings={"seconds_last_session": seconds}, n_prompts=6)
+    edit_manifest(folder, identity=identity | {"context_length": 152, "decode_tokens": 48})
+    at = open_app(folder.parent, "diagnosis")
+    at.text_input(key="model").set_value("tiny-llama")
+    at.number_input(key="context").set_value(1952).run()  # ten times as many tokens, 28 prompts in place of 6
+    assert calm(at) == []
+    assert any("About 47 min, from the time that tiny took" in literal(caption.value) for caption in at.caption)
+    at.text_input(key="model").set_value("other").run()
+    assert any("an estimate comes after the first prompt" in caption.value for caption in at.caption)
+
+
+def test_a_running_job_says_how_long_it_will_take(library, tmp_path, command, open_app):
+    at = open_app(tmp_path / "runs", "diagnosis")
+    start(at, model="some/model")
+    (job,) = jobs.list_jobs(tmp_path / "runs")
+    job.log.write_text("recommend: 3 of 28, needle-1; 40 s so far, about 6 min left\n")
+    at.run()
+    assert "about 6 min left" in " ".join(literal(caption.value) for caption in at.caption)
+    assert "about 6 min left" in at.code[0].value
 
 
 def test_a_job_is_cancelled_resumed_and_taken_off_the_list(library, tmp_path, command, monkeypatch, open_app):
@@ -210,20 +277,45 @@ def test_jobs_that_are_not_ours_are_passed_over(copy, open_app):
     assert states(at) == []
 
 
-def test_a_real_diagnosis_of_a_tiny_model_and_one_that_cannot_start(tmp_path, open_app):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": "MODEL/missing"}, "there is no model folder"),
+        ({"device": "toaster"}, "toaster"),
+        ({"context": 16}, "has 40 tokens, but 16 fit: ask for a context length of at least 40"),
+        ({"decode": 4000}, "leave no room in the"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_work_are_said_before_a_model_is_loaded(tmp_path, monkeypatch, open_app, settings, said):
+    fake = FakeCommand()
+    monkeypatch.setattr(jobs, "subprocess", types.SimpleNamespace(Popen=fake.Popen, DEVNULL=subprocess.DEVNULL))
+    model = save_tiny(tmp_path / "model")
+    prompts = write_prompts(tmp_path / "p.jsonl", n_prompts=2, n_tokens=40).read_bytes()
+    values = {"model": str(model), "context": 64, "max_prompts": 1, "decode": 3}
+    values |= {key: value.replace("MODEL", str(model)) if key == "model" else value for key, value in settings.items()}
+    at = open_app(tmp_path / "runs", "diagnosis")
+    at.file_uploader(key="prompt_file").upload("p.jsonl", prompts)
+    start(at, **values)
+    (line,) = calm(at)
+    assert said in line
+    assert fake.commands == []
+    assert not list((tmp_path / "runs").rglob("*.json*"))
+    assert {key: at.session_state[key] for key in values} == values, "what was typed is still there"
+
+
+def test_a_real_diagnosis_of_a_tiny_model(tmp_path, open_app):
     save_tiny(tmp_path / "model")
     prompts = write_prompts(tmp_path / "p.jsonl", n_prompts=2, n_tokens=20).read_bytes()
     at = open_app(tmp_path / "runs", "diagnosis")
-    for model in ("model", "missing"):
-        at.file_uploader(key="prompt_file").upload("p.jsonl", prompts)
-        start(at, model=str(tmp_path / model), context=64, max_prompts=2, decode=3, anchors=1, detail=1)
-        for job in jobs.list_jobs(tmp_path / "runs"):
-            if job.running:
-                jobs._process(job).wait(100)
+    at.file_uploader(key="prompt_file").upload("p.jsonl", prompts)
+    start(at, model=str(tmp_path / "model"), context=64, max_prompts=2, decode=3, anchors=1, detail=1)
+    for job in jobs.list_jobs(tmp_path / "runs"):
+        if job.running:
+            jobs._process(job).wait(100)
     at.run()
-    assert states(at) == ["failed", "complete"]
-    (said,) = calm(at)
-    assert "there is no model folder" in said
+    assert states(at) == ["complete"]
+    assert calm(at) == []
     go(at, "overview")
     assert table(at)["status"].tolist() == ["complete"]
     assert literal(at.subheader[0].value).startswith(str(tmp_path / "model"))

@@ -3,12 +3,21 @@
 import re
 
 import pytest
+from streamlit.runtime.scriptrunner import StopException
 
+from dashboard import playing
 from diagnostics import FullPolicy, SpeedPolicy, recommend
 from diagnostics.generation.generation import generate
 from diagnostics.generation.inputs import encode_input
-from tests.support.pages import calm, go, html, table
+from tests.support.pages import calm, go, html, table, texts
 from tests.support.runs import save_tiny
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch):
+    """A process in which no page has loaded a model yet."""
+    monkeypatch.setattr(playing, "LOADED", [])
+    playing.playground_model.clear()
 
 
 @pytest.fixture
@@ -55,7 +64,7 @@ def test_full_depth_and_the_policy_generate_what_the_package_does(playground, li
     assert full.token_ids == expected_tokens(smollm, PROMPT, FullPolicy())
     assert other.token_ids == expected_tokens(smollm, PROMPT, SpeedPolicy(3))
     assert full.token_ids != other.token_ids
-    shown = [element.value for element in at.html]
+    shown = texts(at)
     visible = [re.sub(r"<[^>]*>", "", text) for text in shown]
     for text, one in zip(visible, (full, other), strict=True):
         assert text.strip() == _escaped(smollm.tokenizer.decode(one.token_ids, skip_special_tokens=True)).strip()
@@ -64,13 +73,13 @@ def test_full_depth_and_the_policy_generate_what_the_package_does(playground, li
     assert all("background" in text for text in shown)
     lines = table(at).set_index("policy")
     assert list(lines.index) == ["full", "speed:3"]
-    assert lines.loc["speed:3", "of full  "] == pytest.approx(other.kv_bytes / full.kv_bytes, abs=6e-4)
+    assert lines.loc["speed:3", "kv_ratio"] == pytest.approx(other.kv_bytes / full.kv_bytes, abs=6e-4)
     assert list(lines["tokens"]) == [len(full.token_ids), len(other.token_ids)]
     # The results stay while the reader looks elsewhere.
     go(at, "cutoff")
     go(at, "playground")
     assert calm(at) == []
-    assert [element.value for element in at.html] == shown
+    assert texts(at) == shown
 
 
 def _escaped(text):
@@ -113,7 +122,7 @@ def test_several_policies_without_template_and_with_sampling(playground, smollm)
         generator=torch.Generator().manual_seed(3),
     )
     assert played[0].token_ids == expected
-    assert len(table(at)) == len(at.html) == 4
+    assert len(table(at)) == len(texts(at)) == 4
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t "])
@@ -238,3 +247,47 @@ def test_results_belong_to_the_model_that_made_them(playground, tmp_path):
     assert calm(at) == []
     # Not the ids of one model as the words of another.
     assert html(at) in ("", before)
+
+
+# --- What was chosen comes back ---
+
+
+def test_a_reload_finds_the_model_and_the_prompt(playground, library, open_app):
+    at = playground
+    at.text_area(key="prompt").set_value(PROMPT).run()
+    at.number_input(key="new_tokens").set_value(9).run()
+    play_cutoff(at).set_value(7).run()
+    query = {name: at.query_params[name] for name in at.query_params}
+    again = open_app(library, "playground", **query)
+    assert calm(again) == []
+    assert not again.info, "the process still has the model"
+    assert again.text_area(key="prompt").value == PROMPT
+    assert again.number_input(key="new_tokens").value == 9
+    assert play_cutoff(again).value == 7
+
+
+def test_an_address_alone_loads_no_model(library, open_app):
+    at = open_app(library, "playground", model="somebody/else", run="real")
+    assert at.text_input(key="play_model").value == "somebody/else"
+    assert "Load the model" in at.info[0].value
+    assert playing.LOADED == []
+
+
+def test_what_is_stopped_says_so_and_frees_the_model(playground, monkeypatch):
+    at = playground
+
+    def stop(self, ids):
+        at.session_state["stopped"] = True
+        raise StopException
+
+    monkeypatch.setattr(playing._Painter, "put", stop)
+    ask(at, PROMPT)
+    assert calm(at) == []
+    assert not playing.BUSY.locked()
+    assert "played" not in at.session_state
+    monkeypatch.undo()
+    at.run()
+    assert "Stopped." in [caption.value for caption in at.caption]
+    ask(at, PROMPT, 3)
+    assert calm(at) == []
+    assert len(at.session_state["played"][1]) == 2
