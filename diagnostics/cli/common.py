@@ -36,6 +36,7 @@ def claim(out: Path) -> None:
 def load(arguments: dict[str, Any], policies: Iterable[Any] = ()) -> Any:
     """Load the model that the common options name, with a sign of life, once these policies are known to fit it."""
     quiet()
+    from diagnostics.models.embedded import EMBEDDED_MODEL, find_embedded_model
     from diagnostics.models.loading import check_model, load_model
     from diagnostics.self_test import switch
 
@@ -44,6 +45,8 @@ def load(arguments: dict[str, Any], policies: Iterable[Any] = ()) -> Any:
     if policies:
         check_model(arguments["model"], **options).require(policies)
     loading = f"loading {arguments['model']}"
+    if arguments["model"] == EMBEDDED_MODEL and find_embedded_model() is None:
+        loading += "; at its first use it is converted, which takes 0.5 GB and about 15 seconds"
     with progress(loading, first=loading, quiet=arguments["quiet"]):
         return load_model(arguments["model"], **options)
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from diagnostics import UserError
 from diagnostics.support import signs_of_life
 from diagnostics.support.progress import readable_duration
 from diagnostics.support.signs_of_life import progress
@@ -169,6 +170,19 @@ def test_quiet_leaves_the_result_alone(command, name, flag):
     assert status == 0
     assert out
     assert [line for line in err.splitlines() if not line.startswith("[full: ")] == []
+
+
+def test_the_first_use_of_the_embedded_model_says_that_it_is_converted(monkeypatch, capfd, tmp_path):
+    def stop(*_, **__):
+        raise UserError("far enough")
+
+    monkeypatch.setattr("diagnostics.models.loading.load_model", stop)
+    monkeypatch.setattr("diagnostics.models.embedded.find_embedded_model", lambda: None)
+    _, _, err = run_command(monkeypatch, capfd, "generate", "--prompt", "w5", signs=True)
+    assert err.splitlines()[0].startswith("loading smollm2-135m-instruct; at its first use it is converted")
+    monkeypatch.setattr("diagnostics.models.embedded.find_embedded_model", lambda: tmp_path)
+    _, _, err = run_command(monkeypatch, capfd, "generate", "--prompt", "w5", signs=True)
+    assert err.splitlines() == ["loading smollm2-135m-instruct", "error: far enough"]
 
 
 def test_an_error_after_the_first_signs_is_the_last_line(command):
