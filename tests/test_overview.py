@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from diagnostics import FullPolicy, SpeedPolicy, recommend
+from diagnostics import FullPolicy, SpeedPolicy, UserError, load_run, recommend
 from diagnostics.cutoffs.answer import answer
+from diagnostics.runs.example import RUN, example_folder
 from diagnostics.support.overview import Overview
 from tests.support.evaluations import make_evaluation
 from tests.support.finetunings import make_finetuning
@@ -50,6 +51,12 @@ def test_results_and_models_are_a_few_lines(shown, said):
     for part in said:
         assert part in text
         assert part in page
+
+
+def test_a_recommendation_is_made_of_a_run_or_its_folder():
+    assert recommend(example_folder() / RUN).data == recommend(load_run(str(example_folder() / RUN))).data
+    with pytest.raises(UserError, match="the run is 24: give what `diagnose` returns, or a run folder"):
+        recommend(24)
 
 
 def test_policies_stay_what_python_reads_and_have_a_card():

@@ -20,9 +20,9 @@ from diagnostics.cutoffs.bounds import MIN_PROMPTS, upper_bound
 from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.cutoffs.regions import Region, RegionRules, Regions, find_regions
 from diagnostics.cutoffs.savings import LENGTHS, predict_savings
-from diagnostics.runs.run import Run
+from diagnostics.runs.run import Run, load_run
 from diagnostics.support.defaults import CONFIDENCE, MAX_KL
-from diagnostics.support.errors import UserError
+from diagnostics.support.errors import UserError, require
 from diagnostics.support.files import dump_json, read_json, write_sealed
 from diagnostics.support.overview import Overview, Readable
 
@@ -136,7 +136,7 @@ class Recommendation(Readable):
 
 
 def recommend(
-    run: Run,
+    run: Run | str | Path,
     *,
     max_kl: float | None = None,
     max_nll_increase: float | None = None,
@@ -150,9 +150,13 @@ def recommend(
 ) -> Recommendation:
     """Recommend a cutoff from a run; the default goal is ``max_kl`` = 0.1 nats per token.
 
-    If several goals are given, all must hold. With too few prompts for a bound the mean decides, and the notes say so.
+    ``run`` may be its folder. If several goals are given, all must hold. With too few prompts for a bound the mean
+    decides, and the notes say so.
     If no cutoff below L is admissible, full depth is recommended. Raises UserError for invalid goals.
     """
+    if not isinstance(run, Run):
+        require(isinstance(run, str | Path), f"the run is {run!r:.60}: give what `diagnose` returns, or a run folder")
+        run = load_run(run)
     if all(goal is None for goal in (max_kl, max_nll_increase, min_agreement, kv_budget)):
         max_kl = MAX_KL
     criterion = Criterion(max_kl, max_nll_increase, min_agreement, kv_budget, confidence, bool(every_category))
