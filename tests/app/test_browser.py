@@ -111,7 +111,7 @@ def test_a_click_on_a_head_shows_what_it_looks_at(page, address, runs):
     plot.wait_for()
     settled(page)
     box = plot.bounding_box()
-    for layer, head in ((20, 6), (3, 0)):
+    for layer, head in ((28, 6), (20, 0)):
         x = box["x"] + (head + 0.2) / n_heads * box["width"]  # not in the middle: the whole cell is there to be clicked
         y = box["y"] + box["height"] - (layer + 0.5) / n_layers * box["height"]
         page.mouse.move(x - 3, y)
@@ -121,7 +121,7 @@ def test_a_click_on_a_head_shows_what_it_looks_at(page, address, runs):
         page.get_by_role("heading", name=f"Layer {layer}, head {head}").wait_for()
         settled(page)
     page.get_by_text("of all attention that this head gives").wait_for()
-    assert "layer=3" in page.url
+    assert "layer=20" in page.url
     assert "head=0" in page.url
 
 
