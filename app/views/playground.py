@@ -74,7 +74,8 @@ def choose_policies(lm: LoadedModel) -> list[Policy]:
     start = max(1, round(0.75 * n_layers))
     if entry is not None and open_run(entry).n_layers == n_layers:
         start = saved_recommendation(entry).cutoff
-    left, middle, right = st.columns([3, 4, 3])
+    row = st.container(horizontal=True)  # as many beside each other as fit
+    left, middle, right = (row.container(width=width) for width in (240, 450, 240))
     bind("play_cutoff", "cutoff", start, whole(1, n_layers), of=f"playground {lm.name} {n_layers} {start}")
     cutoff = left.slider("Cutoff", 1, n_layers, key="play_cutoff", help=GLOSSARY["cutoff"])
     offered: dict[str, Policy] = {}

@@ -130,8 +130,9 @@ def downloads(table: pd.DataFrame) -> None:
         "summary.parquet": (packed.getvalue(), "application/vnd.apache.parquet"),
         "summary.md": (markdown(table), "text/markdown"),
     }
-    for column, (name, (data, kind)) in zip(st.columns(3), files.items(), strict=True):
-        download(column, name, data, name, kind, width="stretch")
+    row = st.container(horizontal=True)
+    for name, (data, kind) in files.items():
+        download(row, name, data, name, kind)
 
 
 evaluations = {entry.name: entry for entry in entries() if entry.has_evaluation}
