@@ -3,7 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
-from diagnostics.figures.style import COLOR_BAR, SEQUENTIAL, VERMILION, about, finished, tick
+from diagnostics.figures.style import COLOR_BAR, SEQUENTIAL, TITLE_HEIGHT, VERMILION, about, finished, tick
 from diagnostics.runs.run import Run
 
 # Columns of the heads table, in words.
@@ -53,6 +53,6 @@ def head_map(run: Run, column: str = "selectivity", marked: tuple[int, int] | No
     figure.update_xaxes(title_text="head", dtick=tick(n_heads), range=[-0.5, n_heads - 0.5])
     figure.update_yaxes(title_text="layer", dtick=tick(n_layers), range=[-0.5, n_layers - 0.5])
     title = f"{name[0].upper()}{name[1:]} of every head"
-    figure = finished(figure, title, 190 + min(900, max(120, 13 * n_layers)), about(run))
+    figure = finished(figure, title, TITLE_HEIGHT + 70 + min(900, max(120, 13 * n_layers)), about(run))
     # Without a limit the nearest point is found from everywhere in its cell.
-    return figure.update_layout(hoverdistance=-1)
+    return figure.update_layout(hoverdistance=-1, margin={"t": TITLE_HEIGHT + 10})

@@ -5,7 +5,7 @@ import html
 import numpy as np
 import plotly.graph_objects as go
 
-from diagnostics.figures.style import COLOR_BAR, SEQUENTIAL, finished, literal, readable_on, tick
+from diagnostics.figures.style import COLOR_BAR, SEQUENTIAL, TITLE_HEIGHT, finished, literal, readable_on, tick
 from diagnostics.runs.run import Run
 from diagnostics.support.errors import UserError
 
@@ -68,7 +68,8 @@ def logit_lens(run: Run, prompt_id: str, first: int = 0, count: int = LENS_COLUM
     figure.update_xaxes(title_text="next token of the reference", tickvals=columns, ticktext=labels, tickangle=0)
     figure.update_yaxes(title_text="after layer", dtick=tick(run.n_layers), range=[-0.5, run.n_layers - 0.5])
     subject = f"{literal(run.manifest['model'])}, prompt {literal(prompt_id)}"
-    return finished(figure, "Probability of the most likely token", 190 + 20 * run.n_layers, subject)
+    figure = finished(figure, "Probability of the most likely token", TITLE_HEIGHT + 70 + 20 * run.n_layers, subject)
+    return figure.update_layout(margin={"t": TITLE_HEIGHT + 10})
 
 
 def _visible(text: str) -> str:
