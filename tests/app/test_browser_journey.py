@@ -58,9 +58,9 @@ def test_from_an_empty_start_over_the_example_to_every_page(browser, address):
         page.get_by_role("heading", name=re.compile("^Prompts can stop at layer")).wait_for()
         for name, title in TITLES.items():
             go(page, name)
-            page.get_by_role("heading", name=title).wait_for()
+            page.get_by_role("heading", name=title, level=1).wait_for()
             settled(page)
-            assert "folder=example" in page.url
+            page.wait_for_url(re.compile("folder=example"))
             if name in RESULTS:
                 page.locator(".js-plotly-plot .main-svg").first.wait_for()
                 assert page.get_by_role("button", name="Look at an example").count() == 0
