@@ -28,8 +28,8 @@ def check_settings(settings: Settings) -> None:
     """
     prompts = load_prompts(settings.prompts, context_length=settings.context, max_prompts=settings.max_prompts)
     outline = check_model(settings.model, device=settings.device, dtype=settings.dtype)
-    source = locate(settings.model, convert=False)
-    if outline.n_layers is None or source is None:
+    source = None if outline.n_layers is None else locate(settings.model, convert=False)
+    if source is None:
         return
     from transformers import AutoTokenizer
 
