@@ -133,7 +133,9 @@ BAD_INPUT = {
     # the model
     "missing folder": case(with_model("/nowhere/model"), "no model folder '/nowhere/model'"),
     "missing gguf": case(with_model("nowhere.gguf"), "no GGUF file 'nowhere.gguf'"),
-    "hub model without network": case(with_model("some/model"), "model 'some/model' cannot be loaded", "offline (HF_HUB_OFFLINE=1)"),
+    "hub model without network": case(
+        with_model("some/model"), "model 'some/model' cannot be loaded", "offline (HF_HUB_OFFLINE=1)"
+    ),
     "no name at all": case(with_model("x" * 5000), "cannot be loaded"),
     "encoder": case(with_model("bert"), "(bert)", "it is an encoder"),
     "encoder-decoder": case(with_model("t5"), "(t5)", "encoder-decoder"),
