@@ -2,8 +2,8 @@
 
 python analyses/make_example.py [PART ...]    # smollm2-135m-instruct, benchmark, quality, finetuned; by default all
 
-Every part is made in a scratch folder, and replaces the old one when it is finished. What only continues a training,
-such as the adapter and its checkpoints, is left out: the example is for looking.
+Every part is made in a scratch folder, and replaces the old one when it is finished. What pages can do without is left
+out: the adapter with its rows and checkpoints, and the single tokens of the runs before and after the training.
 """
 
 import os
@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 from diagnostics.runs.example import BENCHMARK, EVALUATION, FINETUNING, RUN, example_folder
+from diagnostics.runs.places import table_file
+from diagnostics.runs.schema import DETAIL_TABLES
 
 MOST_BYTES = 1_500_000
 TASKS = "tests/tasks/common_knowledge.jsonl,needle@1K,needle@2K"
@@ -30,6 +32,7 @@ COMMANDS = {
     FINETUNING: ["finetune", "--cutoff", "20", "--max-kl", "0.5", "--held-out-prompts", "12"],
 }
 KEPT = (".json", ".parquet")
+LEFT_OUT = {"checkpoints", "adapter_config.json", "examples.parquet"} | {table_file(name) for name in DETAIL_TABLES}
 
 
 def main(parts: list[str]) -> None:
@@ -57,8 +60,9 @@ def make(part: str, made: Path) -> None:
 
 def keep(made: Path, target: Path) -> None:
     """Copy what pages read."""
+    left_out = LEFT_OUT if target.name == FINETUNING else set()
     for file in sorted(made.rglob("*")):
-        if file.suffix in KEPT and not {"checkpoints", "adapter"} & set(file.relative_to(made).parts):
+        if file.suffix in KEPT and not left_out & set(file.relative_to(made).parts):
             place = target / file.relative_to(made)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
