@@ -10,6 +10,7 @@ from streamlit.runtime.scriptrunner import StopException
 from dashboard.address import begin, copy_link, finish
 from dashboard.look import dress
 from dashboard.markdown import md
+from dashboard.start import example_banner
 from dashboard.state import current_name, entries, look_at, runs_folder
 from diagnostics.support.errors import UserError
 
@@ -75,6 +76,7 @@ dress()
 current_name()  # every page's address says it
 if page.url_path in OF_ONE_RUN:
     choose_run()
+example_banner()
 try:
     page.run()
 except UserError as error:

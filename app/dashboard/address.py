@@ -50,20 +50,20 @@ def number(low: float, high: float) -> Kind[float]:
 
 def one_of(options: Iterable[T]) -> Kind[T]:
     """Return the kind of values that are one of ``options``, by their text."""
-    by_text = {str(option): option for option in options}
+    by_text = {_text(option): option for option in options}
     return Kind(lambda texts: _look_up(by_text, _single(texts)), _wanted("one of", by_text))
 
 
 def some_of(options: Iterable[T]) -> Kind[list[T]]:
     """Return the kind of lists of ``options``, none of them included."""
-    by_text = {str(option): option for option in options}
+    by_text = {_text(option): option for option in options}
     read = lambda texts: [_look_up(by_text, text) for text in texts if text]  # noqa: E731
     return Kind(read, _wanted("some of", by_text))
 
 
 def flag() -> Kind[bool]:
     """Return the kind of yes and no."""
-    return Kind(lambda texts: _look_up({"yes": True, "no": False}, _single(texts)), "yes or no")
+    return one_of([True, False])
 
 
 def text() -> Kind[str]:
@@ -184,10 +184,14 @@ def _say(name: str, texts: list[str] | None) -> None:
 
 def _texts(value: object) -> list[str]:
     if isinstance(value, list | tuple | set):
-        return [str(part) for part in value] or [""]  # an empty list is a choice, too
+        return [_text(part) for part in value] or [""]  # an empty list is a choice, too
+    return [_text(value)]
+
+
+def _text(value: object) -> str:
     if isinstance(value, bool):
-        return ["yes" if value else "no"]
-    return [f"{value:.10g}" if isinstance(value, float) else str(value)]
+        return "yes" if value else "no"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _single(texts: list[str]) -> str:

@@ -63,21 +63,22 @@ class Entry:
         return self.manifest is not None and self.finished_prompts > 0
 
     @property
-    def goals(self) -> dict[str, Any]:
-        """Goals of the recommendation saved with the run; empty where there is none to read."""
-        return {name: float(value) for name, value in self._saved.items() if name != "rules"}
+    def goals(self) -> dict[str, Any] | None:
+        """Goals of the recommendation saved with the run; empty where there is none, None where it is damaged."""
+        saved = self._saved
+        return saved and {name: float(value) for name, value in saved.items() if name != "rules"}
 
     @property
     def region_rules(self) -> RegionRules | None:
         """Thresholds of the regions of the recommendation saved with the run; None for the default ones."""
-        return self._saved.get("rules")
+        return (self._saved or {}).get("rules")
 
     @property
-    def _saved(self) -> dict[str, Any]:
+    def _saved(self) -> dict[str, Any] | None:
         try:
             return saved_goals(self.path)
         except UserError:
-            return {}
+            return None
 
 
 def find_runs(folder: Path) -> list[Entry]:

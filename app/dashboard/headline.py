@@ -1,68 +1,136 @@
-"""The chosen run in a few figures: its cutoff, what it costs, what it saves, and whether the regions agree."""
+"""The chosen run at a glance: the answer in one sentence, the measured loss, the numbers, and the ways onwards."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import streamlit as st
 
+from dashboard.address import bind, one_of
 from dashboard.cards import Card, cards
 from dashboard.catalog import Entry
-from dashboard.state import md, open_run, saved_recommendation
-from diagnostics.cutoffs.regions import Region
+from dashboard.markdown import md
+from dashboard.state import goals_problem, open_run, saved_recommendation, show
+from dashboard.steps import steps
+from diagnostics.cutoffs.answer import ANSWER_LENGTH, answer
+from diagnostics.cutoffs.goals import GOALS
+from diagnostics.cutoffs.recommendation import Recommendation
+from diagnostics.cutoffs.savings import Savings, predict_savings
+from diagnostics.runs.run import Run
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 def headline(entry: Entry) -> None:
     """Show the headline evidence of a run."""
     run, recommendation = open_run(entry), saved_recommendation(entry)
-    data = recommendation.data
-    at = data["evidence"][recommendation.cutoff - 1]
-    savings = headline_savings(data)
-    st.subheader(f"{md(run.manifest['model'])}: cutoff {recommendation.cutoff} of {run.n_layers} layers")
-    asked = {name.replace("_", " "): value for name, value in data["criterion"].items()}
-    goals = ", ".join(name if value is True else f"{name} {value:g}" for name, value in asked.items())
-    st.caption(f"{len(run.prompts)} prompts of {md(run.manifest.get('prompt_set', ''))}; goal: {md(goals)}")
-    bound = "" if at["kl_bound"] is None else f", bound {at['kl_bound']:.3f}"
-    length = f"{savings['n_prompt']:,} tokens"
+    sentence = st.container()
+    row = st.container(horizontal=True, vertical_alignment="center")
+    subject = row.container()
+    n_prompt = choose_length(row)
+    savings = savings_at(run, recommendation.cutoff, n_prompt)
+    at_length = replace(recommendation, data=recommendation.data | {"predicted": [savings.to_dict()]})
+    sentence.markdown(f"#### {md(answer(at_length, n_prompt))}")
+    measured = f"{md(run.manifest['model'])}, measured on {len(run.prompts)} prompts."
+    subject.caption(f"{measured} Goal: {md(goal(recommendation))}.")
+    if problem := goals_problem(entry):
+        st.warning(md(problem))
+    show(
+        entry,
+        "headline",
+        lambda **_: _figure(run, recommendation),
+        goals=tuple(recommendation.data["criterion"].items()),
+    )
+    numbers(run, recommendation, savings)
+    onwards()
+    st.markdown("##### What SPEED does at this cutoff")
+    steps(recommendation.cutoff, run.n_layers)
+    with st.expander("How sure is this?", icon=":material/help:"):
+        st.markdown(agreement(recommendation))
+        for note in recommendation.data["notes"]:
+            st.markdown(f"- {plain(note)}")
+
+
+def choose_length(place: Any) -> int:
+    """Let the reader choose for which length of prompts savings are predicted; all pages share the choice."""
+    bind("length", "length", ANSWER_LENGTH, one_of(LENGTHS))
+    label = "Length of your prompts, tokens"
+    return int(place.select_slider(label, LENGTHS, format_func="{:,}".format, key="length", width=250))
+
+
+def savings_at(run: Run, cutoff: int, n_prompt: int) -> Savings:
+    """Return what a cutoff is predicted to save at a length."""
+    shape, anchors = run.manifest["shape"], int(run.manifest["identity"]["anchors"])
+    positions = run.manifest["max_positions"]
+    return predict_savings(shape, cutoff, anchors=anchors, lengths=[n_prompt], max_positions=positions)[0]
+
+
+def numbers(run: Run, recommendation: Recommendation, savings: Savings) -> None:
+    """Show the cutoff, what it changes and what it saves."""
+    at = recommendation.evidence[recommendation.cutoff - 1]
+    bound = "" if at["kl_bound"] is None else f", at most {at['kl_bound']:.3f} by its bound"
+    length = f"{savings.n_prompt:,} tokens"
     cards(
         [
             Card(
                 "Cutoff",
                 f"{recommendation.cutoff} / {run.n_layers}",
-                f"{data['depth_fraction']:.0%} of the depth",
+                f"layers, {recommendation.data['depth_fraction']:.0%} of the depth",
                 "cutoff",
             ),
             Card("KL from full depth", f"{at['kl']:.3f}", f"nats per token{bound}", "KL"),
             Card("Same top token", f"{at['top1_agreement']:.1%}", "of decode positions", "same top token"),
-            Card("TTFT", f"{savings['ttft_ratio']:.2f}", f"of full, predicted at {length}", "TTFT"),
-            Card("KV cache", f"{savings['kv_ratio']:.2f}", f"of full, at {length}", "KV cache"),
+            Card("TTFT", f"{savings.ttft_ratio:.2f}", f"of full depth, predicted at {length}", "TTFT"),
+            Card("KV cache", f"{savings.kv_ratio:.2f}", f"of full depth, at {length}", "KV cache"),
         ]
     )
-    left, right = st.columns(2)
-    left.markdown(f"**Selection region** {_region(recommendation.selection_region)}")
-    right.markdown(f"**Stabilization region** {_region(recommendation.stabilization_region)}")
-    st.markdown(_agreement(data["agreement"]))
-    for note in data["notes"]:
-        st.caption(f":material/info: {md(note)}")
 
 
-def headline_savings(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what a recommendation predicts for long prompts: at 8192 tokens, or at its first length."""
-    return next((s for s in data["predicted"] if s["n_prompt"] == 8192), data["predicted"][0])
+def onwards() -> None:
+    """Lead to the pages that say why, try it, and give it away."""
+    ways = {
+        "Why this cutoff?": ("layers", ":material/layers:"),
+        "Try it": ("playground", ":material/play_arrow:"),
+        "Take it": ("cutoff", ":material/download:"),
+    }
+    row = st.container(horizontal=True)
+    for label, (page, icon) in ways.items():
+        if row.button(label, icon=icon, key=f"to {page}", type="primary" if page == "layers" else "secondary"):
+            st.switch_page(f"views/{page}.py")
 
 
-def _region(region: Region | None) -> str:
-    if region is None:
-        return "none found"
-    ends = ""
-    if region.first_range and region.last_range:
-        (a, b), (c, d) = region.first_range, region.last_range
-        ends = f" (90% of resamples: first {a} to {b}, last {c} to {d})"
-    return f"layers {region.first} to {region.last}{ends}"
+def goal(recommendation: Recommendation) -> str:
+    """Say in words what was asked of the cutoff."""
+    criterion = recommendation.data["criterion"]
+    asked = " and ".join(f"{words} {criterion[name]:g}" for name, words in GOALS.items() if name in criterion)
+    sure = "" if set(criterion) & {"kv_budget"} else f", with {criterion['confidence']:.0%} confidence"
+    each = ", for every kind of prompt" if criterion.get("every_category") else ""
+    return f"{asked}{sure}{each}"
 
 
-def _agreement(agreement: dict[str, object]) -> str:
-    sources = {"above the selection": "cutoff_by_selection", "at the start of stabilization": "cutoff_by_stabilization"}
-    cutoffs = [f"{where} {agreement[key]}" for where, key in sources.items() if agreement[key] is not None]
-    if not cutoffs:
-        return "The regions put the cutoff nowhere; the measured loss decides."
-    verdict = "agree with" if agreement["agree"] else "**differ from**"
-    return f"The regions put the cutoff {', '.join(cutoffs)}: they {verdict} the measured loss, which decides."
+def plain(note: object) -> str:
+    """Return a note without the argument of Python that it names at its end."""
+    return md(re.sub(r" \(`[^`]*`\)$", "", str(note)))
+
+
+def agreement(recommendation: Recommendation) -> str:
+    """Say where the layers alone would put the cutoff, and whether the measured loss agrees."""
+    said: dict[str, Any] = recommendation.data["agreement"]
+    selection, stabilization = recommendation.selection_region, recommendation.stabilization_region
+    parts = []
+    if selection is not None:
+        parts.append(f"layers {selection.first} to {selection.last} select from the prompt")
+    if stabilization is not None:
+        parts.append(f"from layer {stabilization.first} on the prompt hardly changes any more")
+    if not parts:
+        return "The layers alone put the cutoff nowhere: no region was found. The measured loss decides."
+    cutoffs = sorted({said[key] for key in ("cutoff_by_selection", "cutoff_by_stabilization") if said[key] is not None})
+    where = " or ".join(map(str, cutoffs))
+    verdict = "agrees" if said["agree"] else "**differs**, and decides"
+    return f"The layers alone: {', and '.join(parts)}. That puts the cutoff at {where}; the measured loss {verdict}."
+
+
+def _figure(run: Run, recommendation: Recommendation) -> Any:
+    from diagnostics.figures import measured_loss
+
+    return measured_loss(run, recommendation)

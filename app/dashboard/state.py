@@ -15,11 +15,13 @@ import streamlit as st
 
 from dashboard.address import keep, kept, leave, one_of, text
 from dashboard.catalog import Entry, Signature, find_runs
+from dashboard.look import HEADING
 from dashboard.markdown import md as md
 from diagnostics.cli.dashboard import RUNS_VARIABLE
 from diagnostics.cutoffs.recommendation import Recommendation, recommend
 from diagnostics.cutoffs.regions import RegionRules
 from diagnostics.runs.example import example_folder
+from diagnostics.runs.places import RECOMMENDATION
 from diagnostics.runs.run import Run, load_run
 from diagnostics.support.errors import UserError
 
@@ -109,11 +111,23 @@ def recommendation(entry: Entry, goals: dict[str, float]) -> Recommendation:
 
 
 def saved_recommendation(entry: Entry) -> Recommendation:
-    """Recommend by the goals that were saved with the run, if there are any."""
+    """Recommend by the goals that were saved with the run, by the default ones where there are no sensible ones."""
+    goals = {} if entry.goals is None else entry.goals
     try:
-        return recommendation(entry, entry.goals)
+        return recommendation(entry, goals)
     except (UserError, TypeError):  # goals written by hand
         return recommendation(entry, {})
+
+
+def goals_problem(entry: Entry) -> str | None:
+    """Say what is wrong with the recommendation saved with a run; None if nothing is."""
+    try:
+        if entry.goals is not None:
+            recommendation(entry, entry.goals)
+            return None
+    except (UserError, TypeError):
+        pass
+    return f"{RECOMMENDATION} of {entry.name} is damaged: its goals cannot be read, so the default goal is shown"
 
 
 def show(
@@ -134,9 +148,10 @@ def show(
     the widget ``figure NAME``. Returns the figure.
     """
     drawn = _figure(draw, name, str(entry.path), entry.signature, values)
-    row = st.container(horizontal=True, vertical_alignment="bottom")
+    row = st.container(horizontal=True, vertical_alignment="bottom", key=f"{HEADING} {name}")
     title, subject = drawn.title
-    row.markdown(f"##### {md(title)}" + (f"  \n{md(subject)}" if subject else ""), width="stretch", help=help)
+    told = f"##### {md(title)}" + (f" :gray[:small[{md(subject)}]]" if subject else "")
+    row.markdown(told, width="stretch", help=help)
     file_name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{entry.name}-{name}")
     download(row, "CSV", drawn.csv if table is None else to_csv(table), f"{file_name}.csv", "text/csv", type="tertiary")
     options = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2, "filename": file_name}}
@@ -173,15 +188,20 @@ def to_csv(table: pd.DataFrame | Callable[[], pd.DataFrame]) -> str:
 
 
 def empty_state() -> None:
-    """Say how to get a run."""
-    st.info(f"There is no run to show in **{md(str(runs_folder()))}** yet.")
-    st.markdown("Make one here, under *New diagnosis*, or in a terminal:")
+    """Say how to get a run: look at an example, make one here, or in a terminal."""
+    st.info(f"There is no run in **{md(str(runs_folder()))}** yet.")
+    row = st.container(horizontal=True)
+    if row.button("Look at an example", type="primary", icon=":material/school:", key="example"):
+        look_into(EXAMPLE)
+        st.rerun()
+    if row.button("New diagnosis", icon=":material/add:", key="new"):
+        st.switch_page("views/diagnosis.py")
+    st.markdown("Or make one in a terminal:")
     st.code(
         "speed-diagnostics recommend                # the embedded model, built-in prompts\n"
         "speed-diagnostics recommend MODEL --prompts mine.jsonl",
         language="bash",
     )
-    st.markdown("A run from another machine can be uploaded as a zip file under *Overview*.")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """Compare: several models or runs on relative depth."""
 
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 
-from dashboard.address import bind, some_of
+from dashboard.address import bind, number, one_of, some_of
+from dashboard.catalog import Entry
+from dashboard.differences import differing_settings
 from dashboard.state import current_entry, empty_state, entries, open_run, recommendation, runs_folder, show
 from diagnostics import figures
+from diagnostics.runs.run import Run
+from diagnostics.support.glossary import GLOSSARY
 
 MEASURES = {
     "kl": "loss: KL from full depth",
@@ -17,6 +23,41 @@ MEASURES = {
     "saliency_overlap": "overlap of salient tokens",
     "lens_kl": "logit lens: KL from the end",
 }
+MOST_AT_FIRST = 6
+
+
+def first_choice(readable: dict[str, Entry]) -> list[str]:
+    """Return the runs that are compared before the reader chooses: finished ones, the newest first."""
+    finished = [name for name, entry in readable.items() if entry.status == "complete"]
+    current = current_entry()
+    return finished[:MOST_AT_FIRST] or ([current.name] if current else [])
+
+
+def colours_of(names: list[str]) -> list[str]:
+    """Return a colour for each run; a run keeps its colour while others come and go."""
+    kept: dict[str, str] = st.session_state.setdefault("colours of runs", {})
+    for name in names:
+        taken = [kept[other] for other in names if other in kept and other != name]
+        if name not in kept or kept[name] in taken:
+            kept[name] = next((colour for colour in figures.PALETTE if colour not in taken), figures.PALETTE[0])
+    return [kept[name] for name in names]
+
+
+def line(name: str, entry: Entry, run: Run, limit: float) -> dict[str, Any]:
+    """Return one line of the table: what a run recommends under the goal of all."""
+    data = recommendation(entry, {"max_kl": limit}).data
+    at = data["evidence"][data["cutoff"] - 1]
+    return {
+        "run": name,
+        "model": run.manifest["model"],
+        "cutoff": data["cutoff"],
+        "layers": run.n_layers,
+        "depth": data["depth_fraction"],
+        "KL": at["kl"],
+        "bound": at["kl_bound"],
+        "same top token": at["top1_agreement"],
+        "prompts": len(run.prompts),
+    }
 
 
 st.title("Runs side by side")
@@ -24,46 +65,39 @@ readable = {entry.name: entry for entry in entries() if entry.readable}
 if not readable:
     empty_state()
     st.stop()
-current = current_entry()
-first = list(readable)[:6] if len(readable) > 1 else [current.name] if current else []
-bind("compared", "compared", first, some_of(readable), of=str(runs_folder()), always=True)
+bind("compared", "compared", first_choice(readable), some_of(readable), of=str(runs_folder()), always=True)
 chosen = st.multiselect("Runs", list(readable), key="compared")
 left, right = st.columns(2)
+bind("measure", "measure", "kl", one_of(MEASURES))
 measure = left.selectbox("Measure", list(MEASURES), format_func=MEASURES.__getitem__, key="measure")
+bind("same_goal", "max_kl", 0.1, number(0.005, 1.0))
 limit = right.slider(
-    "Goal of the table: KL at most, nats per token", 0.005, 1.0, 0.1, 0.005, format="%.3f", key="same_goal"
+    "Goal of the table: KL at most, nats per token", 0.005, 1.0, step=0.005, format="%.3f", key="same_goal"
 )
 if not chosen:
     st.info("Choose at least one run.")
     st.stop()
 runs = [open_run(readable[name]) for name in chosen]
-signatures = tuple((name, readable[name].signature) for name in chosen)
+colours = colours_of(chosen)
 show(
     readable[chosen[0]],
     "comparison",
     # By their names here: in their own folders those of every fine-tuning are called the same.
-    lambda measure, **_: figures.compare_runs(runs, measure, chosen),
+    lambda measure, colours, **_: figures.compare_runs(runs, measure, chosen, colours),
     measure=measure,
-    runs=signatures,
+    colours=tuple(colours),
+    runs=tuple((name, readable[name].signature) for name in chosen),
 )
-lines = []
-for name, run in zip(chosen, runs, strict=True):
-    data = recommendation(readable[name], {"max_kl": limit}).data
-    at = data["evidence"][data["cutoff"] - 1]
-    identity = run.manifest["identity"]
-    lines.append(
-        {
-            "run": name,
-            "model": run.manifest["model"],
-            "cutoff": data["cutoff"],
-            "layers": run.n_layers,
-            "depth": data["depth_fraction"],
-            "KL": at["kl"],
-            "bound": at["kl_bound"],
-            "same top token": at["top1_agreement"],
-            "prompts": len(run.prompts),
-            "context": identity.get("context_length"),
-            "anchors": identity["anchors"],
-        }
-    )
-st.dataframe(pd.DataFrame(lines).round(3), hide_index=True, width="stretch")
+lines = [line(name, readable[name], run, limit) for name, run in zip(chosen, runs, strict=True)]
+config = {
+    column: st.column_config.Column(help=GLOSSARY[term])
+    for column, term in (("cutoff", "cutoff"), ("KL", "KL"), ("bound", "bound"), ("same top token", "same top token"))
+}
+st.dataframe(pd.DataFrame(lines).round(3), hide_index=True, width="stretch", column_config=config, placeholder="")
+if len(runs) > 1:
+    st.markdown("##### What differs in their settings")
+    differing = differing_settings(dict(zip(chosen, runs, strict=True)))
+    if differing.empty:
+        st.caption("Nothing: they were made with the same settings.")
+    else:
+        st.dataframe(differing, hide_index=True, width="stretch", placeholder="")

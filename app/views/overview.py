@@ -5,26 +5,31 @@ import os
 import pandas as pd
 import streamlit as st
 
+from dashboard.address import keep
 from dashboard.catalog import Entry
-from dashboard.headline import headline, headline_savings
+from dashboard.headline import headline, savings_at
+from dashboard.markdown import md
+from dashboard.start import start
 from dashboard.state import (
     current_entry,
-    empty_state,
+    current_name,
     entries,
+    is_example,
     look_at,
     look_into,
-    md,
     missing_run,
+    open_run,
     runs_folder,
     saved_recommendation,
 )
 from dashboard.upload import MAX_MEGABYTES, import_zip
+from diagnostics.cutoffs.answer import ANSWER_LENGTH
 from diagnostics.support.errors import UserError
 
 
 def row(entry: Entry) -> dict[str, object]:
     """Return one line of the table of runs."""
-    line: dict[str, object] = {"run": entry.name, "status": entry.status, "problem": entry.problem}
+    line: dict[str, object] = {"run": entry.name, "status": entry.status, "problem": reason(entry, entry.problem)}
     if entry.manifest is None:
         return line
     line |= {"model": entry.manifest["model"], "prompts": entry.finished_prompts, "layers": entry.manifest["n_layers"]}
@@ -32,13 +37,18 @@ def row(entry: Entry) -> dict[str, object]:
     line["made"] = str(entry.manifest.get("created", ""))[:16].replace("T", " ")
     if entry.readable:
         try:
-            data = saved_recommendation(entry).data
+            recommended = saved_recommendation(entry)
+            savings = savings_at(open_run(entry), recommended.cutoff, ANSWER_LENGTH)
         except UserError as error:
-            return line | {"status": "damaged", "problem": str(error)}
-        at = data["evidence"][data["cutoff"] - 1]
-        savings = headline_savings(data)
-        line |= {"cutoff": data["cutoff"], "KL": at["kl"], "bound": at["kl_bound"], "TTFT": savings["ttft_ratio"]}
+            return line | {"status": "damaged", "problem": reason(entry, str(error))}
+        at = recommended.evidence[recommended.cutoff - 1]
+        line |= {"cutoff": recommended.cutoff, "KL": at["kl"], "bound": at["kl_bound"], "TTFT": savings.ttft_ratio}
     return line
+
+
+def reason(entry: Entry, problem: str | None) -> str | None:
+    """Return what is wrong without the path, which hides the rest in a column: the line names the run."""
+    return problem and problem.replace(f"{str(entry.path)!r} ", "").replace(f"{entry.path}{os.sep}", "")
 
 
 def choose(listed: list[Entry]) -> None:
@@ -74,6 +84,7 @@ def table(listed: list[Entry]) -> None:
         on_select=lambda: choose(listed),
         selection_mode="single-row",
         key="runs_table",
+        placeholder="",
         column_config={
             "cutoff": st.column_config.NumberColumn(
                 "cutoff", help="recommended: layers that prompt tokens run through"
@@ -89,25 +100,21 @@ def table(listed: list[Entry]) -> None:
     )
 
 
+# What chooses each kind of results in the address, and the page that shows it; runs are shown here.
+PAGES = {
+    "evaluation": ("evaluation", "quality"),
+    "benchmark": ("benchmark", "benchmark"),
+    "fine-tuning": ("finetuning", "finetuning"),
+}
+
+
 def upload() -> None:
-    """Take in a run folder from elsewhere."""
-    with st.expander("Add a run from another machine, or look into another folder", icon=":material/upload:"):
-        given = st.file_uploader(
-            f"A run folder as a zip file, {MAX_MEGABYTES} MB unpacked at most",
-            type="zip",
-            key="zip",
-            max_upload_size=MAX_MEGABYTES,
-        )
-        if given is not None and st.button("Add it to the folder", key="add"):
-            try:
-                name = import_zip(given.getvalue(), given.name, runs_folder())
-            except UserError as error:
-                st.error(md(error))
-            else:
-                st.session_state["added"] = name
-                st.rerun()
-        if name := st.session_state.pop("added", None):
-            st.success(f"Added: {md(name)}")
+    """Take in results from elsewhere, and open them on their page."""
+    with st.expander("Add results from another machine, or look into another folder", icon=":material/upload:"):
+        if is_example():
+            st.caption("The example is for reading only: go back to your runs to add some.")
+        else:
+            add()
         folder = st.text_input("Folder of runs, or one run", value=str(runs_folder()), key="folder_asked")
         if folder != str(runs_folder()) and st.button("Look into it", key="look"):
             if os.path.isdir(os.path.expanduser(folder)):
@@ -116,15 +123,42 @@ def upload() -> None:
             st.error(f"There is no folder {md(folder)}.")
 
 
+def add() -> None:
+    """Unpack a zip file into the folder."""
+    given = st.file_uploader(
+        "A folder as a zip file: a run, an evaluation, a benchmark, or a fine-tuning, whose weights stay out; "
+        f"{MAX_MEGABYTES} MB unpacked at most",
+        type="zip",
+        key="zip",
+        max_upload_size=MAX_MEGABYTES,
+    )
+    if given is None or not st.button("Add it to the folder", key="add"):
+        return
+    try:
+        name = import_zip(given.getvalue(), given.name, runs_folder())
+    except UserError as error:
+        st.error(md(error))
+        return
+    st.toast(f"Added: {md(name)}", icon=":material/check:")
+    entry = next(entry for entry in entries() if entry.name == name)
+    if entry.manifest is None and entry.kind is not None:
+        chooser, page = PAGES[entry.kind]
+        keep(chooser, name, of=str(runs_folder()))
+        st.switch_page(f"views/{page}.py")
+    look_at(name)
+    st.rerun()
+
+
 st.title("How deep must a prompt go?")
 # Folders with a benchmark and nothing else, and the like, have a page of their own.
 runs = [entry for entry in entries() if entry.status != entry.kind]
-if runs:
-    table(runs)
-else:
-    empty_state()
-if runs and current_entry() is None:
-    missing_run()
 if (chosen := current_entry()) is not None:
     headline(chosen)
+elif runs or current_name():
+    missing_run()
+else:
+    start()
+if runs:
+    st.markdown("##### All runs")
+    table(runs)
 upload()

@@ -5,7 +5,7 @@ pages.
 """
 
 from diagnostics.figures.benchmarks import benchmark_ratios, benchmark_sentences
-from diagnostics.figures.cutoffs import compare_runs, cutoff_loss, retention
+from diagnostics.figures.cutoffs import compare_runs, cutoff_loss, measured_loss, retention
 from diagnostics.figures.finetuning import finetuning_categories, finetuning_cutoffs, finetuning_steps
 from diagnostics.figures.heads import head_map
 from diagnostics.figures.layers import layer_curves, layer_panel, layer_sentences
@@ -29,6 +29,7 @@ __all__ = [
     "layer_panel",
     "layer_sentences",
     "logit_lens",
+    "measured_loss",
     "quality_by_cutoff",
     "quality_differences",
     "quality_failures",

@@ -23,12 +23,18 @@ from diagnostics.figures.style import (
     add_line,
     faint,
     finished,
+    legend_at_each_panel,
     literal,
     per_layer,
     tick,
 )
 from diagnostics.runs.run import Run
 from diagnostics.support.finite import finite_mean
+
+CUTOFF_AXIS = "cutoff: layers that prompt tokens run through"
+# Lines of runs that are compared; the first lies below the others.
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square-open", "diamond-open", "triangle-up-open", "cross-open")
 
 
 def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, cutoff: int | None = None) -> go.Figure:
@@ -37,16 +43,50 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
     The band reaches up to the confidence bound that decides; the tolerance is dashed. Loss is on a logarithmic axis.
     The grey line is the recommended cutoff; the dotted line is ``cutoff``, another one to inspect.
     """
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.13, row_heights=[0.6, 0.4])
+    _add_loss(figure, run, recommendation)
+    ratios = _predicted(run, n_prompt)
+    # TTFT and KV nearly coincide: KV is a broad band of colour below TTFT's thin line.
+    broad = {"color": PURPLE, "width": 8}
+    hover = "{}: %{{y:.3f}} of full"
+    for column, name, look in (
+        ("kv_ratio", "KV", {"line": broad, "opacity": 0.45, "mode": "lines"}),
+        ("ttft_ratio", "TTFT", {"line": {"color": ORANGE}}),
+        ("tpot_ratio", "TPOT", {"line": {"color": GREEN, "dash": "dot"}, "marker": {"symbol": "diamond"}}),
+    ):
+        add_line(figure, ratios["cutoff"], ratios[column], f"{name}, predicted", GREEN, hover, row=2)
+        figure.data[-1].update(look)
+    figure.update_yaxes(title_text="of full depth", range=[0, 1.05], row=2, col=1)
+    figure.update_xaxes(title_text=CUTOFF_AXIS, row=2, col=1)
+    _mark_cutoffs(figure, recommendation.cutoff, cutoff, rows=2)
+    _align(figure, run.n_layers)
+    return legend_at_each_panel(finished(figure, f"Loss, and savings at {n_prompt:,} tokens", 600, about(run)))
+
+
+def measured_loss(run: Run, recommendation: Recommendation) -> go.Figure:
+    """Draw the measured loss alone, small, with the recommended cutoff: the headline in one picture."""
+    figure = make_subplots(rows=1, cols=1)
+    _add_loss(figure, run, recommendation)
+    figure.update_xaxes(title_text=CUTOFF_AXIS)
+    _mark_cutoffs(figure, recommendation.cutoff, None, rows=1)
+    _align(figure, run.n_layers)
+    place = {"x": recommendation.cutoff, "y": 0, "yref": "y domain", "yanchor": "bottom", "xanchor": "right"}
+    figure.add_annotation(text=f"cutoff {recommendation.cutoff} ", showarrow=False, font={"size": 14}, **place)
+    return finished(figure, "What every cutoff changes", 380, about(run))
+
+
+def _add_loss(figure: go.Figure, run: Run, recommendation: Recommendation) -> None:
+    """Add the loss at every cutoff, its bound and the tolerance to the first panel."""
     evidence = pd.DataFrame(recommendation.evidence)
     cutoffs = evidence["cutoff"].to_numpy()
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
     drawable = _drawable(run, evidence["kl"], evidence["cutoff"])
     loss = evidence["kl"].where(drawable)
     if "kl_bound" in evidence and evidence["kl_bound"].notna().any():
         bound = evidence["kl_bound"].astype(float).where(drawable)
         band = {"x": cutoffs, "mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        figure.add_trace(go.Scatter(y=loss, **band), row=1, col=1)
-        figure.add_trace(go.Scatter(y=bound, fill="tonexty", fillcolor=faint(BLUE), **band), row=1, col=1)
+        figure.add_trace(go.Scatter(y=loss, **band, name="KL, mean"), row=1, col=1)
+        filled = {"fill": "tonexty", "fillcolor": faint(BLUE), "name": "KL, upper bound"}
+        figure.add_trace(go.Scatter(y=bound, **filled, **band), row=1, col=1)
     figure.add_trace(
         go.Scatter(
             x=cutoffs,
@@ -55,6 +95,7 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
             mode="lines+markers",
             name="KL from full depth",
             line={"color": BLUE},
+            showlegend=True,
             hovertemplate="cutoff %{x}: KL %{y:.4f} nats/token<br>same top token %{customdata[0]:.1%}"
             "<br>NLL %{customdata[1]:+.4f}<extra></extra>",
         ),
@@ -67,23 +108,20 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
         # plotly positions annotations, unlike lines, by the logarithm
         position = {"x": 1, "xref": "x domain", "xanchor": "right", "y": np.log10(limit), "yanchor": "bottom"}
         figure.add_annotation(text=f"tolerance {limit:g}", showarrow=False, row=1, col=1, **position)
-    ratios = _predicted(run, n_prompt)
-    for (column, name), colour in zip(
-        (("ttft_ratio", "TTFT"), ("tpot_ratio", "TPOT"), ("kv_ratio", "KV")), (ORANGE, GREEN, PURPLE), strict=True
-    ):
-        add_line(
-            figure, ratios["cutoff"], ratios[column], f"{name}, predicted", colour, "{}: %{{y:.3f}} of full", row=2
-        )
-    figure.data[-1].line.dash = "dot"  # it often covers TTFT's line
     figure.update_yaxes(title_text="loss, nats per token", type="log", exponentformat="power", dtick=1, row=1, col=1)
-    figure.update_yaxes(title_text=f"of full depth, {n_prompt:,} tokens", range=[0, 1.05], row=2, col=1)
-    figure.update_xaxes(title_text="cutoff: layers that prompt tokens run through", row=2, col=1)
-    figure.update_xaxes(dtick=tick(len(cutoffs)))
-    for row in (1, 2):
-        figure.add_vline(recommendation.cutoff, line={"color": GREY, "width": 2}, row=row, col=1)
-        if cutoff is not None and cutoff != recommendation.cutoff:
+
+
+def _mark_cutoffs(figure: go.Figure, recommended: int, cutoff: int | None, rows: int) -> None:
+    for row in range(1, rows + 1):
+        figure.add_vline(recommended, line={"color": GREY, "width": 2}, row=row, col=1)
+        if cutoff is not None and cutoff != recommended:
             figure.add_vline(cutoff, line={"color": BLUE, "width": 2, "dash": "dot"}, row=row, col=1)
-    return finished(figure, f"Recommended cutoff {recommendation.cutoff} of {run.n_layers}", 640, about(run))
+
+
+def _align(figure: go.Figure, n_layers: int) -> None:
+    """Give an axis of cutoffs the range and ticks that all of them have: figures one above the other line up."""
+    figure.update_xaxes(range=[0, n_layers + 1], tick0=0, dtick=tick(n_layers))
+    figure.update_yaxes(automargin=False)  # it would move one figure's axis and not the other's
 
 
 def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figure:
@@ -99,15 +137,22 @@ def retention(run: Run, recommendation: Recommendation | None = None) -> go.Figu
         add_curve(figure, np.arange(1, run.n_layers + 1), share, name, colour)
     if recommendation is not None:
         figure.add_vline(recommendation.cutoff, line={"color": GREY, "width": 2}, annotation_text="cutoff")
-    figure.update_xaxes(title_text="cutoff", dtick=tick(run.n_layers))
+    figure.update_xaxes(title_text=CUTOFF_AXIS)
+    _align(figure, run.n_layers)
     figure.update_yaxes(title_text="share below the cutoff", range=[0, 1.02])
     return finished(figure, "What a cutoff keeps of the prompt", 420, about(run))
 
 
-def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] | None = None) -> go.Figure:
+def compare_runs(
+    runs: Sequence[Run],
+    column: str = "kl",
+    names: Sequence[str] | None = None,
+    colours: Sequence[str] = PALETTE,
+) -> go.Figure:
     """Draw a measure of several runs against relative depth: cutoff / layers for a loss, else (layer + 1) / layers.
 
-    ``names`` labels the runs; by default each run has its own name.
+    ``names`` labels the runs, by default by their own names; ``colours`` are theirs in turn. Lines of equal runs remain
+    visible: each has its own dashes and markers.
     """
     names = [run.name for run in runs] if names is None else names
     figure = go.Figure()
@@ -118,7 +163,9 @@ def compare_runs(runs: Sequence[Run], column: str = "kl", names: Sequence[str] |
             mean = np.where(_drawable(run, mean, np.arange(1, run.n_layers + 1)), mean, np.nan)
         depth = np.arange(1, run.n_layers + 1) / run.n_layers
         hover = f"{{}}: {column} %{{{{y:.4f}}}} at %{{{{x:.0%}}}}"
-        add_line(figure, depth, mean, literal(name), PALETTE[number % len(PALETTE)], hover)
+        colour, dash, symbol = (cycle[number % len(cycle)] for cycle in (colours, DASHES, SYMBOLS))
+        add_line(figure, depth, mean, literal(name), colour, hover, marker={"symbol": symbol, "size": 7})
+        figure.data[-1].line.update(dash=dash, width=2)
     figure.update_xaxes(title_text="cutoff / layers" if is_loss else "depth: (layer + 1) / layers", tickformat=".0%")
     if column == "kl":
         unit = "KL from full depth, nats per token"

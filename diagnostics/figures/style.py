@@ -149,7 +149,8 @@ def without_title(figure: go.Figure) -> go.Figure:
     """Return a copy without the title and the room for it, for a page that has it as a heading: plotly cuts titles."""
     bare = go.Figure(figure)
     bare.layout.title = None
-    room = min(TITLE_HEIGHT, bare.layout.margin.t - LEAST_ABOVE)
+    # A legend makes room for itself, however many rows it has.
+    room = max(0, bare.layout.margin.t - LEAST_ABOVE)
     bare.layout.margin.t -= room
     bare.layout.height -= room
     return bare

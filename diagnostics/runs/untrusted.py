@@ -1,10 +1,10 @@
-"""Checks a run folder from elsewhere in a separate process, with bounded memory and time.
+"""Checks a folder of results from elsewhere in a separate process, with bounded memory and time.
 
 A parquet file of a few kilobytes can hold columns of gigabytes, types nested a thousand deep, or bytes that crash the
-reader. The process checks the files' metadata (rows, columns, types) before it reads them as `load_run` does; if it
-dies, the process that started it goes on.
+reader. The process checks the files' metadata (rows, columns, types) before it reads them as `load_run` does, or
+whatever reads such a folder; if it dies, the process that started it goes on.
 
-    python -m diagnostics.runs.untrusted FOLDER      prints what is wrong, in JSON; null if nothing is
+    python -m diagnostics.runs.untrusted FOLDER READER    prints what is wrong, in JSON; null if nothing is
 """
 
 import contextlib
@@ -13,24 +13,29 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 from diagnostics.support.errors import UserError
 
 MEGABYTES = 1500  # of memory that the process may take
 SECONDS = 60
 READER = [sys.executable, "-m", "diagnostics.runs.untrusted"]
+LOAD_RUN = "diagnostics.runs.run:load_run"
 # Numbers and texts in all tables together; a run of 5,000 prompts, 32 layers and 32 heads has 60 million.
 MAX_CELLS = 100_000_000
 
 
-def require_harmless(folder: Path) -> None:
-    """Raise UserError, in one line, unless the folder is a run that can be read in bounded memory and time."""
+def require_harmless(folder: Path, reader: str = LOAD_RUN) -> None:
+    """Raise UserError, in one line, unless a folder can be read in bounded memory and time.
+
+    ``reader`` names the function that reads it, as ``module:function``.
+    """
     # One thread and the system's own allocator: pools of threads and memory would count as memory taken.
     quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
     search_path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     try:
         completed = subprocess.run(
-            [*READER, str(folder)],
+            [*READER, str(folder), reader],
             env=os.environ | quiet | {"PYTHONPATH": search_path},
             capture_output=True,
             timeout=SECONDS,
@@ -39,35 +44,37 @@ def require_harmless(folder: Path) -> None:
         problem = json.loads(completed.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         raise UserError(
-            f"the run in {str(folder)!r} cannot be read within {MEGABYTES} MB and {SECONDS} s: copy it by hand"
+            f"what is in {str(folder)!r} cannot be read within {MEGABYTES} MB and {SECONDS} s: copy it by hand"
         ) from None
     if problem is not None:
         raise UserError(str(problem))
 
 
-def describe_problem(folder: Path) -> str | None:
-    """Say what is wrong with a run folder; None if nothing is."""
-    from diagnostics.runs.run import load_run
+def describe_problem(folder: Path, reader: str = LOAD_RUN) -> str | None:
+    """Say what is wrong with a folder of results; None if nothing is."""
+    from diagnostics.runs.run import Run
     from diagnostics.support.files import read_table
 
     try:
+        read = resolve_name(reader)
         cells = 0
         for path in sorted(folder.rglob("*.parquet")):
             cells += _cells(path)
             if cells > MAX_CELLS:
                 return f"the tables of {str(folder)!r} hold more than {MAX_CELLS // 10**6} million values"
-        tables = load_run(folder).tables
+        loaded = read(folder)
+        tables = loaded.tables if isinstance(loaded, Run) else {}
         # Other tables that pages of the dashboard read, such as a benchmark.
         tables |= {path.stem: read_table(path) for path in folder.glob("*.parquet") if path.stem not in tables}
         size = sum(int(table.memory_usage(deep=True).sum()) for table in tables.values())
     except UserError as error:
         return str(error)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"the folder {str(folder)!r} is damaged: {error}"
     except MemoryError:
-        return f"the run in {str(folder)!r} takes more than {MEGABYTES} MB of memory: copy it by hand"
+        return f"what is in {str(folder)!r} takes more than {MEGABYTES} MB of memory: copy it by hand"
     if size > MEGABYTES << 20:
-        return f"the run in {str(folder)!r} takes {size >> 20} MB of memory, more than {MEGABYTES}: copy it by hand"
+        return f"what is in {str(folder)!r} takes {size >> 20} MB of memory, more than {MEGABYTES}: copy it by hand"
     return None
 
 
@@ -119,5 +126,7 @@ if __name__ == "__main__":
     import pandas  # noqa: F401  # before the limit: what libraries map is not what the files take
     import pyarrow.parquet  # noqa: F401
 
+    place, name_of_reader = sys.argv[1:]
+    resolve_name(name_of_reader)
     _limit()
-    print(json.dumps(describe_problem(Path(sys.argv[1]))))
+    print(json.dumps(describe_problem(Path(place), name_of_reader)))

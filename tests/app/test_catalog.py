@@ -239,10 +239,10 @@ CRITERIA = ["null", "[1]", '{"max_kl": "x"}', '{"max_kl": null}']
 def test_goals_that_cannot_be_read(tmp_path, text):
     folder = write_run(tmp_path / "run")
     (folder / "recommendation.json").write_text(text)
-    assert only(folder).goals == {}
+    assert only(folder).goals is None
     (folder / "recommendation.json").unlink()
     (folder / "recommendation.json").mkdir()
-    assert only(folder).goals == {}
+    assert only(folder).goals is None
 
 
 def test_a_folder_that_cannot_be_listed(open_place):

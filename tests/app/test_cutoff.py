@@ -1,9 +1,11 @@
 """The page *Cutoff*: evidence at every cutoff, goals, the snippet, and saving the recommendation."""
 
 import ast
+import io
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from diagnostics import SpeedPolicy, load_run, recommend
@@ -29,11 +31,15 @@ def shown_at(at, run, rec, k, n_prompt=8192):
         "Contribution kept": f"{kept['prompt_contribution']:.1%}",
         "TTFT": f"{savings.ttft_ratio:.3f}",
         "TPOT": f"{savings.tpot_ratio:.3f}",
-        "KV cache": f"{savings.kv_bytes / 2**20:,.1f} MiB",
+        "KV cache": f"{savings.kv_ratio:.3f}",
     }
+    assert [*found][:4] == ["KL from full depth", "Same top token", "TTFT", "KV cache"]
+    assert all(metric.help for metric in at.metric)
     captions = [literal(caption.value) for caption in at.caption]
-    assert f"bound {expected['kl_bound']:.3f} nats per token" in captions
-    assert f"bound {expected['nll_increase_bound']:+.3f} nats per token" in captions
+    assert f"nats per token, bound {expected['kl_bound']:.3f}" in captions
+    assert f"nats per token, bound {expected['nll_increase_bound']:+.3f}" in captions
+    kept_bytes, full = (f"{size / 2**20:,.1f}" for size in (savings.kv_bytes, savings.kv_bytes_full))
+    assert f"of full: {kept_bytes} of {full} MiB" in captions
     assert bool(at.success) == expected["admissible"] != bool(at.warning)
     assert f"Cutoff {k} " in (at.success or at.warning)[0].value
 
@@ -45,12 +51,12 @@ def cutoff_slider(at):
 
 def tolerance(at):
     """The slider of the one goal chosen."""
-    (slider,) = [s for s in at.slider if " most: " in s.label or " least: " in s.label]
+    (slider,) = [s for s in at.slider if " most, " in s.label or " least, " in s.label]
     return slider
 
 
 def goals(at):
-    (box,) = [s for s in at.multiselect if s.label == "Goals"]
+    (box,) = [s for s in at.multiselect if s.label == "What is limited"]
     return box
 
 
@@ -80,7 +86,7 @@ def test_moving_the_cutoff_shows_its_evidence_and_the_button_goes_back(library, 
         cutoff_slider(at).set_value(k).run()
         shown_at(at, run, rec, k)
         assert f"cutoff={k})" in at.code[0].value
-        losses = table(at).set_index("category").iloc[:, 0].to_dict()
+        losses = table(at).set_index("kind of prompt").iloc[:, 0].to_dict()
         assert losses == pytest.approx(loss_by_category(run, k))
         lines = {shape["x0"] for shape in figure(at)["layout"]["shapes"] if shape["x0"] == shape["x1"]}
         assert lines == {rec.cutoff, k}
@@ -175,18 +181,18 @@ def test_the_snippet_is_python_that_names_model_and_cutoff(copy, open_app):
     assert SpeedPolicy(**settings) == SpeedPolicy(cutoff=4, anchors=2)
 
 
-def test_the_snippet_runs_and_generates_under_the_policy(library, smollm, monkeypatch, open_app):
+def test_the_snippet_runs_as_pasted_and_generates_under_the_policy(library, smollm, monkeypatch, capsys, open_app):
     at = open_app(library, "cutoff")
     cutoff_slider(at).set_value(20).run()
     monkeypatch.setattr("diagnostics.load_model", lambda name: smollm, raising=True)
     names = {}
     assert recommend(load_run(library / "real")).cutoff != 20
     assert "SpeedPolicy(cutoff=20)" in at.code[0].value
-    code = at.code[0].value.replace("max_new_tokens=64", "max_new_tokens=4").replace('"..."', '"The sea is"')
-    exec(compile(code, "snippet", "exec"), names)
+    exec(compile(at.code[0].value, "snippet", "exec"), names)  # as pasted
     ids = names["inputs"]["input_ids"]
-    expected = generate(smollm, ids, policy=SpeedPolicy(20), max_new_tokens=4).token_ids[0].tolist()
+    expected = generate(smollm, ids, policy=SpeedPolicy(20), max_new_tokens=64).token_ids[0].tolist()
     assert names["tokens"][0, ids.shape[1] :].tolist() == expected
+    assert smollm.tokenizer.decode(expected[:8], skip_special_tokens=True) in capsys.readouterr().out
 
 
 def test_the_download_is_the_recommendation_of_the_goal(library, run, monkeypatch, open_app):
@@ -194,8 +200,9 @@ def test_the_download_is_the_recommendation_of_the_goal(library, run, monkeypatc
     at = open_app(library, "cutoff")
     goals(at).set_value(["min_agreement"]).run()
     tolerance(at).set_value(0.75).run()
-    assert {button.label for button in at.download_button} == {RECOMMENDATION, "loss.html", "retention.html"}
-    data = kept[RECOMMENDATION]
+    labels = {button.label for button in at.download_button}
+    assert labels == {"Recommendation", "Figure of the loss", "Figure of the retention", "CSV"}
+    data = kept["real-recommendation.json"]
     expected = recommend(run, min_agreement=0.75)
     assert json.loads(data) == json.loads(expected.to_json())
 
@@ -214,6 +221,82 @@ def test_saving_writes_what_the_command_would(copy, run, open_app):
     # The other pages see it at once.
     assert metrics(go(at, "overview"))["Cutoff"] == f"{expected.cutoff} / 30"
     assert cutoff_slider(go(at, "cutoff")).value == 11
+
+
+def test_saving_asks_before_it_replaces_another(copy, open_app):
+    with_one, without = (
+        open_app(copy("real").parent, "cutoff", run="real"),
+        open_app(copy("tiny").parent, "cutoff", run="tiny"),
+    )
+    assert with_one.button(key="save").label.startswith("Replace it: cutoff ")
+    assert any("has a recommendation.json already" in literal(text.value) for text in with_one.markdown)
+    assert without.button(key="save").label == "Save in the run folder"
+
+
+def test_the_csv_is_the_data_drawn(library, run, monkeypatch, open_app):
+    kept = downloads(monkeypatch)
+    at = open_app(library, "cutoff")
+    rec = recommend(run, max_kl=0.3)
+    loss = pd.read_csv(io.BytesIO(kept["real-loss.csv"])).set_index("curve")
+    axis = "cutoff: layers that prompt tokens run through"
+    same(loss.loc["KL from full depth", "y"], curve(figure(at), "KL from full depth"))
+    assert loss.loc["KL from full depth", axis].tolist() == list(range(1, 31))
+    ratios = [predict_savings(run.manifest["shape"], k, lengths=[8192])[0].ttft_ratio for k in range(1, 31)]
+    same(loss.loc["TTFT, predicted", "y"], ratios)
+    bounds = loss.loc["KL, upper bound", "y"]
+    there = bounds.notna().to_numpy()
+    same(bounds[there], np.array([row["kl_bound"] for row in rec.evidence])[there])
+    retained = pd.read_csv(io.BytesIO(kept["real-retention.csv"])).set_index("curve")
+    same(retained.loc["contribution", "share below the cutoff"], curve(figure(at, 1), "contribution"))
+
+
+def test_curves_that_coincide_are_told_apart_and_axes_line_up(library, open_app):
+    at = open_app(library, "cutoff")
+    loss, kept = figure(at), figure(at, 1)
+    looks = {
+        t["name"]: (t["line"].get("width"), t["mode"], t.get("opacity")) for t in loss["data"] if t["xaxis"] == "x2"
+    }
+    assert looks["KV, predicted"] != looks["TTFT, predicted"]
+    assert [t["name"] for t in loss["data"]].index("KV, predicted") < [t["name"] for t in loss["data"]].index(
+        "TTFT, predicted"
+    ), "the broad line lies below"
+    for name in ("range", "dtick", "tick0"):
+        assert loss["layout"]["xaxis2"][name] == kept["layout"]["xaxis"][name]
+    assert loss["layout"]["margin"]["l"] == kept["layout"]["margin"]["l"]
+    assert {t["legend"] for t in loss["data"]} == {"legend", "legend2"}, "each panel has its own"
+
+
+def test_the_address_brings_back_cutoff_goal_and_length(library, run, open_app):
+    at = open_app(library, "cutoff")
+    cutoff_slider(at).set_value(20)
+    at.select_slider(key="length").set_value(32768)
+    goals(at).set_value(["min_agreement"]).run()
+    tolerance(at).set_value(0.75).run()
+    asked = {name: at.query_params[name] for name in ("run", "cutoff", "length", "goals", "min_agreement")}
+    assert asked == {
+        "run": "real",
+        "cutoff": "20",
+        "length": "32768",
+        "goals": "min_agreement",
+        "min_agreement": "0.75",
+    }
+    again = open_app(library, "cutoff", **asked)
+    assert calm(again) == []
+    shown_at(again, run, recommend(run, min_agreement=0.75), 20, 32768)
+
+
+def test_a_cutoff_that_the_model_does_not_have_is_one_line(library, open_app):
+    at = open_app(library, "cutoff", run="tiny", cutoff="25")
+    assert "cutoff is a whole number from 1 to 5" in literal(at.warning[0].value)
+    assert cutoff_slider(at).value == recommend(load_run(library / "tiny")).cutoff
+
+
+def test_every_kind_of_prompt_can_be_asked_to_meet_the_goal(library, run, open_app):
+    at = open_app(library, "cutoff")
+    at.toggle(key="each").set_value(True).run()
+    rec = recommend(run, max_kl=0.3, every_category=True)
+    shown_at(at, run, rec, rec.cutoff)
+    assert at.query_params["every_category"] == "yes"
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(copy, monkeypatch, open_app):

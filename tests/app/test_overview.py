@@ -1,14 +1,23 @@
 """The page *Overview* and the choice of a run: every folder listed with its state, the headline, the sidebar."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
 from diagnostics import load_run, recommend
+from diagnostics.cutoffs.answer import answer
 from diagnostics.cutoffs.savings import predict_savings
-from diagnostics.runs.places import MANIFEST
-from tests.support.pages import RESULT_PAGES, calm, figure_title, go, literal, metrics, table
+from diagnostics.runs.example import example_folder
+from diagnostics.runs.places import MANIFEST, RECOMMENDATION
+from tests.support.pages import RESULT_PAGES, calm, curve, figure, figure_title, go, html, literal, metrics, table
+
+
+def answered(at):
+    """The sentence below the title."""
+    (sentence,) = [markdown.value for markdown in at.markdown if markdown.value.startswith("#### ")]
+    return literal(sentence.removeprefix("#### "))
 
 
 def test_overview_lists_every_folder_with_its_state_and_recommendation(library, open_app):
@@ -32,6 +41,7 @@ def test_overview_lists_every_folder_with_its_state_and_recommendation(library, 
             assert line["bound"] == pytest.approx(at_cutoff["kl_bound"])
     assert list(lines["status"]) == ["complete"] * 3 + ["2 of 6 prompts"] + ["not a run"] * 3
     assert "damaged: manifest.json" in lines.loc["broken", "problem"]
+    assert not lines["problem"].str.contains(str(library), regex=False, na=False).any(), "the reason comes first"
     assert "it has no manifest.json" in lines.loc["foreign", "problem"]
     assert "another version" in lines.loc["older", "problem"]
     assert lines.loc["real", "context"] == 256
@@ -50,12 +60,55 @@ def test_the_headline_is_the_saved_recommendation(library, run, open_app):
         "KV cache": f"{savings.kv_ratio:.2f}",
     }
     captions = [literal(caption.value) for caption in at.caption]
-    assert "6 prompts of builtin; goal: max kl 0.3, confidence 0.95" in captions
-    assert f"nats per token, bound {at_cutoff['kl_bound']:.3f}" in captions
-    assert literal(at.subheader[0].value) == f"smollm2-135m-instruct: cutoff {rec.cutoff} of 30 layers"
-    for region in (rec.selection_region, rec.stabilization_region):
-        expected = "none found" if region is None else f"layers {region.first} to {region.last}"
-        assert any(expected in markdown.value for markdown in at.markdown)
+    measured = "smollm2-135m-instruct, measured on 6 prompts. Goal: KL at most 0.3, with 95% confidence."
+    assert measured in captions
+    assert f"nats per token, at most {at_cutoff['kl_bound']:.3f} by its bound" in captions
+    assert answered(at) == answer(rec, 8192)
+    drawn = curve(figure(at), "KL from full depth")
+    assert drawn[rec.cutoff - 1] == pytest.approx(at_cutoff["kl"])
+    texts = " ".join(literal(markdown.value) for markdown in at.markdown)
+    if rec.selection_region is not None:
+        assert f"layers {rec.selection_region.first} to {rec.selection_region.last} select from the prompt" in texts
+
+
+def test_the_answer_is_that_of_the_chosen_length(library, run, open_app):
+    at = open_app(library)
+    rec = recommend(run, max_kl=0.3)
+    at.select_slider(key="length").set_value(512).run()
+    (savings,) = predict_savings(run.manifest["shape"], rec.cutoff, lengths=[512])
+    told = answer(dataclasses.replace(rec, data=rec.data | {"predicted": [savings.to_dict()]}), 512)
+    assert answered(at) == told
+    assert "at 512 tokens" in told
+    assert at.query_params["length"] == "512"
+    assert metrics(at)["TTFT"] == f"{savings.ttft_ratio:.2f}"
+    # The page Cutoff predicts for the same length.
+    assert go(at, "cutoff").select_slider(key="length").value == 512
+
+
+def test_the_headline_has_no_internals_and_defines_every_number(library, open_app):
+    at = open_app(library)
+    texts = [literal(e.value) for e in (*at.markdown, *at.caption, *at.subheader, *at.title)]
+    for internal in ("max_kl", "max kl", "every_category", "--", "confidence 0", "builtin"):
+        assert not [text for text in texts if internal in text], internal
+    assert all(metric.help for metric in at.metric)
+    assert "data:image/svg" in html(at)
+
+
+@pytest.mark.parametrize(("key", "title"), [("layers", "each layer"), ("cutoff", "Which cutoff?")])
+def test_the_headline_leads_on(library, open_app, key, title):
+    at = open_app(library)
+    at.button(key=f"to {key}").click().run()
+    assert title in at.title[0].value
+
+
+def test_a_damaged_recommendation_is_said(copy, open_app):
+    folder = copy("tiny")
+    (folder / RECOMMENDATION).write_text("{")
+    at = open_app(folder.parent)
+    for page in ("overview", "cutoff"):
+        go(at, page)
+        (said,) = [literal(warning.value) for warning in at.warning if "damaged" in warning.value]
+        assert "recommendation.json of tiny is damaged" in said
 
 
 def test_another_run_in_the_sidebar_is_followed_by_all_pages_and_the_address(library, open_app):
@@ -64,17 +117,17 @@ def test_another_run_in_the_sidebar_is_followed_by_all_pages_and_the_address(lib
     assert at.query_params["run"] in ("real", ["real"])
     at.sidebar.selectbox[0].select("tiny").run()
     rec = recommend(load_run(library / "tiny"))
-    assert literal(at.subheader[0].value) == f"tiny-llama: cutoff {rec.cutoff} of 5 layers"
+    assert answered(at) == answer(rec, 8192)
     assert at.query_params["run"] in ("tiny", ["tiny"])
     for page in ("layers", "cutoff"):
         assert "tiny-llama" in figure_title(go(at, page))
-    assert literal(go(at, "overview").subheader[0].value).startswith("tiny-llama")
+    assert "tiny-llama" in figure_title(go(at, "overview"))
     assert calm(at) == []
 
 
 def test_the_address_chooses_the_run(library, open_app):
     at = open_app(library, run="plain")
-    assert literal(at.subheader[0].value).startswith("tiny-gpt2")
+    assert "tiny-gpt2" in figure_title(at)
     assert calm(at) == []
 
 
@@ -100,12 +153,13 @@ def test_a_link_to_a_run_that_is_not_there_says_so_and_shows_no_other(library, o
 def test_an_interrupted_run_can_be_looked_at_on_every_page(library, open_app):
     at = open_app(library, run="interrupted")
     captions = [literal(caption.value) for caption in at.caption]
-    assert any(c.startswith("2 prompts of") for c in captions)
-    assert any("the run is not complete: 2 of 6 prompts" in c for c in captions)
-    assert any("too few prompts for a confidence bound" in c for c in captions)
+    assert any("measured on 2 prompts" in c for c in captions)
+    notes = [literal(markdown.value) for markdown in at.markdown]
+    assert any("the run is not complete: 2 of 6 prompts" in c for c in notes)
+    assert any("too few prompts for a confidence bound" in c for c in notes)
     for page in RESULT_PAGES:
         assert calm(go(at, page)) == []
-        assert page == "overview" or at.get("plotly_chart")
+        assert at.get("plotly_chart")
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -119,10 +173,53 @@ def test_without_runs_every_page_says_what_to_do(tmp_path, open_app, there):
         assert calm(at) == []
         assert "no_runs" in literal(at.info[0].value)
         assert "speed-diagnostics " in at.code[0].value
+        assert at.title
         assert not at.metric
         assert not at.get("plotly_chart")
     for page in ("playground", "diagnosis"):
         assert calm(go(at, page)) == []
+
+
+def test_without_runs_the_example_is_a_click_away_and_leads_back(tmp_path, open_app):
+    at = open_app(tmp_path)
+    assert "data:image/svg" in html(at)
+    at.button(key="example").click().run()
+    assert at.query_params["folder"] == "example"
+    assert "You are looking at the example" in at.info[0].value
+    assert at.metric
+    go(at, "cutoff")
+    assert at.button(key="save").proto.disabled
+    assert "You are looking at the example" in at.info[0].value
+    at.button(key="leave").click().run()
+    assert "folder" not in at.query_params
+    assert "There is no run" in literal(at.info[0].value)
+
+
+def test_the_example_can_be_linked_to(tmp_path, open_app):
+    at = open_app(tmp_path, folder="example")
+    assert "You are looking at the example" in at.info[0].value
+    at = open_app(tmp_path, folder="/etc")
+    assert "The address asks for folder=/etc, but folder is one of example." in literal(at.warning[0].value)
+    assert "folder" not in at.query_params
+
+
+def test_the_folder_of_the_example_is_for_reading_only(open_app):
+    at = open_app(example_folder(), "cutoff")
+    assert "You are looking at the example" in at.info[0].value
+    assert at.button(key="save").proto.disabled
+    assert "leave" not in {button.key for button in at.button}
+
+
+def test_a_new_diagnosis_is_a_click_away(tmp_path, open_app):
+    at = open_app(tmp_path)
+    at.button(key="new").click().run()
+    assert at.title[0].value == "Diagnose a model"
+
+
+@pytest.mark.parametrize("page", ["benchmark", "quality", "finetuning", "compare"])
+def test_the_run_is_chosen_where_it_matters(library, open_app, page):
+    assert not open_app(library, page).sidebar.selectbox
+    assert open_app(library, "layers").sidebar.selectbox
 
 
 def test_a_run_that_was_deleted_meanwhile_is_not_replaced_by_another(copy, open_app):

@@ -17,12 +17,20 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
+from streamlit.testing.v1 import AppTest
 
 from dashboard import upload
 from dashboard.upload import MAX_FILES, MAX_MEGABYTES, import_zip
 from diagnostics import UserError, diagnose, load_prompts, load_run, recommend
+from diagnostics.evaluate.evaluation_folder import load_evaluation
+from diagnostics.finetune.finetuning_folder import load_finetuning
+from diagnostics.generation.benchmark_folder import load_benchmark
 from diagnostics.runs import untrusted
+from diagnostics.runs.example import BENCHMARK, EVALUATION, example_folder
 from tests.support.examples import examples
+from tests.support.finetunings import make_finetuning, save_finetuning
+from tests.support.pages import MAIN, calm
 from tests.support.runs import DECODE_TOKENS, contents, write_prompts
 from tests.support.tiny import tiny_model
 from tests.support.users import as_nobody
@@ -478,8 +486,103 @@ def test_a_run_with_no_finished_prompt(folders, runs):
     refused(pack({"manifest.json": (folders / "part" / "manifest.json").read_bytes()}), runs, "no finished prompt")
 
 
-def test_a_benchmark_alone_is_no_run(files, runs):
+def test_a_benchmark_without_its_manifest_is_nothing(files, runs):
     refused(pack({"benchmark.parquet": files["layers.parquet"]}), runs, "no manifest.json")
+
+
+# --- Other results ---
+
+
+@pytest.fixture(scope="module")
+def results(folders, tmp_path_factory):
+    """A folder of each other kind: an evaluation, a benchmark, a fine-tuning with weights."""
+    place = tmp_path_factory.mktemp("results")
+    shutil.copytree(example_folder() / EVALUATION, place / "quality")
+    shutil.copytree(example_folder() / BENCHMARK, place / "benchmark")
+    save_finetuning(place / "tuned", make_finetuning())
+    (place / "tuned" / "adapter_model.safetensors").write_bytes(b"x" * 1000)
+    (place / "tuned" / "adapter_config.json").write_text("{}")
+    (place / "tuned" / "README.md").write_text("A card.")
+    return place
+
+
+@pytest.mark.parametrize("top", ["", "mine/"])
+@pytest.mark.parametrize("kind", ["quality", "benchmark", "tuned"])
+def test_other_results_arrive_too(results, runs, kind, top):
+    sent = files_of(results / kind)
+    name = import_zip(pack(sent, top), f"{kind}.zip", runs)
+    arrived = files_of(runs / name)
+    assert name == (top.strip("/") or kind)
+    weights = {"adapter_model.safetensors", "adapter_config.json", "README.md"} if kind == "tuned" else set()
+    assert arrived == {path: data for path, data in sent.items() if path not in weights}
+
+
+def test_what_arrived_is_read_as_before(results, runs):
+    names = [
+        import_zip(pack(files_of(results / kind)), f"{kind}.zip", runs) for kind in ("quality", "benchmark", "tuned")
+    ]
+    evaluation, bench, tuned = (runs / name for name in names)
+    assert_frame_equal(load_evaluation(evaluation).items, load_evaluation(results / "quality").items)
+    assert_frame_equal(load_benchmark(bench).rows, load_benchmark(results / "benchmark").rows)
+    assert_frame_equal(load_finetuning(tuned).sweeps, load_finetuning(results / "tuned").sweeps)
+    assert load_run(tuned / "after").n_layers == load_run(results / "tuned" / "after").n_layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("quality", "notes.txt", "no part of an evaluation"),
+        ("quality", "parts/x.parquet", "no part of an evaluation"),
+        ("benchmark", "layers.parquet", "no part of a benchmark"),
+        ("tuned", "before/run.py", "no part of a fine-tuning"),
+        ("tuned", "before/model.safetensors", "no part of a fine-tuning"),
+        ("tuned", "evil.py", "no part of a fine-tuning"),
+        ("tuned", "adapter/../../evil.json", "no part of a fine-tuning"),
+    ],
+)
+def test_files_that_no_such_results_have(results, runs, kind, name, said):
+    refused(pack(files_of(results / kind) | {name: b"x"}), runs, said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("quality", "items.parquet"),
+        ("quality", "evaluation.json"),
+        ("benchmark", "benchmark.parquet"),
+        ("benchmark", "benchmark.json"),
+        ("tuned", "sweeps.parquet"),
+        ("tuned", "after/layers.parquet"),
+        ("tuned", "before/manifest.json"),
+    ],
+)
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"[]"])
+def test_damaged_results(results, runs, kind, name, data):
+    refused(pack(files_of(results / kind) | {name: data}), runs)
+
+
+def test_weights_do_not_count_as_size(results, runs, monkeypatch):
+    monkeypatch.setattr(upload, "MAX_MEGABYTES", 1)
+    big = files_of(results / "tuned") | {"model.safetensors": bytes(2 << 20)}
+    assert import_zip(pack(big), "tuned.zip", runs) == "tuned"
+
+
+def test_a_linked_weight_is_left_out_like_any(results, runs):
+    assert import_zip(pack(files_of(results / "tuned") | {"checkpoints/1/a.bin": b"x"}), "tuned.zip", runs) == "tuned"
+    assert not (runs / "tuned" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"), [("quality", "What quality"), ("benchmark", "What policies cost"), ("tuned", "fine-tuning")]
+)
+def test_the_added_one_is_opened_on_its_page(results, tmp_path, monkeypatch, kind, title):
+    monkeypatch.setenv("SPEED_DIAGNOSTICS_RUNS", str(tmp_path / "runs"))
+    at = AppTest.from_file(str(MAIN), default_timeout=60).run()
+    at.file_uploader(key="zip").upload(f"{kind}.zip", pack(files_of(results / kind))).run()
+    at.button(key="add").click().run()
+    assert calm(at) == []
+    assert title in at.title[0].value
+    assert (tmp_path / "runs" / kind).is_dir()
 
 
 def test_the_error_names_the_archive_and_not_a_folder_that_is_gone(files, runs):

@@ -42,7 +42,8 @@ def figure(at, number=0):
 def figure_title(at, number=0):
     """The heading of a figure, with its subject: it stands above the figure, not in it."""
     headings = [markdown.value for markdown in at.markdown if markdown.value.startswith("##### ")]
-    return literal(headings[number].removeprefix("##### ")).replace("  \n", ", ")
+    title, _, subject = headings[number].removeprefix("##### ").partition(" :gray[:small[")
+    return literal(f"{title}, {subject.removesuffix(']]')}" if subject else title)
 
 
 def numbers(values):
