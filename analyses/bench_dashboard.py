@@ -10,6 +10,7 @@ Needs `pip install -e '.[app,browser]'` and a Chromium.
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -126,7 +127,7 @@ def measure(runs: Path, repeats: int) -> dict[str, Any]:
                     times.append(timed(lambda title=title: go(page, title)))
                 again[title] = statistics.median(times)
             go(page, "Cutoff")
-            slider = page.get_by_role("slider").nth(1)
+            slider = page.get_by_role("slider", name=re.compile("^Cutoff"))
             slider.focus()
             moved = []
             for _ in range(2 * repeats):

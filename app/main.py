@@ -5,9 +5,9 @@ from importlib import import_module
 from pathlib import Path
 
 import streamlit as st
-from streamlit.runtime.scriptrunner import StopException
 
 from dashboard.address import begin, copy_link, finish
+from dashboard.ending import PageEndedError
 from dashboard.look import dress
 from dashboard.markdown import md
 from dashboard.start import example_banner
@@ -81,7 +81,7 @@ try:
     page.run()
 except UserError as error:
     st.error(md(error))
-except StopException:
+except PageEndedError:
     pass
 finish()
 with st.sidebar:

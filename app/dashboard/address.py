@@ -28,11 +28,12 @@ class Kind(Generic[T]):
 
 @dataclass
 class _State:
-    """Of one session: own choices by owner and name, what an address brought, and what the address says now."""
+    """Of one session: own choices by owner and name, what an address brought, what this run says, what the last wrote."""
 
     own: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     arrived: dict[str, list[str]] = field(default_factory=dict)
     shown: dict[str, list[str]] = field(default_factory=dict)
+    written: dict[str, list[str]] = field(default_factory=dict)
     drawn: dict[str, Any] = field(default_factory=dict)
     page: str | None = None
     is_running: bool = False
@@ -78,14 +79,14 @@ def begin(page: str) -> None:
     # A widget that was moved comes with the address of before; without one, what differs was typed, linked or Back.
     moved = any(_moved(state, key) for key in state.drawn)
     if not moved or state.page is None:
-        state.arrived |= {name: texts for name, texts in asked.items() if texts != state.shown.get(name)}
+        state.arrived |= {name: texts for name, texts in asked.items() if texts != state.written.get(name)}
     state.page, state.shown, state.is_running = page, {}, True
 
 
 def finish() -> None:
     """Write the address, at the end of every run of the app, in one step: each is one entry of the history."""
     state = _state()
-    state.is_running = False
+    state.is_running, state.written = False, dict(state.shown)
     if {name: st.query_params.get_all(name) for name in st.query_params} != state.shown:
         st.query_params.from_dict(state.shown)
 

@@ -14,7 +14,7 @@ STYLES = f"""<style>
 /* Cards: as many beside each other as fit; a number is never cut, the text below it wraps. */
 [data-testid="stLayoutWrapper"]:has(> [class*="st-key-{CARD}"]) {{
     flex: 1 1 11rem; min-width: max-content; max-width: 22rem; }}
-[class*="st-key-{CARD}"] {{ gap: 0.25rem; }}
+[class*="st-key-{CARD}"] {{ gap: 0.25rem; height: 100%; }}
 [class*="st-key-{CARD}"] [data-testid="stCaptionContainer"] {{ contain: inline-size; }}
 [class*="st-key-{CARD}"] [data-testid="stMetricValue"] {{ font-size: 1.75rem; }}
 [class*="st-key-{CARD}"] [data-testid="stMetric"] * {{ overflow: visible; text-overflow: clip; }}

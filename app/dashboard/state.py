@@ -15,6 +15,7 @@ import streamlit as st
 
 from dashboard.address import keep, kept, leave, one_of, text
 from dashboard.catalog import Entry, Signature, find_runs
+from dashboard.ending import end_page
 from dashboard.look import HEADING
 from dashboard.markdown import md as md
 from diagnostics.cli.dashboard import RUNS_VARIABLE
@@ -66,8 +67,12 @@ def compare_runs(names: list[str]) -> None:
 
 def current_name() -> str:
     """Return the name of the run to look at: the chosen one, whether it is there or not, else the newest."""
+    folder = str(runs_folder())
     newest = next((entry.name for entry in entries() if entry.readable), "")
-    return kept("run", newest, text(), of=str(runs_folder()), always=bool(newest))
+    name = kept("run", newest, text(), of=folder, always=bool(newest))
+    if name:  # a newer run, or the loss of this one, is no reason to show another
+        keep("run", name, of=folder)
+    return name
 
 
 def current_entry() -> Entry | None:
@@ -81,8 +86,7 @@ def current_run() -> tuple[Entry, Run]:
     entry = current_entry()
     if entry is None:
         missing_run()
-        st.stop()
-        raise AssertionError  # st.stop does not return
+        end_page()
     return entry, open_run(entry)
 
 

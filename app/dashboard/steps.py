@@ -28,7 +28,11 @@ def steps(cutoff: int | None = None, n_layers: int | None = None) -> None:
         f"<strong>{title}</strong><br>{text}</figcaption></figure>"
         for picture, (title, text) in zip(pictures, told, strict=True)
     ]
-    st.html(f'<div class="speed-steps" style="display:flex;flex-wrap:wrap;gap:1rem 2rem">{"".join(parts)}</div>')
+    colours = {"anchor": ANCHOR, "prompt": PROMPT, "decode phase": DECODE}
+    key = ", ".join(f'<span style="color:{colour}">■</span> {name}' for name, colour in colours.items())
+    key = f"Tokens in columns, layers in rows: {key}; filled runs, pale is kept, dashed is neither."
+    strip = f'<div class="speed-steps" style="display:flex;flex-wrap:wrap;gap:1rem 2rem">{"".join(parts)}</div>'
+    st.html(f'{strip}<div style="font-size:0.8rem;opacity:0.7;margin-top:0.6rem">{key}</div>')
 
 
 def _picture(low: int, *, reads: bool = False, answers: bool = False) -> str:

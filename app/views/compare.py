@@ -8,6 +8,7 @@ import streamlit as st
 from dashboard.address import bind, number, one_of, some_of
 from dashboard.catalog import Entry
 from dashboard.differences import differing_settings
+from dashboard.ending import end_page
 from dashboard.state import current_entry, empty_state, entries, open_run, recommendation, runs_folder, show
 from diagnostics import figures
 from diagnostics.runs.run import Run
@@ -64,7 +65,7 @@ st.title("Runs side by side")
 readable = {entry.name: entry for entry in entries() if entry.readable}
 if not readable:
     empty_state()
-    st.stop()
+    end_page()
 bind("compared", "compared", first_choice(readable), some_of(readable), of=str(runs_folder()), always=True)
 chosen = st.multiselect("Runs", list(readable), key="compared")
 left, right = st.columns(2)
@@ -76,7 +77,7 @@ limit = right.slider(
 )
 if not chosen:
     st.info("Choose at least one run.")
-    st.stop()
+    end_page()
 runs = [open_run(readable[name]) for name in chosen]
 colours = colours_of(chosen)
 show(

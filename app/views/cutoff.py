@@ -8,6 +8,7 @@ import streamlit as st
 from dashboard.address import bind, flag, keep, number, some_of, whole
 from dashboard.cards import Card, cards
 from dashboard.catalog import Entry
+from dashboard.ending import end_page
 from dashboard.export import export
 from dashboard.headline import choose_length, goal, plain, savings_at
 from dashboard.look import beside
@@ -42,9 +43,7 @@ def choose_goals(entry: Entry, place: Any) -> dict[str, float]:
     saved = saved_recommendation(entry).data["criterion"]
     with place.popover("Goal", icon=":material/flag:"):
         bind("goals", "goals", [name for name in GOALS if name in saved], some_of(GOALS), of=entry.name)
-        names = st.multiselect(
-            "What must not suffer", list(GOALS), format_func=lambda name: GOALS[name][0], key="goals"
-        )
+        names = st.multiselect("What is limited", list(GOALS), format_func=lambda name: GOALS[name][0], key="goals")
         limits: dict[str, float] = {}
         for name in names:
             title, words, term, low, high, step = GOALS[name]
@@ -60,7 +59,7 @@ def choose_goals(entry: Entry, place: Any) -> dict[str, float]:
             each = st.toggle("For every kind of prompt, not only on average", key="each")
     if not limits:
         st.info("Choose a goal.")
-        st.stop()
+        end_page()
     return limits | ({"every_category": 1.0} if each else {}) | {"confidence": saved["confidence"]}
 
 
@@ -165,7 +164,7 @@ try:
     rec = recommendation(entry, goals)
 except UserError as error:
     st.error(md(error))
-    st.stop()
+    end_page()
 with sliders:
     k = choose_cutoff(entry, run, rec.cutoff)
     n_prompt = choose_length(st)

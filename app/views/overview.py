@@ -64,6 +64,7 @@ def table(listed: list[Entry]) -> None:
         "run",
         "model",
         "status",
+        "problem",
         "cutoff",
         "layers",
         "KL",
@@ -72,7 +73,6 @@ def table(listed: list[Entry]) -> None:
         "prompts",
         "context",
         "made",
-        "problem",
     ]
     lines = pd.DataFrame([row(entry) for entry in listed]).reindex(columns=columns)
     if lines["problem"].isna().all():

@@ -69,7 +69,7 @@ def copy(library, tmp_path):
 def open_app(monkeypatch):
     """``open_app(folder, "layers", run="real")``: the dashboard over a folder, at a page."""
 
-    def open_at(folder, page="overview", **query):
+    def open_at(folder, page="overview", /, **query):
         monkeypatch.setenv("SPEED_DIAGNOSTICS_RUNS", str(folder))
         at = AppTest.from_file(str(MAIN), default_timeout=60)
         for name, value in query.items():

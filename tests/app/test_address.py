@@ -144,6 +144,28 @@ def test_a_moved_widget_wins_over_an_address_that_the_browser_has_not_updated_ye
     assert at.query_params["cutoff"] == "8"
 
 
+def ends_early():
+    import streamlit as st
+
+    from dashboard.address import begin, bind, finish, keep, whole
+
+    begin("page")
+    if st.button("to nine", key="b"):
+        keep("cutoff", 9)
+        st.rerun()
+    bind("k", "cutoff", 5, whole(1, 9))
+    st.slider("k", 1, 9, key="k")
+    finish()
+
+
+def test_what_a_page_chooses_before_it_runs_anew_wins_over_the_address():
+    at = AppTest.from_function(ends_early)
+    at.query_params["cutoff"] = "7"
+    assert at.run().slider(key="k").value == 7
+    assert at.button(key="b").click().run().slider(key="k").value == 9
+    assert at.query_params["cutoff"] == "9"
+
+
 def linked():
     import streamlit as st
 
