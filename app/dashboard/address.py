@@ -28,7 +28,7 @@ class Kind(Generic[T]):
 
 @dataclass
 class _State:
-    """Of one session: own choices by owner and name, what an address brought, what this run says, what the last wrote."""
+    """Of one session: own choices by owner and name, what an address brought, what this run says, what was written."""
 
     own: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     arrived: dict[str, list[str]] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from dashboard.markdown import md
 from dashboard.state import goals_problem, open_run, saved_recommendation, show
 from dashboard.steps import steps
 from diagnostics.cutoffs.answer import ANSWER_LENGTH, answer
-from diagnostics.cutoffs.goals import GOALS
+from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.cutoffs.recommendation import Recommendation
 from diagnostics.cutoffs.savings import Savings, predict_savings
 from diagnostics.runs.run import Run
@@ -102,10 +102,8 @@ def onwards() -> None:
 def goal(recommendation: Recommendation) -> str:
     """Say in words what was asked of the cutoff."""
     criterion = recommendation.data["criterion"]
-    asked = " and ".join(f"{words} {criterion[name]:g}" for name, words in GOALS.items() if name in criterion)
-    sure = "" if set(criterion) & {"kv_budget"} else f", with {criterion['confidence']:.0%} confidence"
-    each = ", for every kind of prompt" if criterion.get("every_category") else ""
-    return f"{asked}{sure}{each}"
+    sure = "" if "kv_budget" in criterion else f", with {criterion['confidence']:.0%} confidence"
+    return f"{goals_in_words(criterion)}{sure}"
 
 
 def plain(note: object) -> str:

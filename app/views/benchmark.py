@@ -4,6 +4,7 @@ import streamlit as st
 
 from dashboard.address import bind, one_of
 from dashboard.catalog import Entry
+from dashboard.ending import end_page
 from dashboard.moments import readable_time
 from dashboard.state import entries, md, runs_folder, show
 from diagnostics import figures
@@ -46,7 +47,7 @@ st.title("What policies cost")
 if not benchmarks:
     st.info(f"There is no benchmark in **{md(runs_folder())}** yet. Make one in a terminal:")
     st.code("speed-diagnostics bench --lengths 512,2K --policies full,speed:24,projected:24,fastkv", language="bash")
-    st.stop()
+    end_page()
 bind("benchmark", "benchmark", next(iter(benchmarks)), one_of(benchmarks), of=str(runs_folder()), always=True)
 entry = benchmarks[str(st.selectbox("Benchmark", list(benchmarks), key="benchmark"))]
 bench = load(entry)

@@ -10,6 +10,7 @@ import streamlit as st
 from dashboard.address import bind, one_of, whole
 from dashboard.cards import Card, cards
 from dashboard.catalog import Entry, Signature
+from dashboard.ending import end_page
 from dashboard.moments import readable_time
 from dashboard.state import compare_runs, entries, md, recommendation, runs_folder, show
 from diagnostics import figures
@@ -220,7 +221,7 @@ st.title("What did fine-tuning change?")
 if not finetunings:
     st.info(f"There is no fine-tuning in **{md(runs_folder())}** yet. Make one in a terminal:")
     st.code("speed-diagnostics finetune --cutoff 20", language="bash")
-    st.stop()
+    end_page()
 bind("finetuning", "finetuning", next(iter(finetunings)), one_of(finetunings), of=str(runs_folder()), always=True)
 entry = finetunings[str(st.selectbox("Fine-tuning", list(finetunings), key="finetuning"))]
 manifest = FINETUNING_FOLDER.read(entry.path)
@@ -229,7 +230,7 @@ if not all(os.path.exists(entry.path / name) for name in (STEPS, SWEEPS)):
     unfinished(entry, manifest, 0)
     st.caption(f"Nothing of the training was written yet. Before it: {runs[BEFORE].status if BEFORE in runs else '-'}.")
     details(manifest)
-    st.stop()
+    end_page()
 finetuning = load(str(entry.path), entry.signature)
 if not finetuning.complete:
     unfinished(entry, manifest, int(max([0, *finetuning.steps["step"]])))

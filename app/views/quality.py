@@ -11,6 +11,7 @@ import streamlit as st
 from dashboard.address import bind, number, one_of
 from dashboard.catalog import Entry, Signature
 from dashboard.changed_items import where_answers_changed
+from dashboard.ending import end_page
 from dashboard.moments import readable_time
 from dashboard.state import download, entries, md, runs_folder, show
 from diagnostics import figures
@@ -140,14 +141,14 @@ st.title("What quality do policies keep?")
 if not evaluations:
     st.info(f"There is no evaluation in **{md(runs_folder())}** yet. Make one in a terminal:")
     st.code("speed-diagnostics evaluate --tasks needle@512,arc_easy --policies speed:22,speed:25", language="bash")
-    st.stop()
+    end_page()
 left, right = st.columns([3, 1])
 bind("evaluation", "evaluation", next(iter(evaluations)), one_of(evaluations), of=str(runs_folder()), always=True)
 entry = evaluations[str(left.selectbox("Evaluation", list(evaluations), key="evaluation"))]
 if not os.path.exists(entry.path / ITEMS):
     st.info(f"**{md(entry.name)}** is not finished. If nothing runs any more, go on with what began it, and add:")
     st.code(f"--out {entry.path} --resume", language="bash")
-    st.stop()
+    end_page()
 evaluation = load(str(entry.path), entry.signature)
 seed = asked_seed(evaluation.manifest)
 with right:
