@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagnostics.cutoffs.goals import saved_goals
+from diagnostics.cutoffs.goals import GOALS, saved_goals
 from diagnostics.cutoffs.regions import RegionRules
 from diagnostics.evaluate.evaluation_folder import EVALUATION
 from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, FINETUNING
 from diagnostics.runs.manifest import RUN_FOLDER
 from diagnostics.runs.parts import PARTS, count_finished, prompts_of
-from diagnostics.runs.places import BENCHMARK, MANIFEST
+from diagnostics.runs.places import BENCHMARK, MANIFEST, RECOMMENDATION
 from diagnostics.support.errors import UserError
 
 # Name, size and time of every file that a folder's content depends on.
@@ -76,9 +76,11 @@ class Entry:
     @property
     def _saved(self) -> dict[str, Any] | None:
         try:
-            return saved_goals(self.path)
+            saved = saved_goals(self.path)
         except UserError:
             return None
+        has_one = os.path.lexists(self.path / RECOMMENDATION)
+        return None if has_one and not set(GOALS) & set(saved) else saved
 
 
 def find_runs(folder: Path) -> list[Entry]:
