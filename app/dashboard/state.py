@@ -202,7 +202,7 @@ def empty_state() -> None:
         st.switch_page("views/diagnosis.py")
     st.markdown("Or make one in a terminal:")
     st.code(
-        "speed-diagnostics recommend                # the embedded model, built-in prompts\n"
+        "speed-diagnostics recommend  # embedded model, built-in prompts\n"
         "speed-diagnostics recommend MODEL --prompts mine.jsonl",
         language="bash",
     )
