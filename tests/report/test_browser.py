@@ -5,9 +5,11 @@ import pytest
 from browsing import browsing
 from diagnostics import load_run, recommend
 from diagnostics.evaluate.evaluation_folder import load_evaluation
+from diagnostics.finetune.finetuning_folder import AFTER, load_finetuning
 from diagnostics.generation.benchmark_folder import load_benchmark
-from diagnostics.report import benchmark_report, evaluation_report, report
+from diagnostics.report import benchmark_report, evaluation_report, finetuning_report, report
 from diagnostics.runs.example import BENCHMARK, EVALUATION, RUN, example_folder
+from tests.support.finetunings import make_finetuning, save_finetuning
 from tests.support.watched import require_browser
 
 pytestmark = pytest.mark.browser
@@ -43,6 +45,9 @@ def pages(tmp_path_factory):
         "benchmark": benchmark_report(benchmark),
         "evaluation": evaluation_report(load_evaluation(example / EVALUATION)),
     }
+    tuned = save_finetuning(folder / "tuned", make_finetuning())
+    after = load_run(tuned / AFTER)
+    texts["finetuning"] = finetuning_report(load_finetuning(tuned), after, recommend(after))
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return folder
@@ -55,7 +60,7 @@ def browser():
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["run", "benchmark", "evaluation"])
+@pytest.mark.parametrize("name", ["run", "benchmark", "evaluation", "finetuning"])
 def test_a_report_opens_from_a_file_and_cuts_nothing(browser, pages, name, scheme):
     page = browser.new_page(viewport={"width": WIDTHS[0], "height": 900}, color_scheme=scheme)
     troubles = []
