@@ -24,8 +24,8 @@ OUTSIDE = """() => [...document.querySelectorAll('.drawing')].flatMap(drawing =>
     const box = drawing.getBoundingClientRect();
     return [...drawing.querySelectorAll('text')].filter(text => text.textContent.trim()).filter(text => {
         const own = text.getBoundingClientRect();
-        return own.width && (own.left < box.left - 1 || own.right > box.right + 1
-            || own.top < box.top - 1 || own.bottom > box.bottom + 1);
+        return own.width && (own.left < box.left - 2 || own.right > box.right + 2
+            || own.top < box.top - 2 || own.bottom > box.bottom + 2);
     }).map(text => text.textContent)
 })"""
 
