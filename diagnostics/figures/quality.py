@@ -294,4 +294,5 @@ def _legend_below(figure: go.Figure, title: str, height: int) -> go.Figure:
     figure = finished(figure, title, height=height + ABOVE + AXIS + LEGEND)
     legend = {"y": -AXIS / height, "yanchor": "top"}
     figure.update_xaxes(title_standoff=8)
-    return figure.update_layout(showlegend=True, legend=legend, margin={"l": 20, "r": 30, "t": ABOVE, "b": AXIS + LEGEND})
+    margin = {"l": 20, "r": 30, "t": ABOVE, "b": AXIS + LEGEND}
+    return figure.update_layout(showlegend=True, legend=legend, margin=margin)
