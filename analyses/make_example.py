@@ -22,7 +22,7 @@ TASKS = "tests/tasks/common_knowledge.jsonl,needle@1K,needle@2K"
 COMMANDS = {
     RUN: ["recommend", "--max-prompts", "21", "--context-length", "512", "--detail-prompts", "1"],
     BENCHMARK: [
-        *("bench", "--lengths", "512,1K,2K,4K", "--policies", "full,speed:24,projected:24,fastkv"),
+        *("bench", "--lengths", "512,1K,2K,4K", "--policies", "full,speed:25,projected:25,fastkv"),
         *("--repeats", "3", "--new-tokens", "32"),
     ],
     EVALUATION: [

@@ -6,9 +6,10 @@ import pandas as pd
 
 from diagnostics import load_run, recommend
 from diagnostics.evaluate.evaluation_folder import load_evaluation
+from diagnostics.finetune.finetuning_folder import AFTER, BEFORE, load_finetuning
 from diagnostics.generation.benchmark_folder import load_benchmark
 from diagnostics.policies.recommendation import read_recommendation
-from diagnostics.runs.example import BENCHMARK, EVALUATION, RUN, example_folder
+from diagnostics.runs.example import BENCHMARK, EVALUATION, FINETUNING, RUN, example_folder
 from make_example import MOST_BYTES
 
 FILES = [file for file in example_folder().rglob("*") if file.is_file()]
@@ -23,9 +24,20 @@ def test_the_run_is_complete_and_its_recommendation_follows_from_it():
     assert saved["cutoff"] == recommend(run).cutoff < run.n_layers
 
 
-def test_benchmark_and_evaluation_set_a_cutoff_beside_full_depth():
-    assert {"full", "speed:24"} <= set(load_benchmark(example_folder() / BENCHMARK).summary()["spec"])
-    assert {"full", "speed:24"} <= set(load_evaluation(example_folder() / EVALUATION).items["policy"])
+def test_benchmark_and_evaluation_have_the_recommended_cutoff_beside_full_depth():
+    spec = f"speed:{recommend(load_run(example_folder() / RUN)).cutoff}"
+    assert {"full", spec} <= set(load_benchmark(example_folder() / BENCHMARK).summary()["spec"])
+    assert {"full", spec} <= set(load_evaluation(example_folder() / EVALUATION).items["policy"])
+
+
+def test_the_fine_tuning_is_finished_and_lowered_the_cutoff():
+    finetuning = load_finetuning(example_folder() / FINETUNING)
+    assert finetuning.complete
+    goal = finetuning.manifest["arguments"]["max_kl"]
+    before, after = (
+        recommend(load_run(example_folder() / FINETUNING / name), max_kl=goal).cutoff for name in (BEFORE, AFTER)
+    )
+    assert after < before
 
 
 def test_it_is_small():
