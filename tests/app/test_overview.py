@@ -119,9 +119,11 @@ def test_another_run_in_the_sidebar_is_followed_by_all_pages_and_the_address(lib
     rec = recommend(load_run(library / "tiny"))
     assert answered(at) == answer(rec, 8192)
     assert at.query_params["run"] in ("tiny", ["tiny"])
-    for page in ("layers", "cutoff"):
-        assert "tiny-llama" in figure_title(go(at, page))
-    assert "tiny-llama" in figure_title(go(at, "overview"))
+    for page in ("layers", "cutoff", "overview"):
+        go(at, page)
+        texts = [*at.markdown, *at.caption]
+        assert any("tiny-llama" in literal(text.value) for text in texts)
+        assert not any("smollm2" in literal(text.value) for text in texts)
     assert calm(at) == []
 
 
