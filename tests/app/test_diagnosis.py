@@ -318,7 +318,7 @@ def test_a_real_diagnosis_of_a_tiny_model(tmp_path, open_app):
     assert calm(at) == []
     go(at, "overview")
     assert table(at)["status"].tolist() == ["complete"]
-    assert literal(at.subheader[0].value).startswith(str(tmp_path / "model"))
+    assert literal(at.caption[0].value).startswith(str(tmp_path / "model"))
     assert load_run(next((tmp_path / "runs").glob("[!.]*"))).manifest["identity"]["detail_prompts"] == 1
 
 
@@ -333,5 +333,5 @@ def test_show_opens_the_run_of_a_finished_diagnosis(library, copy, command, open
     at.run()
     job_buttons(at)["Show"].click().run()
     assert calm(at) == []
-    assert literal(at.subheader[0].value).startswith("tiny-llama")
+    assert literal(at.caption[0].value).startswith("tiny-llama")
     assert at.sidebar.selectbox[0].value == out.name

@@ -225,8 +225,9 @@ def test_a_run_of_some_prompts(run):
 def test_the_lens_figure_shows_tokens_and_marks_what_the_end_says(run):
     figure = figures.logit_lens(run, "p0", first=1, count=4)
     lens = run.lens[run.lens["prompt_id"] == "p0"].pivot(index="layer", columns="position", values="lens_text")
-    shown = figure.data[0].text
-    assert np.shape(shown) == (N_LAYERS, 4)
+    shown = np.full((N_LAYERS, 4), "", dtype=object)
+    for texts in figure.data[1:]:  # one per colour
+        shown[np.asarray(texts.y), np.asarray(texts.x)] = texts.text
     assert all(cell.startswith("<b>") for cell in shown[-1])
     for layer in range(N_LAYERS):
         for column in range(4):
@@ -242,5 +243,6 @@ def test_the_lens_figure_shows_tokens_and_marks_what_the_end_says(run):
 def test_tokens_are_no_markup(run):
     tables = dict(run.tables) | {"lens": run.lens.assign(lens_text="<b onclick=x>&\n")}
     figure = figures.logit_lens(replace(run, tables=tables), "p0")
-    assert "onclick" not in str(figure.data[0].text)
+    assert figure.data[1].text[0]
+    assert not any("onclick" in str(texts.text) for texts in figure.data[1:])
     assert figure.data[0].customdata[0][0] == "&lt;b\u00b7onclick=x&gt;&amp;\u21b5"

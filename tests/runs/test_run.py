@@ -348,8 +348,10 @@ def test_interrupt_is_one_line_that_says_how_to_go_on(tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
-    assert stderr.count("\n") == 1
-    assert f"continue with --out {out} --resume" in stderr
+    *_, last = stderr.splitlines()
+    assert last.startswith("error: interrupted")
+    assert last.endswith(f"continue with --out {out} --resume")
+    assert stderr.count("error") == 1
     assert len(load_run(out).prompts) >= 1
 
 
