@@ -5,6 +5,7 @@ the default are left out, and those of other pages stay with the session until t
 address asks for is checked like any other input: nonsense is answered by one line, and the default is shown.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,7 @@ import streamlit as st
 from dashboard.markdown import md
 
 T = TypeVar("T")
+LATE_SECONDS = 1.0  # in which a browser may still send the address of before
 MOST_CHARACTERS = 1500  # of a text in an address: browsers and chats cut very long ones
 
 
@@ -28,12 +30,17 @@ class Kind(Generic[T]):
 
 @dataclass
 class _State:
-    """Of one session: own choices by owner and name, what an address brought, what this run says, what was written."""
+    """Of one session: own choices by owner and name, what an address brought, what this run says, what was written.
+
+    ``replaced`` is the address written before, until ``replaced_until`` on the monotonic clock.
+    """
 
     own: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     arrived: dict[str, list[str]] = field(default_factory=dict)
     shown: dict[str, list[str]] = field(default_factory=dict)
     written: dict[str, list[str]] = field(default_factory=dict)
+    replaced: dict[str, list[str]] = field(default_factory=dict)
+    replaced_until: float = 0.0
     drawn: dict[str, Any] = field(default_factory=dict)
     page: str | None = None
     is_running: bool = False
@@ -78,7 +85,9 @@ def begin(page: str) -> None:
     asked = {name: st.query_params.get_all(name) for name in st.query_params}
     # A widget that was moved comes with the address of before; without one, what differs was typed, linked or Back.
     moved = any(_moved(state, key) for key in state.drawn)
-    if not moved or state.page is None:
+    # A click that follows a typed value at once is sent before the browser has got the new address.
+    late = asked == state.replaced and time.monotonic() < state.replaced_until
+    if state.page is None or not (moved or late):
         state.arrived |= {name: texts for name, texts in asked.items() if texts != state.written.get(name)}
     state.page, state.shown, state.is_running = page, {}, True
 
@@ -86,6 +95,8 @@ def begin(page: str) -> None:
 def finish() -> None:
     """Write the address, at the end of every run of the app, in one step: each is one entry of the history."""
     state = _state()
+    if state.shown != state.written:
+        state.replaced, state.replaced_until = state.written, time.monotonic() + LATE_SECONDS
     state.is_running, state.written = False, dict(state.shown)
     if {name: st.query_params.get_all(name) for name in st.query_params} != state.shown:
         st.query_params.from_dict(state.shown)

@@ -124,7 +124,17 @@ def test_every_owner_has_its_own_choice():
     assert at.query_params["cutoff"] == "7"
 
 
-def test_back_in_the_browser_brings_the_choice_of_before():
+def test_a_click_sent_with_the_address_of_before_changes_no_choice():
+    at = opened()
+    at.slider(key="k").set_value(7).run()
+    at.slider(key="k").set_value(8).run()
+    at.query_params["cutoff"] = "7"  # the browser had not got the new one
+    assert at.run().slider(key="k").value == 8
+    assert at.query_params["cutoff"] == "8"
+
+
+def test_back_in_the_browser_brings_the_choice_of_before(monkeypatch):
+    monkeypatch.setattr("dashboard.address.LATE_SECONDS", 0.0)
     at = opened()
     at.slider(key="k").set_value(7).run()
     at.slider(key="k").set_value(8).run()
