@@ -181,9 +181,10 @@ def test_a_diagnosis_is_started_survives_a_reload_and_is_cancelled(page, address
             page.get_by_test_id("stAlertContentError").wait_for()
             assert length.input_value() == tokens
             assert not [path for path in runs.iterdir() if path.name.startswith("smollm2")]
-    page.get_by_text(re.compile("[1-9] of 28 prompts")).wait_for()
+    progress = page.get_by_text(re.compile("^[1-9] of 28 prompts$"))  # the error before says how many do not fit
+    progress.wait_for()
     page.reload()
-    page.get_by_text(re.compile("[1-9] of 28 prompts")).wait_for()
+    progress.wait_for()
     page.get_by_role("button", name="Cancel").click()
     page.get_by_role("button", name="Resume").click()
     page.get_by_role("button", name="Cancel").click()
