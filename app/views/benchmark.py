@@ -5,12 +5,12 @@ import streamlit as st
 from dashboard.address import bind, one_of
 from dashboard.catalog import Entry
 from dashboard.ending import end_page
-from dashboard.moments import readable_time
 from dashboard.state import entries, md, runs_folder, show
 from diagnostics import figures
 from diagnostics.generation.benchmark_folder import Benchmark, load_benchmark
 from diagnostics.support.errors import UserError
 from diagnostics.support.glossary import GLOSSARY
+from diagnostics.terminal.units import readable_time
 
 RATIO = "median over repeats of the ratio to full depth within the repeat"
 # Column of the table: its heading, its format, and what it is.

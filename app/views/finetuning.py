@@ -11,7 +11,6 @@ from dashboard.address import bind, one_of, whole
 from dashboard.cards import Card, cards
 from dashboard.catalog import Entry, Signature
 from dashboard.ending import end_page
-from dashboard.moments import readable_time
 from dashboard.state import compare_runs, entries, md, recommendation, runs_folder, show
 from diagnostics import figures
 from diagnostics.cutoffs.goals import goals_in_words
@@ -29,6 +28,7 @@ from diagnostics.report import finetuning_data
 from diagnostics.support.defaults import MAX_KL
 from diagnostics.support.errors import UserError
 from diagnostics.support.glossary import GLOSSARY
+from diagnostics.terminal.units import readable_time
 
 Runs = dict[str, Entry]
 

@@ -12,7 +12,6 @@ from dashboard.address import bind, number, one_of
 from dashboard.catalog import Entry, Signature
 from dashboard.changed_items import where_answers_changed
 from dashboard.ending import end_page
-from dashboard.moments import readable_time
 from dashboard.state import download, entries, md, runs_folder, show
 from diagnostics import figures
 from diagnostics.evaluate.answer_metrics import FAILURES
@@ -21,6 +20,7 @@ from diagnostics.evaluate.score_table import FULL, KEPT, kept, markdown, plural,
 from diagnostics.figures.quality import policy_label
 from diagnostics.report import asked_margin, asked_seed
 from diagnostics.support.glossary import GLOSSARY
+from diagnostics.terminal.units import readable_time
 
 MARGIN_HELP = f"{GLOSSARY['margin']} Non-inferior: {GLOSSARY['non-inferior']}"
 # Headings of columns in words, with what they are.
