@@ -61,3 +61,12 @@ def _sequential_sums(request):
 
     with SequentialSums():
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, for modules that begin with `tests.support.watched.require_browser`."""
+    from browsing import browsing
+
+    with browsing() as opened:
+        yield opened

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from browsing import browsing, go, serving, settled
+from browsing import go, serving, settled
 from diagnostics import diagnose, load_prompts, load_run, recommend
 from diagnostics.generation.benchmarks import benchmark
 from diagnostics.policies.speed import SpeedPolicy
@@ -48,12 +48,6 @@ def runs(smollm, tmp_path_factory):
 def address(runs):
     with serving(runs) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing() as opened:
-        yield opened
 
 
 @pytest.fixture

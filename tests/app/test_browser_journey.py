@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from browsing import browsing, go, serving, settled
+from browsing import go, serving, settled
 from diagnostics.runs.example import BENCHMARK, EVALUATION, FINETUNING, RUN, example_folder
 from page_pictures import photograph
 from tests.support.watched import require_browser, watched
@@ -43,12 +43,6 @@ def address(empty):
     empty.mkdir()
     with serving(empty) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing() as opened:
-        yield opened
 
 
 def test_from_an_empty_start_over_the_example_to_every_page(browser, address):

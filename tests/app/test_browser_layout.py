@@ -1,17 +1,14 @@
 """The pages in a real browser, over the example: numbers at every width, downloads in a row, first screen, links."""
 
-import importlib.util
 import re
 
 import pytest
 
-from browsing import available, browsing, serving, settled
+from browsing import serving, settled
+from tests.support.watched import require_browser
 
 pytestmark = pytest.mark.browser
-if importlib.util.find_spec("playwright") is None:
-    pytest.skip("playwright is not installed: make test-browser", allow_module_level=True)
-if not available():
-    pytest.skip("there is no Chromium: make test-browser", allow_module_level=True)
+require_browser()
 
 WIDTHS = (800, 1024, 1152, 1440)
 # What is wider than its box, of numbers, their names, headings and captions.
@@ -26,12 +23,6 @@ CUT = """() => [...document.querySelectorAll(
 def address(tmp_path_factory):
     with serving(tmp_path_factory.mktemp("nothing")) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import pytest
 
-from browsing import browsing
 from diagnostics import load_run, recommend
 from diagnostics.evaluate.evaluation_folder import load_evaluation
 from diagnostics.finetune.finetuning_folder import AFTER, load_finetuning
@@ -51,12 +50,6 @@ def pages(tmp_path_factory):
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing() as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
