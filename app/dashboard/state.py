@@ -17,7 +17,7 @@ from dashboard.address import keep, kept, leave, one_of, text
 from dashboard.catalog import Entry, Signature, find_runs
 from dashboard.ending import end_page
 from dashboard.look import HEADING
-from dashboard.markdown import md as md
+from dashboard.markdown import md
 from diagnostics.cli.dashboard import RUNS_VARIABLE
 from diagnostics.cutoffs.recommendation import Recommendation, recommend
 from diagnostics.cutoffs.regions import RegionRules

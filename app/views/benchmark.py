@@ -5,7 +5,8 @@ import streamlit as st
 from dashboard.address import bind, one_of
 from dashboard.catalog import Entry
 from dashboard.ending import end_page
-from dashboard.state import entries, md, runs_folder, show
+from dashboard.markdown import md
+from dashboard.state import entries, runs_folder, show
 from diagnostics import figures
 from diagnostics.generation.benchmark_folder import Benchmark, load_benchmark
 from diagnostics.support.errors import UserError

@@ -18,8 +18,9 @@ from dashboard.jobs import (
     saved_prompts,
     start_job,
 )
+from dashboard.markdown import md
 from dashboard.settings_check import Settings, check_settings
-from dashboard.state import entries, look_at, md, runs_folder
+from dashboard.state import entries, look_at, runs_folder
 from diagnostics.cli.common import new_folder
 from diagnostics.cli.options import MODEL_HELP
 from diagnostics.diagnosis.capture import BACKENDS

@@ -11,7 +11,8 @@ from dashboard.address import bind, one_of, whole
 from dashboard.cards import Card, cards
 from dashboard.catalog import Entry, Signature
 from dashboard.ending import end_page
-from dashboard.state import compare_runs, entries, md, recommendation, runs_folder, show
+from dashboard.markdown import md
+from dashboard.state import compare_runs, entries, recommendation, runs_folder, show
 from diagnostics import figures
 from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.finetune.cutoff_comparison import compare_cutoffs

@@ -8,8 +8,9 @@ import streamlit as st
 
 from dashboard.address import bind, flag, keep, one_of, some_of, whole
 from dashboard.catalog import Entry
+from dashboard.markdown import md
 from dashboard.prompt_text import PAGE_TOKENS, attention_of_head, legend, measured_at, prompt_text
-from dashboard.state import current_run, md, saved_recommendation, show
+from dashboard.state import current_run, saved_recommendation, show
 from diagnostics import figures
 from diagnostics.figures.heads import HEAD_MEASURES
 from diagnostics.figures.layers import PANELS

@@ -9,8 +9,9 @@ import streamlit as st
 import torch
 
 from dashboard.address import bind, flag, number, one_of, some_of, text, whole
+from dashboard.markdown import md
 from dashboard.playing import Played, is_loaded, marked, play, playground_model, text_html
-from dashboard.state import current_entry, download, md, open_run, saved_recommendation, to_csv
+from dashboard.state import current_entry, download, open_run, saved_recommendation, to_csv
 from diagnostics.cli.options import MODEL_HELP
 from diagnostics.generation.differences import marked_text, same_start
 from diagnostics.generation.inputs import encode_input

@@ -12,7 +12,8 @@ from dashboard.address import bind, number, one_of
 from dashboard.catalog import Entry, Signature
 from dashboard.changed_items import where_answers_changed
 from dashboard.ending import end_page
-from dashboard.state import download, entries, md, runs_folder, show
+from dashboard.markdown import md
+from dashboard.state import download, entries, runs_folder, show
 from diagnostics import figures
 from diagnostics.evaluate.answer_metrics import FAILURES
 from diagnostics.evaluate.evaluation_folder import ITEMS, Evaluation, load_evaluation
