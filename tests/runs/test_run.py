@@ -359,7 +359,7 @@ def test_interrupt_is_one_line_that_says_how_to_go_on(tiny, tmp_path):
 def test_sigterm_leaves_what_is_finished_and_nothing_else(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "many.jsonl", n_prompts=60, n_tokens=440)
     out = tmp_path / "runs" / "run"
-    process = command("diagnose", tiny.model, "--prompts", prompts, "--decode-tokens", 32, "--out", out)
+    process = command("diagnose", tiny.model, "--prompts", prompts, "--decode-tokens", 32, "--out", out, "--quiet")
     wait_for_parts(process, out, 1)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
@@ -430,7 +430,7 @@ def test_full_disk_in_a_real_process(tiny, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", N_PROMPTS)
     out = tmp_path / "run"
     process = command(
-        *("diagnose", tiny.model, "--prompts", prompts, "--decode-tokens", DECODE_TOKENS, "--out", out),
+        *("diagnose", tiny.model, "--prompts", prompts, "--decode-tokens", DECODE_TOKENS, "--out", out, "--quiet"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
     )
     stdout, stderr = process.communicate(timeout=60)
