@@ -11,7 +11,8 @@ import torch
 
 from diagnostics.diagnosis.capture import make_capture
 from diagnostics.diagnosis.observers import Capture
-from diagnostics.diagnosis.probes import added_probes, all_probes
+from diagnostics.diagnosis.probes import added_probes, chosen_probes
+from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Probe, PromptContext
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.diagnosis.self_test import require_measurable
@@ -48,6 +49,8 @@ def diagnose(
     detail_prompts: int = DETAIL_PROMPTS,
     backend: str | None = None,
     remote: bool | str = False,
+    rules: str | Sequence[str] = "all",
+    sweep: bool = True,
     self_test: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
@@ -78,6 +81,12 @@ def diagnose(
         How activations are read: ``hooks``, ``transformer-lens`` or ``nnsight``; by default the library of the model.
     remote
         Run an nnsight model on NDIF; ``"local"`` simulates this locally. The weights are then never loaded.
+    rules
+        The cutoff rules whose readings are measured along: ``"all"`` that cost a few percent, ``"none"``, or names, as
+        in ``"all,leave-one-out"``; see `diagnostics.cutoffs.rules`.
+    sweep
+        Measure the loss of every cutoff. Without it the run has only what rules read, and its table ``cutoffs`` has no
+        numbers.
     self_test
         First prove, once per model, that measurements equal masked passes of the model; see `diagnostics.self_test`. A
         model that fails is refused; a model that fails only for the contribution is measured without it.
@@ -110,7 +119,7 @@ def diagnose(
         raise UserError(f"detail prompts is {detail_prompts}: give 0 or more")
     prompts, report = as_prompts(prompts), reporter(progress, "diagnosing")
     lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
-    probes = all_probes()
+    probes = chosen_probes(rules, sweep=sweep)
     capture = make_capture(backend, lm, remote)
     with testing(self_test and not skipped()):
         proof = require_measurable(lm, capture)
@@ -188,8 +197,11 @@ def _diagnose_prompt(
         lens_positions=lens_positions,
         detail=detail,
         teacher=teacher,
+        windows=tuple(map(lm.anatomy.window, range(lm.anatomy.n_layers))),
     )
     observers = [probe(context) for probe in probes.values()]
+    for observer in observers:
+        observer.on_model(lm, prompt.token_ids)
     outcome = capture.run(
         prompt.token_ids, prompt.reference_ids, observers, n_decode=decode_tokens, n_anchors=layout.n_anchors
     )
@@ -206,6 +218,8 @@ def _diagnose_prompt(
     }
     measured = dict(zip(probes, outcome.measured, strict=True))
     tables = prompt_tables(row, measured, lm.anatomy)
+    if CutoffSweep.name not in probes:
+        tables["cutoffs"][[*CutoffSweep.describes]] = np.nan
     if detail:
         reference = outcome.reference_ids.tolist()
         tables |= detail_tables(lm.tokenizer, prompt, reference, context, measured.values())
@@ -255,6 +269,7 @@ def _manifest(
         prompts=prompts.fingerprint,
         teacher=None if teacher is None else teacher.weight_hash,
         **settings,
+        probes=sorted(probes),
         added_probes=added_probes(probes) or None,
         tables=[*TABLES, *DETAIL_TABLES],
         token_ids=inputs_digest(encoded),
@@ -269,6 +284,7 @@ def _manifest(
         "shape": lm.anatomy.shape,
         "seed": prompts.seed,
         "prompt_set": prompts.name,
+        "sweep": CutoffSweep.name in probes,
         "n_prompts": len(prompts),
         "columns": {column: text for probe in probes.values() for column, text in probe.describes.items()},
         "notes": notes + head["notes"],

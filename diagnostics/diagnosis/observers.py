@@ -8,9 +8,9 @@ prompt); rows P-1..T-1 are the ``n_decode`` decode-phase rows. Row P-1, the last
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -20,11 +20,15 @@ Columns = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class ContextRows:
-    """The context rows in layer ``layer``: residuals before and after the layer, each [P-1, width]."""
+    """The context rows in layer ``layer``: residuals before and after the layer, each [P-1, width].
+
+    ``attention`` is what the attention adds to the residual, norms after it and multipliers included.
+    """
 
     layer: int
     residual_in: Tensor
     residual_out: Tensor
+    attention: Tensor
 
 
 class Adds(Protocol):
@@ -92,19 +96,33 @@ class AttentionRows(ABC):
         """
 
 
+class Branch(Protocol):
+    """Runs one layer on other residuals of the decode rows, at the same positions.
+
+    These see the anchors' keys and those of their own branch, and nothing of the prompt, as in an upper layer of SPEED;
+    with ``sees_prompt`` also the keys of the prompt, as at full depth.
+    """
+
+    def __call__(self, hidden: Tensor, sees_prompt: bool = False) -> Tensor:
+        """Return the residuals after the layer, both [branches, n_decode, width].
+
+        Raises UserError for ``sees_prompt`` where a backend cannot do so.
+        """
+
+
 @dataclass(frozen=True)
 class DecodeRows:
     """The decode-phase rows in layer ``layer``: residuals before and after the layer, each [n_decode, width].
 
-    ``branch`` runs the same layer on other residuals at the same positions, [branches, n_decode, width]. These see the
-    anchors' keys and their own branch but nothing of the prompt, as in an upper layer of SPEED.
+    ``branch`` runs the same layer on other residuals. ``shared`` holds what several probes compute of these rows, once.
     """
 
     layer: int
     residual_in: Tensor
     residual_out: Tensor
     attention: AttentionRows
-    branch: Callable[[Tensor], Tensor]
+    branch: Branch
+    shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

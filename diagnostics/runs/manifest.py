@@ -55,6 +55,7 @@ class RunManifest(Head, total=False):
     shape: Required[Shape]
     seed: int | None
     prompt_set: str
+    sweep: bool  # whether the loss of every cutoff was measured
     n_prompts: Required[int]
     columns: dict[str, str]  # measure -> its description
     notes: Required[list[str]]

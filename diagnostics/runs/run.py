@@ -57,8 +57,13 @@ class Run(Readable):
 
     @property
     def cutoffs(self) -> pd.DataFrame:
-        """One row per prompt and cutoff 1..L: kl, top1_agreement, nll, nll_full."""
+        """One row per prompt and cutoff 1..L: kl, top1_agreement, nll, nll_full; NaN in a run without a sweep."""
         return self.tables["cutoffs"]
+
+    @property
+    def has_sweep(self) -> bool:
+        """Whether the loss of every cutoff was measured."""
+        return self.manifest.get("sweep", True)
 
     @property
     def tokens(self) -> pd.DataFrame:

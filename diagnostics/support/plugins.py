@@ -28,6 +28,6 @@ def unusable(point: EntryPoint, reason: str) -> UserError:
 
 
 def _named(point: EntryPoint) -> str:
-    kind = {"policies": "policy", "probes": "probe"}[point.group.removeprefix(GROUPS)]
+    kind = {"policies": "policy", "probes": "probe", "rules": "rule"}[point.group.removeprefix(GROUPS)]
     distribution = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
     return f"the {kind} plugin {point.name!r}{distribution}"

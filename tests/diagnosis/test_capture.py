@@ -15,10 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from diagnostics import UserError, diagnose, load_prompts
+from diagnostics.diagnosis.attended import attend
 from diagnostics.diagnosis.capture.attention_rows import RecomputedAttention, visible_keys
 from diagnostics.diagnosis.capture.hooks import HooksCapture
 from diagnostics.diagnosis.probes import all_probes
-from diagnostics.diagnosis.probes.attention_mass import attend
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.models import attention_tap
 from diagnostics.policies.segments import Layout

@@ -113,7 +113,7 @@ Rows = tuple[Tensor, Tensor]  # queries [heads, rows, head_dim], and the keys th
 
 
 def after_window(early: Rows | None, rows: Rows) -> Rows:
-    """Put the saliency window's rows, of a pass that ended before, in front of the decode rows."""
+    """Put the observation window's rows, of a pass that ended before, in front of the decode rows."""
     if early is None:
         return rows
     (early_query, early_visible), (query, visible) = early, rows

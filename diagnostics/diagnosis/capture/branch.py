@@ -13,8 +13,10 @@ from transformers import Cache
 
 from diagnostics.diagnosis.capture.attention_rows import visible_keys
 from diagnostics.diagnosis.capture.passes import Pass
+from diagnostics.diagnosis.observers import Branch
 from diagnostics.models.anatomy import PER_POSITION
 from diagnostics.policies.arguments import residual_of, take_rows
+from diagnostics.support.errors import UserError
 
 
 class AnchorRows:
@@ -26,7 +28,7 @@ class AnchorRows:
 
     def branch(
         self, call: Callable[..., Any], layer: int, over: Pass, arguments: dict[str, Any], window: int | None
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Branch:
         """Return `DecodeRows.branch` of a layer that the pass called with these arguments, on [1, rows, ...].
 
         ``call`` runs the layer with named arguments; ``window`` is the width of its sliding window, if it has one.
@@ -36,7 +38,9 @@ class AnchorRows:
             self.kept[layer] = {name: take_rows(value, slice(0, self.n_anchors)) for name, value in rows.items()}
         anchors = self.kept.get(layer, {})
 
-        def run(hidden: Tensor) -> Tensor:
+        def run(hidden: Tensor, sees_prompt: bool = False) -> Tensor:
+            if sees_prompt:
+                raise UserError("only the hooks backend runs decode rows that see the prompt in some layers")
             own = {name: take_rows(value, over.decode) for name, value in rows.items()}
             mask, n_anchors = self._mask(arguments.get("attention_mask"), over, window, hidden), self.n_anchors
             changed = {name: _joined(anchors.get(name), value) for name, value in own.items()}

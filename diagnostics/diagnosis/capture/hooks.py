@@ -55,14 +55,15 @@ class _Taps:
         self.watch, self.over, self.windows, self.paths = watch, over, windows, paths
         self.anatomy = watch.anatomy
         self.index = {module: layer for layer, module in enumerate(self.anatomy.attentions)}
-        # Of the layer that is running: its attention call with what that gave, and what its later modules showed of
-        # the decode rows: what entered and left the output projection, what was added to the residual.
+        # Of the layer that is running: its attention call with what that gave, and what its later modules showed: what
+        # entered and left the output projection, of the decode rows, and what was added to the residual, of all rows.
         self.ran: set[int] = set()
         self.call: tuple[AttentionCall, Tensor] | None = None
         self.shown: dict[str, Tensor] = {}
+        self.added: Tensor | None = None
         # Attention of its decode rows, once it has run.
         self.attention: RecomputedAttention | None = None
-        self.branching = False
+        self.branching = self.sees_prompt = False
 
     def on_attention(self, call: AttentionCall) -> tuple[Tensor, Any]:
         """Let the attention run; keep the queries of the window, and the attention of the decode rows."""
@@ -91,20 +92,21 @@ class _Taps:
     def on_added(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note what is added to the residual; of a module that runs twice, as shared ones do, the first time."""
         if not self.branching:
-            self.shown.setdefault("added", residual_of(output)[0, self.over.decode])
+            self.added = residual_of(output)[0] if self.added is None else self.added
 
     def on_layer(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Show the layer that has run."""
         if self.branching:
             return
 
-        def branch(hidden: Tensor) -> Tensor:
-            return self._branch(layer, args, kwargs, hidden)
+        def branch(hidden: Tensor, sees_prompt: bool = False) -> Tensor:
+            return self._branch(layer, args, kwargs, hidden, sees_prompt)
 
         before = args[0] if args else kwargs["hidden_states"]
         self.attention = self._attention_rows(layer) if self.call is not None else None
-        self.watch.layer(layer, self.over, before[0], residual_of(output)[0], self.attention, branch)
-        self.call, self.attention, self.shown = None, None, {}
+        assert self.added is not None
+        self.watch.layer(layer, self.over, before[0], residual_of(output)[0], self.added, self.attention, branch)
+        self.call, self.attention, self.shown, self.added = None, None, {}, None
 
     def _visible(self, call: AttentionCall, rows: slice) -> Tensor:
         n_rows, n_keys = call.query.shape[2], call.key.shape[2]
@@ -113,11 +115,13 @@ class _Taps:
 
     def _attention_rows(self, layer: int) -> RecomputedAttention:
         assert self.call is not None
+        assert self.added is not None
         call, heads = self.call
         rows = self.over.decode
         decode = call.query[0, :, rows], self._visible(call, rows)
         query, visible = after_window(self.windows.pop(layer, None), decode)
         projection = self.anatomy.output_projections[layer]
+        shown = Shown(**self.shown, added=self.added[rows])
         return RecomputedAttention(
             query=query,
             key=call.key[0],
@@ -127,10 +131,12 @@ class _Taps:
             softcap=call.options.get("softcap"),
             sinks=call.options.get("s_aux"),
             output=heads,
-            adds=Addition.of(projection, self.paths[layer].multiplier, heads.flatten(1), Shown(**self.shown)),
+            adds=Addition.of(projection, self.paths[layer].multiplier, heads.flatten(1), shown),
         )
 
-    def _branch(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
+    def _branch(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, sees_prompt: bool
+    ) -> Tensor:
         """Run ``layer`` on [branches, n_decode, width] as the pass ran its decode rows; no cache."""
         arguments = [None if isinstance(a, Cache) else a for a in args]
         options = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
@@ -140,7 +146,7 @@ class _Taps:
             arguments[0] = hidden
         else:
             options["hidden_states"] = hidden
-        self.branching = True
+        self.branching, self.sees_prompt = True, sees_prompt
         try:
             return residual_of(self.anatomy.layers[layer](*arguments, **options))
         finally:
@@ -149,15 +155,17 @@ class _Taps:
     def _branch_attention(self, call: AttentionCall) -> tuple[Tensor, Any]:
         """Attention of upper-layer SPEED: anchors' keys from the full model, then the branch's own.
 
-        Anchors are the first tokens and see only each other, so their upper keys do not depend on the cutoff.
+        Anchors are the first tokens and see only each other, so their upper keys do not depend on the cutoff. A branch
+        that sees the prompt has the keys of the whole context before its own.
         """
         full = self.attention
         assert full is not None
-        anchors, branches = slice(0, self.watch.n_anchors), call.query.shape[0]
-        key = torch.cat([full.key[:, anchors].expand(branches, -1, -1, -1), call.key], dim=2)
-        value = torch.cat([full.value[:, anchors].expand(branches, -1, -1, -1), call.value], dim=2)
+        before = slice(0, self.watch.n_context if self.sees_prompt else self.watch.n_anchors)
+        branches = call.query.shape[0]
+        key = torch.cat([full.key[:, before].expand(branches, -1, -1, -1), call.key], dim=2)
+        value = torch.cat([full.value[:, before].expand(branches, -1, -1, -1), call.value], dim=2)
         visible = full.visible[-full.n_decode :]
-        mask = torch.cat([visible[:, anchors], visible[:, self.watch.n_context :]], dim=1)[None, None]
+        mask = torch.cat([visible[:, before], visible[:, self.watch.n_context :]], dim=1)[None, None]
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         if call.options.get("softcap") is not None or call.options.get("s_aux") is not None:
             # Fused attention knows neither; eager attention adds its mask to the scores.

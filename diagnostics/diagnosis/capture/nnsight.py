@@ -95,7 +95,7 @@ class Layers:
             shown = Shown(heads[0, over.decode], left[0, over.decode], added[0, over.decode])
             attention = self._attention(watch, over, layer, arguments, queries, shown, cache.layers[layer])
             branch = self.anchors.branch(site.layer, layer, over, arguments, watch.anatomy.window(layer))
-            watch.layer(layer, over, arguments["hidden_states"][0], after[0], attention, branch)
+            watch.layer(layer, over, arguments["hidden_states"][0], after[0], added[0], attention, branch)
 
     def _attention(
         self,

@@ -6,7 +6,7 @@ against it. The prompt runs through the model once either way.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from diagnostics.diagnosis.capture.residual_path import ResidualPath, residual_paths
-from diagnostics.diagnosis.observers import AttentionRows, ContextRows, DecodeRows, Observer, Outcome
+from diagnostics.diagnosis.capture.residual_path import ResidualPath, multiplier_of, residual_paths
+from diagnostics.diagnosis.observers import AttentionRows, Branch, ContextRows, DecodeRows, Observer, Outcome
 from diagnostics.models.loading import LoadedModel
 from diagnostics.models.rope import rope_lengths
-from diagnostics.policies.fastkv import FastKVPolicy
 from diagnostics.support.errors import UserError
 
-# Query rows up to the first decode row that are kept for the saliency window, that one included.
-N_WINDOW = FastKVPolicy.window
+# Query rows up to the first decode row whose attention probes may look at, that one included: as many as the widest
+# observation window of a published rule (ASL).
+N_WINDOW = 32
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Pass:
 
     @property
     def window(self) -> slice:
-        """Context rows whose attention the saliency window needs."""
+        """Context rows of the observation window."""
         return slice(max(0, self.n_context - N_WINDOW + 1), self.n_context)
 
     @property
@@ -68,12 +68,20 @@ class Watch:
         over: Pass,
         residual_in: Tensor,
         residual_out: Tensor,
+        added: Tensor,
         attention: AttentionRows | None,
-        branch: Callable[[Tensor], Tensor],
+        branch: Branch,
     ) -> None:
-        """Show one layer of a pass to the observers: residuals [rows, width], and the attention of the decode rows."""
+        """Show one layer of a pass to the observers.
+
+        ``added`` is what the attention adds to the residual, without the multiplier of the layer, all [rows, width];
+        ``attention`` is that of the decode rows.
+        """
         if over.n_context:
-            context = ContextRows(layer, residual_in[: over.n_context], residual_out[: over.n_context])
+            rows = slice(over.n_context)
+            scale = multiplier_of(self.anatomy.layers[layer])
+            gain = added[rows] if scale == 1 else added[rows] * scale
+            context = ContextRows(layer, residual_in[rows], residual_out[rows], gain)
             for observer in self.observers:
                 observer.on_context(context)
         if attention is not None:

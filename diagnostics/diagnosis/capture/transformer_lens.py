@@ -44,7 +44,7 @@ class TransformerLensCapture(PassCapture):
                 "boot it anew without enable_compatibility_mode()"
             )
         self.anchors = AnchorRows(0)
-        # Pattern rows of each layer's saliency window, from a pass that ended before the decode rows.
+        # Pattern rows of each layer's observation window, from a pass that ended before the decode rows.
         self.windows: dict[int, Tensor] = {}
 
     def forward(self, watch: Watch, ids: Tensor, first_row: int, cache: Cache | None, n_logits: int) -> Tensor | None:
@@ -134,6 +134,7 @@ class _Taps:
         self.pattern: Tensor
         self.heads: Tensor
         self.shown: dict[str, Tensor] = {}
+        self.added: Tensor | None = None
 
     def on_call(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note how the model calls the block."""
@@ -168,7 +169,7 @@ class _Taps:
     def on_added(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Note what is added to the residual; of a module that runs twice, as shared ones do, the first time."""
         if not self.branching:
-            self.shown.setdefault("added", residual_of(output)[0, self.over.decode])
+            self.added = residual_of(output)[0] if self.added is None else self.added
 
     def on_residual_out(self, layer: int, residual: Tensor, hook: Any) -> None:
         """Show the block that has run."""
@@ -186,8 +187,9 @@ class _Taps:
 
         branch = self.anchors.branch(call, layer, self.over, self.arguments, window)
         attention = self._attention(layer) if self.over.has_decode else None
-        self.watch.layer(layer, self.over, self.before[0], residual[0], attention, branch)
-        self.shown = {}
+        assert self.added is not None
+        self.watch.layer(layer, self.over, self.before[0], residual[0], self.added, attention, branch)
+        self.shown, self.added = {}, None
 
     def _attention(self, layer: int) -> PatternAttention:
         anatomy, pattern = self.watch.anatomy, self.pattern
@@ -197,11 +199,13 @@ class _Taps:
             early = nn.functional.pad(early, (0, pattern.shape[-1] - early.shape[-1]))
             pattern = torch.cat([early, pattern], dim=1)
         assert self.cache is not None
+        assert self.added is not None
         heads, projection = self.heads, anatomy.output_projections[layer]
+        shown = Shown(**self.shown, added=self.added[self.over.decode])
         return PatternAttention(
             pattern=pattern,
             value=self.cache.layers[layer].values[0],
             output=heads.unflatten(-1, (-1, anatomy.head_dim)) if heads.ndim == 2 else heads,
-            adds=Addition.of(projection, self.paths[layer].multiplier, heads.flatten(1), Shown(**self.shown)),
+            adds=Addition.of(projection, self.paths[layer].multiplier, heads.flatten(1), shown),
             has_sinks=getattr(unwrapped(anatomy.attentions[layer]), "sinks", None) is not None,
         )

@@ -8,9 +8,11 @@ Other distributions add theirs by an entry point, whose name is the probe's::
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
 
+from diagnostics.cutoffs.rules import named_rules
+from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import Probe
 from diagnostics.support.errors import UserError
 from diagnostics.support.plugins import load_plugin, plugins, unusable
@@ -42,6 +44,22 @@ def all_probes() -> dict[str, type[Probe]]:
                 raise unusable(point, f"the probe {other.name!r} writes the column {min(shared)!r} too")
         probes[probe.name] = probe
     return dict(sorted(probes.items()))
+
+
+def chosen_probes(rules: str | Sequence[str], *, sweep: bool = True) -> dict[str, type[Probe]]:
+    """Return the probes of a diagnosis by name: all but those that no chosen rule reads.
+
+    ``rules`` are as `diagnostics.cutoffs.rules.named_rules` takes them; without ``sweep`` the cutoff sweep is left out.
+    """
+    every, named = named_rules(rules)
+    columns = {column for rule in named for column in (*rule.reads, *rule.reads_heads)}
+
+    def wanted(probe: type[Probe]) -> bool:
+        if probe is CutoffSweep:
+            return sweep
+        return not probe.optional or (every and not probe.costly) or not columns.isdisjoint(probe.describes)
+
+    return {name: probe for name, probe in all_probes().items() if wanted(probe)}
 
 
 def added_probes(probes: Mapping[str, type[Probe]]) -> list[str]:

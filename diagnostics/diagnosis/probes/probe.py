@@ -5,14 +5,16 @@ distribution: `diagnostics.diagnosis.probes` finds both. Every prompt gets a pro
 without leaking any.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from diagnostics.diagnosis.attended import Attended, attend
 from diagnostics.diagnosis.observers import Columns, ContextRows, DecodeRows, Measured, Outcome
 from diagnostics.diagnosis.readout import Readout
+from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.segments import Layout
 from diagnostics.support.defaults import LENS_POSITIONS
 
@@ -29,7 +31,8 @@ class PromptContext:
     ``evidence`` are half-open token spans inside the prompt segment; ``lens_positions`` bounds the decode positions,
     evenly spaced, that the logit lens reads; ``model_name`` is for messages. With ``detail`` probes also keep what a
     close look at this one prompt needs, token by token. ``teacher`` [n_decode, vocabulary] are logits to compare every
-    cutoff with instead of the model's own at full depth.
+    cutoff with instead of the model's own at full depth. ``windows`` are the widths of the layers' sliding windows,
+    None for full attention; empty where no layer has one.
     """
 
     layout: Layout
@@ -40,6 +43,18 @@ class PromptContext:
     lens_positions: int = LENS_POSITIONS
     detail: bool = False
     teacher: Tensor | None = None
+    windows: tuple[int | None, ...] = ()
+
+    def attended(self, rows: DecodeRows) -> Attended:
+        """Return the attention of a layer's decode rows by segments; computed once, whichever probes ask for it."""
+        if "attended" not in rows.shared:
+            rows.shared["attended"] = attend(rows.attention, self.layout, self.evidence, per_token=self.detail)
+        return rows.shared["attended"]
+
+    def sees_all(self, rows: DecodeRows) -> bool:
+        """Whether all rows of a layer see the whole prompt: no sliding window hides a part of it from any."""
+        window = self.windows[rows.layer] if self.windows else None
+        return window is None or window >= rows.attention.value.shape[1]
 
 
 class Probe:
@@ -47,13 +62,21 @@ class Probe:
 
     ``name`` is unique among probes; a class without one is not found. ``describes`` has an entry for every column of
     the tables ``layers``, ``heads``, ``cutoffs`` and ``prompts`` that the probe writes: its meaning, unit and range.
+
+    An ``optional`` probe serves rules alone and can be left out; a ``costly`` one, which takes more than a few percent
+    of a diagnosis, is left out unless a rule that reads its columns is asked for by name.
     """
 
     name: ClassVar[str] = ""
     describes: ClassVar[Mapping[str, str]] = {}
+    optional: ClassVar[bool] = False
+    costly: ClassVar[bool] = False
 
     def __init__(self, context: PromptContext) -> None:
         self.context = context
+
+    def on_model(self, lm: LoadedModel, prompt_ids: Sequence[int]) -> None:
+        """Run the model on the prompt in a way of its own, before any layer is shown; most probes do not."""
 
     def on_context(self, rows: ContextRows) -> None:
         """Look at the context rows of one layer."""

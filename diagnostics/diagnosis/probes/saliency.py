@@ -55,13 +55,13 @@ def saliency_scores(attention: AttentionRows, n_prompt: int) -> Tensor:
     Attention of the last ``window`` prompt queries, softmax over the whole prompt, summed over queries; max-pooled
     along the tokens with kernel 7; summed over heads.
     """
-    window = attention.n_window
+    window = min(FastKVPolicy.window, attention.n_window)
     kept = n_prompt - window
     total = attention.value.new_zeros(max(kept, 0), dtype=torch.float32)
     if kept <= 0:
         return total
     for kv_head in range(attention.n_kv_heads):
-        weights = attention.weights(kv_head, slice(0, window), n_prompt)
+        weights = attention.weights(kv_head, slice(attention.n_window - window, attention.n_window), n_prompt)
         total += pooled_attention(weights[:, :, :kept], FastKVPolicy.kernel).sum(0)
     return total
 
