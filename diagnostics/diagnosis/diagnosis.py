@@ -11,7 +11,7 @@ import torch
 
 from diagnostics.diagnosis.capture import make_capture
 from diagnostics.diagnosis.observers import Capture
-from diagnostics.diagnosis.probes import added_probes, chosen_probes
+from diagnostics.diagnosis.probes import added_probes, all_probes, chosen_probes
 from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Probe, PromptContext
 from diagnostics.diagnosis.readout import Readout
@@ -269,7 +269,7 @@ def _manifest(
         prompts=prompts.fingerprint,
         teacher=None if teacher is None else teacher.weight_hash,
         **settings,
-        probes=sorted(probes),
+        left_out=sorted(all_probes().keys() - probes.keys()) or None,
         added_probes=added_probes(probes) or None,
         tables=[*TABLES, *DETAIL_TABLES],
         token_ids=inputs_digest(encoded),
