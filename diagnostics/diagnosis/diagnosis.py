@@ -155,7 +155,7 @@ def diagnose(
             teacher=None if teacher is None else teacher.logits[prompt.prompt_id],
         )
         if "contribution" in proof.failed:
-            tables["layers"]["prompt_contribution"] = np.nan
+            tables["layers"][[column for probe in probes.values() for column in probe.of_additions]] = np.nan
         if writer:
             writer.write(index, tables)
         else:
@@ -250,7 +250,10 @@ def _manifest(
     if proof.unproved is not None:
         notes.append(f"not proven to be measured right: {proof.unproved}")
     if line := proof.failed.get("contribution"):
-        notes.append(f"prompt_contribution is left out, and with it uptake and the selection region: {line}")
+        notes.append(
+            "prompt_contribution is left out, and with it uptake, the selection region and all that rules read of what "
+            f"the attention adds to the residual: {line}"
+        )
     chats = sum(prompt.messages is not None for prompt in prompts)
     if chats and not lm.tokenizer.chat_template:
         notes.append(

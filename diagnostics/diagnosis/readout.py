@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.models.anatomy import Anatomy
-from diagnostics.support.divergence import StreamedComparison, js_distances, log_probabilities
+from diagnostics.support.divergence import StreamedComparison, js_distances, log_probabilities, probability_gaps
 from diagnostics.support.errors import UserError
 from diagnostics.support.sums import total, wide
 
@@ -28,14 +28,16 @@ class Comparison:
 
     ``kl``: KL(p || q) in nats, >= 0. ``rank``: rank of p's most likely token under q, 0 is top. ``nll``: negative
     log-likelihood of the target under q in nats, NaN without targets. ``js``: Jensen-Shannon distance (square root of
-    the divergence in nats, 0..0.833) of candidate i from candidate i-1, NaN for the first candidate and if not
-    requested. ``rank`` is float32, the others float64 where the device supports it.
+    the divergence in nats, 0..0.833) of candidate i from candidate i-1, NaN for the first candidate. ``gap``: largest
+    probability of q less its second largest, 0..1. Both are NaN if not requested. ``rank`` is float32, the others
+    float64 where the device supports it.
     """
 
     kl: Tensor
     rank: Tensor
     nll: Tensor
     js: Tensor
+    gap: Tensor
 
     def last_is_final(self) -> "Comparison":
         """Treat the last candidate as the final residual itself: set its distance and rank to 0, without rounding."""
@@ -117,7 +119,7 @@ class Readout:
 
         ``final`` [positions, vocab] are `logits` of the last layer's output, ``candidates`` [positions, candidates,
         width] residuals, ``targets`` [positions] token ids; ``consecutive`` adds the distance of each candidate from
-        the previous one.
+        the previous one, and the gap.
         """
         n, m = candidates.shape[:2]
         # Streaming needs one tile of a block's rows; the second pass of ``consecutive`` needs all their logits. A head
@@ -139,7 +141,7 @@ class Readout:
 
     def _compare_block(
         self, log_p: Tensor, candidates: Tensor, targets: Tensor | None, consecutive: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         n, m = candidates.shape[:2]
         hidden = self.norm(candidates.float())
         tiles: Iterable[tuple[slice, Tensor]] = self._tiles(hidden.flatten(0, 1))
@@ -172,8 +174,10 @@ class Readout:
             if consecutive:
                 kept.append(z)
         log_norm = compared.log_norm
-        js = js_distances(kept, log_norm) if consecutive else torch.full_like(log_norm, torch.nan)
-        return compared.kl, rank, log_norm - target_score, js
+        js = gap = torch.full_like(log_norm, torch.nan)
+        if consecutive:
+            js, gap = js_distances(kept, log_norm), probability_gaps(kept, log_norm)
+        return compared.kl, rank, log_norm - target_score, js, gap
 
     def _scores_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logits of one token per position from a plain head: hidden [n, m, width], tokens [n] -> [n, m]."""

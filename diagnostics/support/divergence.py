@@ -98,3 +98,13 @@ def js_distances(slices: list[Tensor], log_norm: Tensor) -> Tensor:
     js = torch.full_like(log_norm, torch.nan)
     js[:, 1:] = reported(mixed - (entropy[:, 1:] + entropy[:, :-1]) / 2).sqrt()
     return js
+
+
+def probability_gaps(slices: list[Tensor], log_norm: Tensor) -> Tensor:
+    """Largest probability of each candidate less its second largest, 0..1: [positions, candidates].
+
+    ``slices`` and ``log_norm`` are as for `js_distances`.
+    """
+    highest = torch.cat([logits.topk(min(2, logits.shape[-1])).values for logits in slices], dim=-1)
+    first, second = (highest.topk(2).values - log_norm[..., None]).exp().unbind(-1)
+    return first - second

@@ -12,7 +12,7 @@ from tests.support.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = PromptSet((Prompt("p", text="<s> w8 w9 w10", reference="w7 w8"),), "set")
-BUILT_IN = ("attention_mass", "cutoff_sweep", "drift", "logit_lens", "saliency")
+BUILT_IN = tuple(all_probes())  # before any plugin is there
 PROBE = """
 import numpy as np
 from diagnostics.diagnosis.probes.probe import Measured, Probe

@@ -209,7 +209,8 @@ def test_what_cannot_be_followed_to_the_residual_is_left_out_and_said():
     assert "what layer 2 does to its heads before the output projection does not multiply" in line
     assert set(found(lm)) == {"contribution"}  # the sweep does not need it
     run = diagnose(lm, prompts(), decode_tokens=3)
-    assert run.layers["prompt_contribution"].isna().all()
+    for column in ("prompt_contribution", "attention_cosine", "attention_update_prompt"):
+        assert run.layers[column].isna().all()
     assert run.layers["selectivity"].notna().all()
     assert any("prompt_contribution is left out" in note and line in note for note in run.manifest["notes"])
     recommendation = recommend(run)

@@ -16,6 +16,16 @@ from transformers import DynamicCache
 TOLERANCE = 1e-4
 
 
+# The first module of a layer that reads the residual with the attention added, by family; other families: the norm
+# before the MLP, of the usual name.
+AFTER_ATTENTION = {
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3_text": "pre_feedforward_layernorm",
+    "olmo2": "mlp",
+    "gpt2": "ln_2",
+}
+
+
 class Reference:
     """All activations of one prompt + reference[:-1], float64, full attention matrices."""
 
@@ -33,8 +43,10 @@ class Reference:
         self.residual = []  # h_0 .. h_L, each [T, width]
         self.projected_input = []  # concatenated head outputs of each layer, [T, heads * head_dim]
         self.attention_out = []  # what each attention gives, before any norm after it
+        self.attention_added = []  # what the residual gained when each attention was added to it, [T, width]
         handles = [layer.register_forward_hook(self._keep, with_kwargs=True) for layer in self.layers]
         handles += [module.register_forward_hook(self._keep_attention) for module in self.attentions]
+        handles += [hook for layer in self.layers for hook in self._hooks_of_added(layer)]
         with torch.no_grad():
             out = self.model(self.ids, output_attentions=True, past_key_values=DynamicCache())
         for handle in handles:
@@ -51,6 +63,32 @@ class Reference:
 
     def _keep_attention(self, _module, _args, output):
         self.attention_out.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    def _hooks_of_added(self, layer):
+        """Keep what the attention of a layer, and nothing else, has changed in the residual."""
+        shown = {}
+
+        def before(_module, args, kwargs):
+            shown["before"] = (args[0] if args else kwargs["hidden_states"])[0]
+
+        def after_attention(_module, args):
+            self.attention_added.append(args[0].view(1, self.total, -1)[0] - shown["before"])
+
+        def mlp(_module, _args, output):
+            shown["mlp"] = output[0]
+
+        def after_both(_module, _args, output):
+            after = (output[0] if isinstance(output, tuple) else output)[0]
+            self.attention_added.append(after - shown["before"] - shown["mlp"])
+
+        yield layer.register_forward_pre_hook(before, with_kwargs=True)
+        kind = self.model.config.model_type
+        if kind == "gpt_neox":  # attention and MLP side by side
+            yield layer.mlp.register_forward_hook(mlp)
+            yield layer.register_forward_hook(after_both)
+        else:
+            reader = getattr(layer, AFTER_ATTENTION.get(kind, "post_attention_layernorm"))
+            yield reader.register_forward_pre_hook(after_attention)
 
     @property
     def decode(self):

@@ -25,6 +25,7 @@ class AttentionMass(Probe):
     """Attention of decode queries to anchors, prompt and decode, per layer and head."""
 
     name = "attention_mass"
+    of_additions = ("prompt_contribution",)
     describes: ClassVar[Mapping[str, str]] = {
         "mass_anchor": "attention weight on the anchors, mean over decode queries (and heads), 0..1",
         "mass_prompt": "attention weight on the prompt, mean over decode queries (and heads), 0..1",

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from diagnostics.diagnosis.observers import ContextRows, DecodeRows, Outcome
 from diagnostics.diagnosis.probes.probe import Measured, Probe, PromptContext
+from diagnostics.diagnosis.row_norms import BLOCK, mean_of, one_minus_cosine, scratch_for
 from diagnostics.support.sums import mean_row, total, wide
 
-# Positions per block: float32 copies of a long prompt's residuals would cost more than the model's own activations.
-BLOCK = 512
 # Prompt positions whose residuals are kept in every layer, for the cosine to the final residual.
 N_SAMPLED = 128
 
@@ -94,7 +93,7 @@ class Size:
     def of(cls, rows: Tensor) -> "Size":
         """Measure residuals [positions, width] of any type, in float32."""
         mean = mean_row(rows)
-        scratch = _scratch(rows)
+        scratch = scratch_for(rows)
         norm, centred_norm = [], []
         for block in rows.split(BLOCK):
             norm.append(block.float().norm(dim=-1))
@@ -105,27 +104,21 @@ class Size:
 def _change(before: Tensor, after: Tensor, size: Size, new_size: Size) -> tuple[float, float, float]:
     """Mean over positions of 1 - cos, centred 1 - cos and relative update norm, of [positions, width] residuals.
 
-    From the three sides of a triangle, 1 - cos = (c^2 - (a - b)^2) / (2 a b): one subtraction serves all three
-    measures, and nothing cancels where the drift is small.
+    One subtraction of the residuals serves all three.
     """
     device = before.device
     shift = new_size.mean.to(device) - size.mean
-    scratch = _scratch(before)
+    scratch = scratch_for(before)
     update, centred_update = [], []
     for x, y in zip(before.split(BLOCK), after.to(device).split(BLOCK), strict=True):
         step = torch.sub(y.float(), x.float(), out=scratch[: len(x)])
         update.append(step.norm(dim=-1))
         centred_update.append(step.sub_(shift).norm(dim=-1))
-
-    def drift(a: Tensor, b: Tensor, c: Tensor) -> float:
-        # A side is at least the difference of the other two; rounding may see it otherwise.
-        return float(((c.square() - (a - b).square()).clamp_min(0) / (2 * a * b)).cpu().double().mean())
-
     c, centred_c = torch.cat(update), torch.cat(centred_update)
     return (
-        drift(size.norm, new_size.norm.to(device), c),
-        drift(size.centred_norm, new_size.centred_norm.to(device), centred_c),
-        float((c / size.norm).cpu().double().mean()),
+        mean_of(one_minus_cosine(size.norm, new_size.norm.to(device), c)),
+        mean_of(one_minus_cosine(size.centred_norm, new_size.centred_norm.to(device), centred_c)),
+        mean_of(c / size.norm),
     )
 
 
@@ -134,8 +127,3 @@ def _mean_cosine(rows: Tensor, final: Tensor) -> float:
     x, y = (t.to(wide(t.device)) for t in (rows, final))
     cosine = total(x * y) / (x.norm(dim=-1) * y.norm(dim=-1))
     return float(cosine.clamp(-1, 1).mean())
-
-
-def _scratch(rows: Tensor) -> Tensor:
-    """One float32 buffer for all blocks of ``rows``: fresh memory would cost more than the arithmetic."""
-    return torch.empty((min(BLOCK, len(rows)), rows.shape[1]), device=rows.device)

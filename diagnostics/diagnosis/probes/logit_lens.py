@@ -3,6 +3,8 @@
 The raw lens (nostalgebraist, 2020) reads every residual with the model's own final norm and unembedding. Much of its
 divergence in lower layers is a shift of basis; the *translated* lens removes the part that is the same at every
 position, by adding the mean over prompt positions of h_L - h_l+1. Nothing is trained.
+
+Early exit (CALM, arXiv 2207.07061) stops at the first layer whose two largest probabilities are far enough apart.
 """
 
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from diagnostics.support.sums import mean_row
 
 # Decode positions, from the first on, whose top token in every layer is kept of a prompt to be looked at closely.
 DETAIL_POSITIONS = 24
+# CALM's confidence: largest probability less the second largest.
+EXIT_GAP = 0.9
 
 
 class LogitLens(Probe):
@@ -32,6 +36,8 @@ class LogitLens(Probe):
         "lens_kl_translated": "lens_kl after adding the mean over prompt positions of h_L - h_l+1, nats",
         "lens_top1_translated": "lens_top1 of the lens of lens_kl_translated, 0..1",
         "lens_settled": "share of lens positions whose top token is final from this layer on, 0..1",
+        "lens_exited": f"share of lens positions where the lens's two largest probabilities were {EXIT_GAP} or more "
+        "apart in this layer or a lower one, 0..1",
         "lens_token": "most likely token after layer l at the first decode positions; in lens, for prompts kept in "
         "detail",
         "lens_probability": "probability of lens_token after layer l, 0..1; in lens, for prompts kept in detail",
@@ -70,12 +76,14 @@ class LogitLens(Probe):
         raw = readout.compare(final, layers, consecutive=True).last_is_final()
         top = raw.rank == 0
         settled = top.flip(1).cumprod(1).flip(1)
+        exited = (raw.gap >= EXIT_GAP).cummax(1).values
         self.columns = {
             "lens_kl": _mean(raw.kl),
             "lens_top1": _mean(top),
             "lens_rank": raw.rank.median(0).values.cpu().numpy(),
             "lens_js": _mean(raw.js),
             "lens_settled": _mean(settled),
+            "lens_exited": _mean(exited),
         }
         missing = np.full(self.context.n_layers, np.nan)
         self.columns |= {"lens_kl_translated": missing, "lens_top1_translated": missing}

@@ -65,12 +65,16 @@ class Probe:
 
     An ``optional`` probe serves rules alone and can be left out; a ``costly`` one, which takes more than a few percent
     of a diagnosis, is left out unless a rule that reads its columns is asked for by name.
+
+    ``of_additions`` are columns of ``layers`` that hold only if what the attention adds to the residual is known; they
+    are NaN for a model whose self-test shows that it is not.
     """
 
     name: ClassVar[str] = ""
     describes: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[bool] = False
     costly: ClassVar[bool] = False
+    of_additions: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, context: PromptContext) -> None:
         self.context = context
