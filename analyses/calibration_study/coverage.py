@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from diagnostics.cutoffs.bounds import CONFIDENCE, upper_bound
-from diagnostics.cutoffs.recommendation import smallest_admissible
+from diagnostics.cutoffs.losses import smallest_admissible
 
 SIZES = (8, 16, 32, 64)
 GOALS = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)

@@ -9,14 +9,15 @@ from typing import Any
 import yaml
 
 from diagnostics import UserError, load_prompts
+from diagnostics.cutoffs.criterion import Criterion
 from diagnostics.cutoffs.goals import GOALS
-from diagnostics.cutoffs.recommendation import MAX_KL, Criterion
 from diagnostics.diagnosis.capture import BACKENDS, HOOKS
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS
 from diagnostics.models.devices import DTYPES
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.prompts.encoding import DECODE_TOKENS
 from diagnostics.prompts.load import MIN_CONTEXT_LENGTH
+from diagnostics.support.defaults import MAX_KL
 
 RUNS = "runs"
 RATIOS = ("ttft", "tpot", "kv")

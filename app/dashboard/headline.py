@@ -115,17 +115,17 @@ def agreement(recommendation: Recommendation) -> str:
     """Say where the layers alone would put the cutoff, and whether the measured loss agrees."""
     said: dict[str, Any] = recommendation.data["agreement"]
     selection, stabilization = recommendation.selection_region, recommendation.stabilization_region
-    parts = []
-    if selection is not None:
-        parts.append(f"layers {selection.first} to {selection.last} select from the prompt")
+    stable = ""
     if stabilization is not None:
-        parts.append(f"from layer {stabilization.first} on the prompt hardly changes any more")
-    if not parts:
-        return "The layers alone put the cutoff nowhere: no region was found. The measured loss decides."
-    cutoffs = sorted({said[key] for key in ("cutoff_by_selection", "cutoff_by_stabilization") if said[key] is not None})
-    where = " or ".join(map(str, cutoffs))
+        stable = f" From layer {stabilization.first} on the prompt hardly changes any more."
+    if selection is None:
+        return f"The layers alone: no selection region was found; the measured loss decides.{stable}"
+    where = f"layers {selection.first} to {selection.last} select from the prompt"
+    cutoff = f"That puts the cutoff at {said['cutoff_by_selection']}"
+    if said["agree"] is None:
+        return f"The layers alone: {where}. {cutoff}; the loss was not measured.{stable}"
     verdict = "agrees" if said["agree"] else "**differs**, and decides"
-    return f"The layers alone: {', and '.join(parts)}. That puts the cutoff at {where}; the measured loss {verdict}."
+    return f"The layers alone: {where}. {cutoff}; the measured loss {verdict}.{stable}"
 
 
 def _figure(run: Run, recommendation: Recommendation) -> Any:

@@ -15,7 +15,8 @@ from dashboard.look import beside
 from dashboard.markdown import md
 from dashboard.state import current_run, goals_problem, recommendation, saved_recommendation, show
 from diagnostics import figures
-from diagnostics.cutoffs.recommendation import Recommendation, loss_by_category, retention_at
+from diagnostics.cutoffs.losses import loss_by_category
+from diagnostics.cutoffs.recommendation import Recommendation, retention_at
 from diagnostics.cutoffs.savings import Savings
 from diagnostics.runs.run import Run
 from diagnostics.support.errors import UserError

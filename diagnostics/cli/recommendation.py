@@ -43,7 +43,7 @@ MEASURING = (
     *("prompts", "max_prompts", "context_length", "decode_tokens", "anchors", "lens_positions", "detail_prompts"),
     *("backend", "device", "dtype", "revision", "trust_remote_code", "skip_self_test", "out", "resume"),
 )
-REGION_RULES = "uptake_share, min_uptake, max_gap, max_drift, min_overlap, min_layers"
+REGION_RULES = "max_uptake_above, uptake_share, min_uptake, max_gap, max_drift, min_overlap, min_layers"
 
 
 def recommend(
@@ -93,8 +93,8 @@ def recommend(
     Without a goal, a run that has a recommendation keeps its goal.
     """
     arguments = dict(locals())
+    from diagnostics.cutoffs.criterion import Criterion
     from diagnostics.cutoffs.goals import GOALS
-    from diagnostics.cutoffs.recommendation import Criterion
     from diagnostics.cutoffs.recommendation import recommend as recommend_cutoff
     from diagnostics.runs.places import MANIFEST, RECOMMENDATION
     from diagnostics.runs.run import load_run
@@ -159,8 +159,9 @@ def _region_rules(settings: list[str]) -> Any:
     """Parse ``name=value`` pairs into region rules."""
     from diagnostics.cutoffs.regions import RegionRules
 
-    types = {name: type(default) for name, default in asdict(RegionRules()).items()}
-    values = {}
+    # max_uptake_above, a number, is None by default.
+    types = {name: float if default is None else type(default) for name, default in asdict(RegionRules()).items()}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in types:

@@ -6,17 +6,17 @@ from diagnostics.support.lazy import find_on_demand
 
 if TYPE_CHECKING:
     from diagnostics.cutoffs.bounds import upper_bound
-    from diagnostics.cutoffs.recommendation import Criterion, Recommendation, recommend
+    from diagnostics.cutoffs.criterion import Criterion
+    from diagnostics.cutoffs.judgement import judge_rules
+    from diagnostics.cutoffs.recommendation import Recommendation, recommend
     from diagnostics.cutoffs.regions import Region, RegionRules, Regions, find_regions
     from diagnostics.cutoffs.savings import predict_savings
 
 _HOMES = {
     "bounds": ("upper_bound",),
-    "recommendation": (
-        "Criterion",
-        "Recommendation",
-        "recommend",
-    ),
+    "criterion": ("Criterion",),
+    "judgement": ("judge_rules",),
+    "recommendation": ("Recommendation", "recommend"),
     "regions": (
         "Region",
         "RegionRules",
@@ -33,6 +33,7 @@ __all__ = [
     "RegionRules",
     "Regions",
     "find_regions",
+    "judge_rules",
     "predict_savings",
     "recommend",
     "upper_bound",

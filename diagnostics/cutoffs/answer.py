@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from diagnostics.cutoffs.rules.uptake import UPTAKE_HELD
+
 if TYPE_CHECKING:
     from diagnostics.cutoffs.recommendation import Recommendation
 
@@ -17,21 +19,38 @@ def answer(recommendation: Recommendation, n_prompt: int = ANSWER_LENGTH) -> str
     """
     data, cutoff = recommendation.data, recommendation.cutoff
     n_layers = data["n_layers"]
+    if not recommendation.measured:
+        return _unmeasured(recommendation, n_prompt)
     if cutoff == n_layers:
         return f"Prompts must run through all {n_layers} layers: no smaller cutoff meets the goal."
-    at = min(data["predicted"], key=lambda savings: abs(savings["n_prompt"] - n_prompt))
     agreement = recommendation.evidence[cutoff - 1]["top1_agreement"]
     return (
-        f"Prompts can stop at layer {cutoff} of {n_layers}: at {at['n_prompt']:,} tokens that saves a predicted "
-        f"{_saved(at['ttft_ratio'], at['kv_ratio'])}, and {_changed(1 - agreement)}."
+        f"Prompts can stop at layer {cutoff} of {n_layers}: {_saved(recommendation, n_prompt)}, and "
+        f"{_changed(1 - agreement)}."
     )
 
 
-def _saved(ttft_ratio: float, kv_ratio: float) -> str:
-    prefill, cache = f"{1 - ttft_ratio:.0%}", f"{1 - kv_ratio:.0%}"
-    if prefill == cache:
-        return f"{prefill} of the prefill and of the KV cache"
-    return f"{prefill} of the prefill and {cache} of the KV cache"
+def _unmeasured(recommendation: Recommendation, n_prompt: int) -> str:
+    """Say a cutoff whose loss was not measured, and how far it can be trusted."""
+    data, cutoff = recommendation.data, recommendation.cutoff
+    where = f"layer {cutoff} of {data['n_layers']}"
+    saved = _saved(recommendation, n_prompt)
+    if "kv_budget" in data["criterion"]:
+        return f"Prompts that stop at {where} fit the budget: {saved}. What that changes was not measured."
+    trust = f"That is by the uptake of the layers, not measured; this rule was {UPTAKE_HELD}."
+    if cutoff == data["n_layers"]:
+        return f"Prompts must run through all {cutoff} layers. {trust}"
+    return f"Prompts can stop at {where}: {saved}. {trust}"
+
+
+def _saved(recommendation: Recommendation, n_prompt: int) -> str:
+    predicted = recommendation.data["predicted"]
+    at = min(predicted, key=lambda savings: abs(savings["n_prompt"] - n_prompt))
+    prefill, cache = f"{1 - at['ttft_ratio']:.0%}", f"{1 - at['kv_ratio']:.0%}"
+    share = f"{prefill} of the prefill and of the KV cache"
+    if prefill != cache:
+        share = f"{prefill} of the prefill and {cache} of the KV cache"
+    return f"at {at['n_prompt']:,} tokens that saves a predicted {share}"
 
 
 def _changed(share: float) -> str:

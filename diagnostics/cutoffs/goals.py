@@ -40,8 +40,9 @@ def saved_goals(folder: Path) -> dict[str, Any]:
 
 
 def _numbers(folder: Path, saved: Any, known: tuple[str, ...]) -> dict[str, Any]:
-    """Return the values of known names; what is not there, as in files of other versions, has its default."""
-    values = {name: value for name, value in saved.items() if name in known} if isinstance(saved, dict) else {}
+    """Return the values of known names; what is None or not there, as in files of other versions, has its default."""
+    saved = saved if isinstance(saved, dict) else {}
+    values = {name: value for name, value in saved.items() if name in known and value is not None}
     if not all(isinstance(value, int | float) for value in values.values()):
         raise UserError(f"the goals in {str(folder / RECOMMENDATION)!r} are not numbers: make it anew with `recommend`")
     return values

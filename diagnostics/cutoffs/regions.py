@@ -7,14 +7,19 @@ the layer's *uptake*:
     uptake_l = selectivity_l * prompt_contribution_l / update_decode_l
 
 Attention mass alone is no evidence: sinks on common tokens have mass without selectivity, and late layers have mass
-without contribution. Selection layers are those whose uptake reaches ``uptake_share`` of the largest. Selection layers
-with at most ``max_gap`` other layers between them form one interval, intervals shorter than ``min_layers`` are dropped,
-and the interval with the largest total uptake is the selection region. If no uptake reaches ``min_uptake``, there is
-none.
+without contribution. The cutoff by selection is the smallest k above which little uptake is left: the sum over the
+layers from k on is at most ``max_uptake_above`` (`diagnostics.cutoffs.rules.uptake`).
+
+The selection region ends below that cutoff, at layer k - 1. It begins where most of the uptake lies: selection layers
+are those below k whose uptake reaches ``uptake_share`` of the largest; selection layers with at most ``max_gap`` other
+layers between them form one interval, intervals shorter than ``min_layers`` are dropped, and the region begins with the
+interval that has the largest total uptake. If no uptake reaches ``min_uptake``, or if the uptake of all layers together
+is within ``max_uptake_above``, there is none.
 
 Stabilization. From layer s on the prompt is stable if no later layer changes the input of the next ones: centred drift
 is at most ``max_drift`` (cosine 0.9), and the salient tokens remain the same, with an overlap of at least
-``min_overlap``. The last layer's own drift does not count: no key or value is computed from its output.
+``min_overlap``. The last layer's own drift does not count: no key or value is computed from its output. This describes
+the prompt and says nothing of the cutoff: no threshold on drift or overlap foretold the measured loss on three models.
 
 Both regions are computed from the mean curves over prompts; a bootstrap over prompts gives the range of their ends.
 """
@@ -26,7 +31,10 @@ from typing import Any
 import numpy as np
 
 from diagnostics.cutoffs.bounds import MIN_PROMPTS, resample_counts
+from diagnostics.cutoffs.rules.rule import first_tail_within
+from diagnostics.cutoffs.rules.uptake import uptake_limit
 from diagnostics.runs.run import Run
+from diagnostics.support.defaults import MAX_KL
 from diagnostics.support.errors import UserError
 from diagnostics.support.finite import finite_mean, weighted_mean
 
@@ -35,8 +43,12 @@ N_RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class RegionRules:
-    """Thresholds of both rules; see the module's docstring."""
+    """Thresholds of both regions; see the module's docstring.
 
+    ``max_uptake_above`` None follows the goal: see `diagnostics.cutoffs.rules.uptake.uptake_limit`.
+    """
+
+    max_uptake_above: float | None = None
     uptake_share: float = 0.4
     min_uptake: float = 0.02
     max_gap: int = 2
@@ -47,7 +59,7 @@ class RegionRules:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             # "not ... <=" so that NaN is refused as well
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"region rule {name} is {value}: give 0 or more")
         if not 0 < self.uptake_share <= 1:
             raise UserError(f"region rule uptake_share is {self.uptake_share}: give a share above 0, 1 at most")
@@ -85,18 +97,29 @@ class Region:
 
 @dataclass(frozen=True)
 class Regions:
-    """Both regions of a run, each None if there is none, with the rules and the mean uptake per layer [L]."""
+    """Both regions of a run, each None if there is none, with the rules and the mean uptake per layer [L].
+
+    ``cutoff`` is the cutoff by selection, 1..L, with at most ``max_uptake_above`` from it on; None where layers have no
+    uptake that could be measured. ``stands_for_kl`` is the goal that this limit follows, in nats per token; None for a
+    limit of the user's own.
+    """
 
     selection: Region | None
     stabilization: Region | None
     uptake: np.ndarray
     rules: RegionRules
+    cutoff: int | None
+    max_uptake_above: float
+    stands_for_kl: float | None
 
 
-def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -> Regions:
-    """Locate the selection and the stabilization region of a run."""
+def find_regions(run: Run, rules: RegionRules | None = None, *, max_kl: float | None = None, seed: int = 0) -> Regions:
+    """Locate the selection and the stabilization region of a run, the former for the goal ``max_kl``, default 0.1."""
     rules = rules or RegionRules()
-    curves = {name: _per_prompt(run, name) for name in ("drift_prompt_centred", "saliency_overlap")}
+    stands_for = None if rules.max_uptake_above is not None else MAX_KL if max_kl is None else max_kl
+    limit = rules.max_uptake_above if stands_for is None else uptake_limit(stands_for)
+    assert limit is not None
+    curves = {name: per_prompt(run, name) for name in ("drift_prompt_centred", "saliency_overlap")}
     curves["uptake"] = uptake(run)
     n_prompts = len(curves["uptake"])
 
@@ -109,7 +132,7 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
             resampled[name].extend(weighted_mean(values, counts))
 
     def selection(curve: np.ndarray) -> list[tuple[int, int]]:
-        return selection_intervals(curve, rules)
+        return selection_below(curve, rules, limit)
 
     def stabilization(drift: np.ndarray, overlap: np.ndarray) -> list[tuple[int, int]]:
         return stable_interval(drift, overlap, rules)
@@ -124,17 +147,28 @@ def find_regions(run: Run, rules: RegionRules | None = None, *, seed: int = 0) -
         )
         for find, names in ((selection, ("uptake",)), (stabilization, ("drift_prompt_centred", "saliency_overlap")))
     )
-    return Regions(selected, stable, means["uptake"], rules)
+    cutoff = first_tail_within(means["uptake"], limit)
+    return Regions(selected, stable, means["uptake"], rules, cutoff, limit, stands_for)
 
 
 def uptake(run: Run) -> np.ndarray:
     """Return selectivity * contribution / update per prompt and layer: [prompts, L]; NaN without a prompt segment."""
     with np.errstate(invalid="ignore"):  # a residual of 0, such as a padding token's embedding, makes both infinite
         return (
-            _per_prompt(run, "selectivity")
-            * _per_prompt(run, "prompt_contribution")
-            / _per_prompt(run, "update_decode")
+            per_prompt(run, "selectivity") * per_prompt(run, "prompt_contribution") / per_prompt(run, "update_decode")
         )
+
+
+def selection_below(curve: np.ndarray, rules: RegionRules, limit: float) -> list[tuple[int, int]]:
+    """Return the selection region and then weaker intervals below it, from the mean uptake per layer [L].
+
+    ``limit`` is the uptake that may be left above the region.
+    """
+    cutoff = first_tail_within(curve, limit)
+    if cutoff is None or np.nansum(curve) <= limit:
+        return []
+    intervals = selection_intervals(curve[:cutoff], rules)
+    return [(first, cutoff - 1) for first, _ in intervals[:1]] + [i for i in intervals if i[1] < intervals[0][0]]
 
 
 def selection_intervals(curve: np.ndarray, rules: RegionRules) -> list[tuple[int, int]]:
@@ -169,7 +203,7 @@ def _region(intervals: list[tuple[int, int]], resampled: list[tuple[int, int] | 
     return Region(first, last, (low[0], high[0]), (low[1], high[1]), len(ends) / len(resampled), others)
 
 
-def _per_prompt(run: Run, column: str) -> np.ndarray:
+def per_prompt(run: Run, column: str) -> np.ndarray:
     """Return one column of the layers table as [prompts, L], in the order of the prompts table."""
     table = run.layers.pivot(index="prompt_id", columns="layer", values=column)
     return table.loc[run.prompts["prompt_id"]].to_numpy()

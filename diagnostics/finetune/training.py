@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
-from diagnostics.cutoffs.recommendation import Criterion, recommend
+from diagnostics.cutoffs.criterion import Criterion
+from diagnostics.cutoffs.recommendation import recommend
 from diagnostics.diagnosis.diagnosis import diagnose
 from diagnostics.diagnosis.teacher import Teacher, observe_teacher
 from diagnostics.finetune.card import model_card

@@ -8,7 +8,8 @@ import pandas as pd
 from diagnostics import figures
 from diagnostics.cutoffs.answer import ANSWER_LENGTH, answer
 from diagnostics.cutoffs.goals import goals_in_words
-from diagnostics.cutoffs.recommendation import ROUNDING, Recommendation
+from diagnostics.cutoffs.losses import ROUNDING
+from diagnostics.cutoffs.recommendation import Recommendation
 from diagnostics.generation.benchmark_folder import Benchmark
 from diagnostics.report.benchmarks import benchmark_parts
 from diagnostics.report.document import Card, Facts, Page, Part, Picture, Section, Table

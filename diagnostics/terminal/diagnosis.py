@@ -50,7 +50,8 @@ def show_recommendation(
     console.print(f"Selection region      {selection or NO_REGION}")
     console.print(f"Stabilization region  {stable or NO_REGION}")
     console.print()
-    console.print(loss_table(recommendation))
+    if recommendation.measured:
+        console.print(loss_table(recommendation))
     console.print(savings_table(recommendation))
     _show_notes(map(phrase, recommendation.data["notes"]), console)
     console.print(_verdict(recommendation))
@@ -79,8 +80,9 @@ def _curves(run: Run, width: int, recommendation: Recommendation | None = None) 
         if np.isfinite(scale).any():
             top = np.nanmax(scale)
             rows.append((label, Text(bars(values, top)), f"0 .. {top:.2g}"))
-    losses = run.cutoffs.groupby("cutoff")["kl"].mean().to_numpy()
-    rows.append(("loss if cut above, KL", Text(bars(losses, losses.max())), f"0 .. {losses.max():.2g}"))
+    if run.has_sweep:
+        losses = run.cutoffs.groupby("cutoff")["kl"].mean().to_numpy()
+        rows.append(("loss if cut above, KL", Text(bars(losses, losses.max())), f"0 .. {losses.max():.2g}"))
     if recommendation:
         rows.append(("regions", _marks(recommendation, run.n_layers), ""))
         rows.append(("prompt runs through", _depth(recommendation.cutoff, run.n_layers), ""))
@@ -189,7 +191,7 @@ def savings_table(recommendation: Recommendation) -> Table:
 
 
 def _verdict(recommendation: Recommendation) -> Text:
-    """Say the cutoff, and whether the regions, which do not know the loss, put it there too."""
+    """Say the cutoff, and whether selection, which does not know the loss, puts it there too."""
     data, cutoff = recommendation.data, recommendation.cutoff
     text = Text(f"\nRecommended cutoff: {cutoff} of {data['n_layers']} layers", style="bold")
     anchors = "1 anchor" if data["anchors"] == 1 else f"{data['anchors']} anchors"
@@ -200,21 +202,14 @@ def _verdict(recommendation: Recommendation) -> Text:
 
 
 def region_verdict(recommendation: Recommendation) -> str:
-    """Say whether the regions put the cutoff where the measured loss does; "" if none was found."""
+    """Say whether selection puts the cutoff where the measured loss does; "" if there is nothing to compare."""
     agreement = recommendation.data["agreement"]
-    by_region = [
-        f"{name} says {k}"
-        for name, k in (
-            ("selection", agreement["cutoff_by_selection"]),
-            ("stabilization", agreement["cutoff_by_stabilization"]),
-        )
-        if k is not None
-    ]
-    if not by_region:
+    if agreement["agree"] is None:
         return ""
-    tolerance = agreement["tolerance_layers"]
+    tolerance, goal = agreement["tolerance_layers"], agreement["stands_for_kl"]
     within = f"{tolerance} layer{'' if tolerance == 1 else 's'}"
-    verdict = f"agree with the measured loss, within {within}"
+    verdict = f"agrees with the measured loss, within {within}"
     if not agreement["agree"]:
-        verdict = f"DISAGREE with the measured loss, by more than {within}"
-    return f"The regions {verdict}: {', '.join(by_region)}."
+        verdict = f"DISAGREES with the measured loss, by more than {within}"
+    stands_for = "" if goal is None else f" for KL {goal:g}"
+    return f"The selection {verdict}: it says {agreement['cutoff_by_selection']}{stands_for}."

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from diagnostics import SpeedPolicy, load_run, recommend
-from diagnostics.cutoffs.recommendation import loss_by_category, retention_at
+from diagnostics.cutoffs.losses import loss_by_category
+from diagnostics.cutoffs.recommendation import retention_at
 from diagnostics.cutoffs.savings import predict_savings
 from diagnostics.figures.style import per_layer
 from diagnostics.generation.generation import generate

@@ -67,7 +67,8 @@ def test_nothing_admissible_is_full_depth_and_says_so():
 def test_no_loss_anywhere_is_one_layer():
     recommendation = recommend(make_run(np.zeros((6, 5))))
     assert recommendation.cutoff == 1
-    assert recommendation.data["notes"] == []
+    (note,) = recommendation.data["notes"]  # nor is anything taken from the prompt
+    assert note.startswith("there is no selection region: the uptake of all layers together, 0, is within what")
     assert evidence(recommendation, "kl_bound") == [0.0] * 5
 
 
@@ -211,7 +212,8 @@ def test_regions_beside_the_measured_cutoff():
     assert close["stabilization_region"]["first"] == 5
     assert close["agreement"] == {
         "cutoff_by_selection": 5,
-        "cutoff_by_stabilization": 5,
+        "stands_for_kl": 0.1,
+        "max_uptake_above": 0.2,
         "tolerance_layers": 1,
         "agree": True,
     }
@@ -237,7 +239,7 @@ def test_loss_by_category():
 
 def uneven():
     """Prompts of two categories in turns; the second loses twice what the first does."""
-    return make_run(spread(FALLING) * np.where(np.arange(20) % 2, 1.4, 0.7)[:, None])
+    return make_run(spread(FALLING) * np.where(np.arange(20) % 2, 1.4, 0.7)[:, None], layers=region_layers(2, 4, 5))
 
 
 def test_a_category_above_the_goal_is_noted_and_may_decide():
@@ -389,9 +391,12 @@ def test_marks_and_ruler_stand_below_their_layers():
     [
         (
             (2, 4, 5),
-            "The regions agree with the measured loss, within 1 layer: selection says 5, stabilization says 5",
+            "The selection agrees with the measured loss, within 1 layer: it says 5 for KL 0.1.",
         ),
-        ((1, 2, 3), "The regions DISAGREE with the measured loss, by more than 1 layer: selection says 3"),
+        (
+            (1, 2, 3),
+            "The selection DISAGREES with the measured loss, by more than 1 layer: it says 3 for KL 0.1.",
+        ),
     ],
 )
 def test_how_far_apart_agreement_may_be_is_said(regions, said):

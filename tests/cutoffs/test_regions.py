@@ -202,7 +202,8 @@ def test_resamples_that_find_nothing_are_counted():
     # One of eight prompts selects, so a resample without it, of which there are (7/8)^8 = 34%, finds nothing.
     selectivity = np.zeros((8, 6))
     selectivity[0, 2:4] = 1.0
-    region = find_regions(make_run(np.zeros((8, 6)), layers={"selectivity": selectivity})).selection
+    layers = {"selectivity": selectivity, "prompt_contribution": 5.0}
+    region = find_regions(make_run(np.zeros((8, 6)), layers=layers)).selection
     assert (region.first, region.last) == (2, 3)
     assert region.found == pytest.approx(1 - (7 / 8) ** 8, abs=0.05)
 

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs_version
 
 from diagnostics import diagnose, load_prompts, load_run, recommend
 from diagnostics.cutoffs.answer import answer
-from diagnostics.cutoffs.recommendation import loss_by_category
+from diagnostics.cutoffs.losses import loss_by_category
 from diagnostics.generation import benchmarks as benchmark_module
 from diagnostics.generation.benchmark_folder import load_benchmark
 from diagnostics.policies.speed import SpeedPolicy

@@ -177,8 +177,10 @@ def spread(mean, n_prompts=20, relative=0.1, seed=0):
 
 
 def region_layers(first, last, stable_from, n_layers=8):
+    """Curves whose uptake, 0.24 in every selecting layer, is above the limit of 0.2 until the last of them."""
     layer = np.arange(n_layers)
     return {
+        "prompt_contribution": 0.15,
         "selectivity": np.where((layer >= first) & (layer <= last), 0.8, 0.0),
         "drift_prompt_centred": np.where(layer < stable_from, 0.3, 0.01),
         "saliency_overlap": 0.9,

@@ -5,6 +5,7 @@ instance in an entry point of another distribution: `diagnostics.cutoffs.rules` 
 measured by a probe; a probe that serves rules alone sets ``optional``.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ class Curves:
         Number of layers L.
     max_kl
         The goal that a cutoff should meet, in nats per token, for rules whose threshold follows it.
+    shortest
+        Tokens of the shortest prompt, for rules that are defined for longer ones; None if unknown.
     """
 
     layers: Mapping[str, np.ndarray]
     heads: Mapping[str, np.ndarray]
     n_layers: int
     max_kl: float
+    shortest: int | None = None
 
     def complete(self, column: str) -> bool:
         """Whether a column of ``layers`` is there and a number in every layer."""
@@ -74,6 +78,10 @@ class Rule(ABC):
     def cutoff(self, curves: Curves) -> int | None:
         """Return the number of layers that prompts should run through, 1..L; None where the rule finds none."""
 
+    def remark(self, curves: Curves) -> str:
+        """Return what a reader must know of this cutoff, such as thresholds that were scaled; else ""."""
+        return ""
+
     def curve(self, curves: Curves) -> np.ndarray | None:
         """Return what the rule looks at, one number per layer [L]; None for a rule that looks at nothing."""
         return curves.layers[self.reads[0]] if self.reads and self.reads[0] in curves.layers else None
@@ -91,3 +99,20 @@ def first_where(met: np.ndarray) -> int | None:
     """Return the first index at which ``met`` [n] holds; None if nowhere."""
     found = np.flatnonzero(np.asarray(met, dtype=bool))
     return int(found[0]) if len(found) else None
+
+
+def first_tail_within(values: np.ndarray, limit: float) -> int | None:
+    """Return the smallest k in 1..L at which the sum of ``values[k:]`` is at most ``limit``, from values >= 0 [L].
+
+    None where a value that decides is not a number. Layer 0 is below every cutoff, and its value never decides.
+    """
+    k = len(values)
+    tail = 0.0
+    while k > 1:
+        tail += float(values[k - 1])
+        if not math.isfinite(tail):
+            return None
+        if tail > limit:
+            break
+        k -= 1
+    return k
