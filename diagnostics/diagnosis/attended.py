@@ -20,7 +20,8 @@ TILE_BYTES = {"cpu": 1 << 20, "mps": 64 << 20, "cuda": 256 << 20}
 KEEP_BYTES = 256 << 20
 TOP_SHARE = 0.05
 TINY = torch.finfo(torch.float32).tiny
-PER_QUERY = ("mass_anchor", "mass_prompt", "mass_decode", "entropy", "evidence_mass", "variation")
+MASSES = ("mass_anchor", "mass_prompt", "mass_decode", "mass_sink")
+PER_QUERY = (*MASSES, "entropy", "evidence_mass", "variation")
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,32 @@ class Attended:
     ----------
     columns
         Measures per head, each float32 [heads].
-    from_prompt, output
-        The prompt part of the head outputs and all of them, before the output projection, float32 [n_decode, heads,
-        head_dim].
+    from_prompt, from_rest
+        The prompt part of the head outputs and that of anchors and decode phase, before the output projection, float32
+        [n_decode, heads, head_dim].
+    mass_prompt, mass_rest
+        Weight on the prompt and on all else, learned sinks included, [n_decode, heads]. Neither is 1 minus the other,
+        which would lose the digits of a small one.
     received, selective
         Weight on each token of the prompt segment, and its distance from the mean over queries (half of it: the token's
         part of the selectivity), means over queries, [heads, tokens]. ``selective`` is 0 unless it was asked for.
+    peak
+        The largest weight of any head on each token of the prompt segment, float32 [n_decode, tokens].
     """
 
     columns: dict[str, Tensor]
     from_prompt: Tensor
-    output: Tensor
+    from_rest: Tensor
+    mass_prompt: Tensor
+    mass_rest: Tensor
     received: Tensor
     selective: Tensor
+    peak: Tensor
+
+    @property
+    def output(self) -> Tensor:
+        """The head outputs, before the output projection, float32 [n_decode, heads, head_dim]."""
+        return self.from_prompt + self.from_rest
 
 
 def attend(
@@ -59,16 +73,20 @@ def attend(
     ``tile_bytes`` and ``keep_bytes`` bound the weights held.
     """
     tile_bytes = tile_bytes or TILE_BYTES.get(attention.value.device.type, TILE_BYTES["cuda"])
+    peak = attention.value.new_zeros(attention.n_decode, layout.n_segment, dtype=torch.float32)
     parts = [
-        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes, keep_bytes, per_token)
+        _attend_kv_head(attention, kv_head, layout, evidence, tile_bytes, keep_bytes, per_token, peak)
         for kv_head in range(attention.n_kv_heads)
     ]
     return Attended(
         columns={name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns},
         from_prompt=torch.cat([part.from_prompt for part in parts], dim=1),
-        output=torch.cat([part.output for part in parts], dim=1),
+        from_rest=torch.cat([part.from_rest for part in parts], dim=1),
+        mass_prompt=torch.cat([part.mass_prompt for part in parts], dim=1),
+        mass_rest=torch.cat([part.mass_rest for part in parts], dim=1),
         received=torch.cat([part.received for part in parts]),
         selective=torch.cat([part.selective for part in parts]),
+        peak=peak,
     )
 
 
@@ -80,8 +98,9 @@ def _attend_kv_head(
     tile_bytes: int,
     keep_bytes: int,
     per_token: bool,
+    peak: Tensor,
 ) -> Attended:
-    """Attend with the query heads of one KV head alone."""
+    """Attend with the query heads of one KV head alone; raise ``peak`` to their largest weights."""
     value = attention.value[kv_head].float()
     n_decode, n_keys = attention.n_decode, len(value)
     group = attention.n_heads // attention.n_kv_heads
@@ -97,22 +116,25 @@ def _attend_kv_head(
     keep = 4 * group * n_decode * n_keys <= keep_bytes
     kept: list[Tensor] = []
     for rows in blocks:
-        a = attention.weights(kv_head, rows)
+        a, on_sinks = attention.weights_and_sinks(kv_head, rows)
         if keep:
             kept.append(a)
         on_prompt = a[..., prompt]
         per_query["mass_anchor"].append(total(a[..., anchors]))
         per_query["mass_prompt"].append(total(on_prompt))
         per_query["mass_decode"].append(total(a[..., decode]))
+        per_query["mass_sink"].append(on_sinks)
         # Not torch.special.entr, which is several times as slow; weights of 0 still give 0.
         log_a = torch.clamp_min(on_prompt, TINY, out=scratch[:, : on_prompt.shape[1]]).log_()
         per_query["entropy"].append(-total(log_a.mul_(on_prompt)))
         nothing = a.new_zeros(a.shape[:2], dtype=token_mass.dtype)
         per_query["evidence_mass"].append(sum((total(a[..., i:j]) for i, j in evidence), nothing))
         token_mass.add_(on_prompt.sum(1))
-        from_prompt = on_prompt @ value[prompt]
-        outputs[0].append(from_prompt)
-        outputs[1].append(from_prompt + a[..., anchors] @ value[anchors] + a[..., decode] @ value[decode])
+        outputs[0].append(on_prompt @ value[prompt])
+        outputs[1].append(a[..., anchors] @ value[anchors] + a[..., decode] @ value[decode])
+        highest = peak[rows.start - first : rows.stop - first]
+        for head in on_prompt:
+            torch.maximum(highest, head, out=highest)
     # Total variation from the mean over queries: known only now, hence a second round.
     token_mass /= n_decode
     mean = token_mass.float()
@@ -125,16 +147,24 @@ def _attend_kv_head(
             token_variation.add_(distance.sum(1), alpha=0.5 / n_decode)
 
     query = {name: torch.cat(values, dim=1) for name, values in per_query.items()}
-    columns = {name: query[name].mean(-1) for name in ("mass_anchor", "mass_prompt", "mass_decode")}
-    rest = 1 - columns["mass_anchor"] - columns["mass_prompt"] - columns["mass_decode"]
-    columns["mass_sink"] = rest if attention.has_sinks else rest * 0
+    columns = {name: query[name].mean(-1) for name in MASSES}
     columns["selectivity"] = query["variation"].mean(-1)
     columns["prompt_entropy"] = _entropy(query["entropy"], query["mass_prompt"], layout.n_segment)
     columns["prompt_top5"] = _top_share(token_mass)
     columns["evidence_mass"] = query["evidence_mass"].mean(-1) if evidence else columns["mass_prompt"] * torch.nan
     columns = {name: column.float() for name, column in columns.items()}
-    from_prompt, output = (torch.cat(part, dim=1).transpose(0, 1) for part in outputs)
-    return Attended(columns, from_prompt, output, token_mass, token_variation)
+    from_prompt, from_rest = (torch.cat(part, dim=1).transpose(0, 1) for part in outputs)
+    mass_rest = query["mass_anchor"] + query["mass_decode"] + query["mass_sink"]
+    return Attended(
+        columns=columns,
+        from_prompt=from_prompt,
+        from_rest=from_rest,
+        mass_prompt=query["mass_prompt"].T,
+        mass_rest=mass_rest.T,
+        received=token_mass,
+        selective=token_variation,
+        peak=peak,
+    )
 
 
 def _entropy(unnormalised: Tensor, mass: Tensor, n_tokens: int) -> Tensor:

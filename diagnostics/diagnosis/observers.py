@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from diagnostics.support.sums import total
 
 Columns = dict[str, np.ndarray]
 
@@ -94,6 +97,12 @@ class AttentionRows(ABC):
         The softmax runs over the first ``n_keys`` keys (default all) and the model's sinks, whose column is left out:
         rows sum to 1 without sinks, to less with them. The caller may modify the result.
         """
+
+    def weights_and_sinks(self, kv_head: int, rows: slice, n_keys: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return `weights`, and the weight of each row on the model's sinks, [group, rows]: 0 without sinks."""
+        weights = self.weights(kv_head, rows, n_keys)
+        seen = total(weights)
+        return weights, (1 - seen).clamp_min(0) if self.has_sinks else torch.zeros_like(seen)
 
 
 class Branch(Protocol):

@@ -196,6 +196,8 @@ def test_attention_by_tiles_equals_attention_at_once(
     )
     torch.testing.assert_close(columns["mass_prompt"].double(), part.sum(-1).mean(-1), atol=1e-5, rtol=0)
     torch.testing.assert_close(attended.received, part.mean(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(attended.peak.double(), part.amax(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(attended.mass_rest.double(), 1 - part.sum(-1).T, atol=1e-5, rtol=0)
     variation = (part - part.mean(1, keepdim=True)).abs().mean(1) / 2
     torch.testing.assert_close(attended.selective, variation, atol=1e-5, rtol=0)
     torch.testing.assert_close(columns["selectivity"].double(), variation.sum(-1), atol=1e-5, rtol=0)

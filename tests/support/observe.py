@@ -18,6 +18,7 @@ def observe(
         model_name=lm.name,
         evidence=evidence,
         lens_positions=lens_positions,
+        windows=tuple(map(lm.anatomy.window, range(lm.anatomy.n_layers))),
     )
     observers = [probe(context) for probe in all_probes().values()]
     outcome = capture(lm).run(prompt_ids, reference_ids, observers, n_decode=n_decode, n_anchors=n_anchors)

@@ -162,7 +162,21 @@ class Reference:
         weights = self.weights[layer][:, self.decode, self.prompt]
         values = self.values[layer][:, self.prompt]
         values = values.repeat_interleave(weights.shape[0] // values.shape[0], dim=0)
-        heads = torch.einsum("hij,hjd->ihd", weights, values).flatten(1)
+        return self._added(layer, torch.einsum("hij,hjd->ihd", weights, values))
+
+    def removal_effect(self, layer):
+        """What the layer's attention changes if its weights on the prompt move to all else that it sees, sinks too."""
+        weights, values = self.weights[layer][:, self.decode], self.values[layer]
+        values = values.repeat_interleave(weights.shape[0] // values.shape[0], dim=0)
+        without = weights.clone()
+        without[..., self.prompt] = 0
+        on_sinks = 1 - weights.sum(-1, keepdim=True) if self.model.config.model_type == "gpt_oss" else 0
+        without /= without.sum(-1, keepdim=True) + on_sinks
+        return self._added(layer, torch.einsum("hij,hjd->ihd", without - weights, values))
+
+    def _added(self, layer, heads):
+        """Norm of what head outputs [n_decode, heads, head_dim] add, relative to that of the residual: mean."""
+        heads = heads.flatten(1)
         attention, block = self.attentions[layer], self.layers[layer]
         projection = next(
             module for name in ("o_proj", "c_proj", "dense") if (module := getattr(attention, name, None)) is not None
@@ -214,13 +228,17 @@ class Reference:
 
     def speed_logits(self, cutoff):
         """Logits of the decode rows when layers >= cutoff hide the prompt from decode-phase tokens."""
+        return self.logits_without(range(cutoff, len(self.layers)))
+
+    def logits_without(self, layers):
+        """Logits of the decode rows when these layers hide the prompt from decode-phase tokens."""
         hide = torch.zeros(self.total, self.total, dtype=torch.bool)
         hide[self.decode, self.prompt] = True
-        with self._hiding(cutoff, hide), torch.no_grad():
+        with self._hiding([self.layers[layer] for layer in layers], hide), torch.no_grad():
             return self.model(self.ids).logits[0, self.decode]
 
     @contextmanager
-    def _hiding(self, cutoff, hide):
+    def _hiding(self, layers, hide):
         def replace(module, args, kwargs):
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
             mask = bound.arguments["attention_mask"]
@@ -228,7 +246,7 @@ class Reference:
             bound.arguments["attention_mask"] = mask.masked_fill(hide, torch.finfo(mask.dtype).min)
             return bound.args, bound.kwargs
 
-        handles = [layer.register_forward_pre_hook(replace, with_kwargs=True) for layer in self.layers[cutoff:]]
+        handles = [layer.register_forward_pre_hook(replace, with_kwargs=True) for layer in layers]
         try:
             yield
         finally:

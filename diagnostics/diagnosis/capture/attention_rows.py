@@ -50,6 +50,10 @@ class RecomputedAttention(AttentionRows):
 
     def weights(self, kv_head: int, rows: slice, n_keys: int | None = None) -> Tensor:
         """Return attention weights of the query heads of one KV head; see `AttentionRows.weights`."""
+        return self.weights_and_sinks(kv_head, rows, n_keys)[0]
+
+    def weights_and_sinks(self, kv_head: int, rows: slice, n_keys: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return weights on keys and sinks; see `AttentionRows.weights_and_sinks`."""
         group = self.query.shape[0] // self.key.shape[0]
         heads = slice(kv_head * group, (kv_head + 1) * group)
         query = (self.query[heads, rows].float() * self.scaling).flatten(0, 1)
@@ -62,9 +66,11 @@ class RecomputedAttention(AttentionRows):
         # A softmax in place: fresh memory for a second tile costs more than the arithmetic.
         peak = scores.amax(-1, keepdim=True)
         norm = total(scores.sub_(peak).exp_())[..., None]
+        on_sinks = torch.zeros_like(norm)
         if self.sinks is not None:
-            norm += (self.sinks[heads, None, None].float() - peak).exp()
-        return scores.div_(norm.float())
+            on_sinks += (self.sinks[heads, None, None].float() - peak).exp()
+            norm += on_sinks
+        return scores.div_(norm.float()), (on_sinks / norm)[..., 0]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diagnostics.diagnosis.attended import Attended, attend
 from diagnostics.diagnosis.observers import Columns, ContextRows, DecodeRows, Measured, Outcome
+from diagnostics.diagnosis.prompt_window import window_sums
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.models.loading import LoadedModel
 from diagnostics.policies.segments import Layout
@@ -51,10 +52,23 @@ class PromptContext:
             rows.shared["attended"] = attend(rows.attention, self.layout, self.evidence, per_token=self.detail)
         return rows.shared["attended"]
 
-    def sees_all(self, rows: DecodeRows) -> bool:
-        """Whether all rows of a layer see the whole prompt: no sliding window hides a part of it from any."""
+    def window(self, rows: DecodeRows, n_queries: int) -> Tensor:
+        """Return what each prompt token receives from the last ``n_queries`` prompt positions: float32 [heads, P].
+
+        Sums over the queries, whose softmax runs over the whole prompt; see `window_sums` for the numbers of queries.
+        Computed once, whichever probes ask for it.
+        """
+        if "window" not in rows.shared:
+            rows.shared["window"] = window_sums(rows.attention, self.layout.n_prompt)
+        return rows.shared["window"][n_queries]
+
+    def sees_all(self, rows: DecodeRows, stop: int | None = None) -> bool:
+        """Whether all rows of a layer see the whole prompt: no sliding window hides a part of it from any.
+
+        With ``stop`` only rows before this position count, such as those of the prompt.
+        """
         window = self.windows[rows.layer] if self.windows else None
-        return window is None or window >= rows.attention.value.shape[1]
+        return window is None or window >= (rows.attention.value.shape[1] if stop is None else stop)
 
 
 class Probe:

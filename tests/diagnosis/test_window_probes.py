@@ -1,0 +1,196 @@
+"""What rules read from attention weights, against slow float64 versions written from the formulas alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from diagnostics.diagnosis.probes import lazy_share as lazy
+from diagnostics.diagnosis.probes.rank_variance import rank_variance
+from diagnostics.models.loading import LoadedModel
+from tests.support.examples import examples
+from tests.support.observe import observe
+from tests.support.reference import Reference
+from tests.support.tiny import FAMILIES, N_LAYERS, SLIDING_WINDOW, random_ids, tiny_config, tiny_model, tiny_tokenizer
+
+N_PROMPT, N_DECODE = 45, 12
+TOLERANCE = 1e-4
+READ_FROM_WINDOWS = ("window_entropy", "window_top20", "window_variance", "lazy_share", "rank_variance_ratio")
+
+
+def reference_of(lm, ids, n_prompt=N_PROMPT, n_anchors=1):
+    return Reference(lm.model, lm.anatomy.layers, lm.anatomy.attentions, ids, n_prompt, n_anchors)
+
+
+def sees_all(family, layer, n_rows):
+    sliding = {"mistral": range(N_LAYERS), "gemma2": (0, 2, 3), "gemma3": (0, 2, 3), "gpt_oss": (0, 2, 3)}
+    return layer not in sliding.get(family, ()) or n_rows <= SLIDING_WINDOW
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def case(request):
+    lm = tiny_model(request.param)
+    ids = random_ids(N_PROMPT + N_DECODE)
+    _, layers, heads, _ = observe(lm, ids[:N_PROMPT], ids[N_PROMPT:])
+    return request.param, reference_of(lm, ids[:-1]), layers, heads
+
+
+# --- The formulas, one number at a time ---
+
+
+def window(reference, layer, n_queries):
+    """Weights of the last prompt queries over the prompt, [heads, queries, n_prompt]."""
+    n = reference.n_prompt
+    return reference.weights[layer][:, n - n_queries : n, :n].numpy()
+
+
+def statistics(reference, layer):
+    """Entropy, top share and variance of StructKV's window attention."""
+    p = window(reference, layer, 8).mean((0, 1))[:-8]
+    p = p / p.sum()
+    top = sorted(p, reverse=True)[: max(1, int(0.2 * len(p)))]
+    return -sum(x * np.log(x) for x in p), sum(top), np.mean([(x - 1 / len(p)) ** 2 for x in p])
+
+
+def lazy_share(reference, layer, first=4):
+    row = window(reference, layer, 1)[:, 0]
+    recent = reference.n_prompt // 8
+    return np.mean([sum(head[:first]) + sum(head[len(head) - recent :]) for head in row])
+
+
+def ranks(reference, layer):
+    """ASL's ranks: each token's place among the scores of all."""
+    received = window(reference, layer, 32).sum((0, 1))[:-32]
+    n = len(received)
+    scores = [sum(received[max(0, j - 3) : j + 4]) / 7 for j in range(n)]
+    return np.array(
+        [1 + sum(s > score or (s == score and i < j) for i, s in enumerate(scores)) for j, score in enumerate(scores)]
+    )
+
+
+def rank_variances(reference, family, first, n_observed):
+    found = np.full(len(reference.weights), np.nan)
+    for layer in range(first, len(found)):
+        observed = range(layer - n_observed + 1, layer + 1)
+        if all(sees_all(family, o, reference.n_prompt) for o in observed):
+            of_layers = [ranks(reference, o) for o in observed]
+            found[layer] = np.mean([(r - np.mean(of_layers, axis=0)) ** 2 for r in of_layers])
+    return found / found[first]
+
+
+# --- The probes against them ---
+
+
+def test_removal_effect(case):
+    _, reference, layers, _ = case
+    for layer in range(N_LAYERS):
+        expected = reference.removal_effect(layer)
+        assert layers["removal_effect"][layer] == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_window_statistics(case):
+    family, reference, layers, _ = case
+    for layer in range(N_LAYERS):
+        seen = sees_all(family, layer, N_PROMPT)
+        expected = statistics(reference, layer) if seen else [np.nan] * 3
+        for name, number in zip(("window_entropy", "window_top20", "window_variance"), expected, strict=True):
+            assert layers[name][layer] == pytest.approx(number, rel=TOLERANCE, nan_ok=not seen), name
+
+
+def test_lazy_share(case):
+    family, reference, layers, _ = case
+    for layer in range(N_LAYERS):
+        seen = sees_all(family, layer, N_PROMPT)
+        expected = lazy_share(reference, layer) if seen else np.nan
+        assert layers["lazy_share"][layer] == pytest.approx(expected, rel=TOLERANCE, nan_ok=not seen)
+
+
+def test_rank_variance(case):
+    family, reference, layers, _ = case
+    expected = rank_variances(reference, family, first=2, n_observed=3)  # 10 and 8 of 32 layers, scaled to 5
+    np.testing.assert_allclose(layers["rank_variance_ratio"], expected, rtol=TOLERANCE)
+    if family not in ("mistral", "gemma2", "gemma3", "gpt_oss"):
+        assert np.isfinite(expected[2:]).all()
+
+
+def test_rank_variance_of_a_deep_model_has_the_published_numbers():
+    config = tiny_config("llama")
+    config.num_hidden_layers = 18
+    torch.manual_seed(0)
+    lm = LoadedModel.wrap(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), "deep")
+    ids = random_ids(N_PROMPT + 2)
+    _, layers, _, _ = observe(lm, ids[:N_PROMPT], ids[N_PROMPT:])
+    expected = rank_variances(reference_of(lm, ids[:-1]), "llama", first=10, n_observed=8)
+    np.testing.assert_allclose(layers["rank_variance_ratio"], expected, rtol=TOLERANCE)
+    assert np.isfinite(expected[10:]).all()
+
+
+@examples(30)
+@given(n_layers=st.integers(1, 5), n_tokens=st.integers(1, 20), n_kept=st.integers(1, 25), seed=st.integers(0, 999))
+def test_rank_variance_counts_the_tokens_that_a_layer_would_keep(n_layers, n_tokens, n_kept, seed):
+    drawn = np.random.default_rng(seed)
+    of_layers = np.stack([drawn.permutation(n_tokens) + 1 for _ in range(n_layers)])
+    kept = {j for ranks in of_layers for j in range(n_tokens) if ranks[j] <= n_kept}
+    expected = np.mean([(r[j] - of_layers[:, j].mean()) ** 2 for r in of_layers for j in kept])
+    assert rank_variance(torch.from_numpy(of_layers).double(), n_kept) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "expected"), [(1, 0), (7, 0), (8, 1), (100, 12), (1029, 128), (1030, 1024), (9000, 1024)]
+)
+def test_recent_tokens_of_a_prompt(n_prompt, expected):
+    assert lazy.n_recent(n_prompt) == expected
+
+
+# --- Short prompts, windows, anchors ---
+
+
+@pytest.mark.parametrize("n_prompt", [1, 2, 8, 9, 10, 32, 33])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_short_prompts(family, n_prompt):
+    lm, ids = tiny_model(family), random_ids(n_prompt + 4, seed=1)
+    _, layers, _, _ = observe(lm, ids[:n_prompt], ids[n_prompt:])
+    reference = reference_of(lm, ids[:-1], n_prompt, n_anchors=min(1, n_prompt - 1))
+    for layer in range(N_LAYERS):
+        seen = sees_all(family, layer, n_prompt)
+        assert layers["removal_effect"][layer] == pytest.approx(
+            reference.removal_effect(layer), rel=TOLERANCE, abs=1e-6
+        )
+        expected = lazy_share(reference, layer) if seen and n_prompt >= 8 else np.nan
+        assert layers["lazy_share"][layer] == pytest.approx(expected, rel=TOLERANCE, nan_ok=True)
+        expected = statistics(reference, layer)[0] if seen and n_prompt > 8 else np.nan
+        assert layers["window_entropy"][layer] == pytest.approx(expected, rel=TOLERANCE, abs=1e-6, nan_ok=True)
+    # One token, or none, has one rank in all layers: no variance to be relative to.
+    assert np.isnan(layers["rank_variance_ratio"]).all()
+    if n_prompt <= 2:  # nothing between anchor and decode phase
+        np.testing.assert_array_equal(layers["removal_effect"], 0)
+
+
+@pytest.mark.parametrize("n_anchors", [0, 3, 60])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_other_anchors(family, n_anchors):
+    lm, ids = tiny_model(family), random_ids(N_PROMPT + N_DECODE, seed=3)
+    _, layers, _, _ = observe(lm, ids[:N_PROMPT], ids[N_PROMPT:], n_anchors=n_anchors)
+    reference = reference_of(lm, ids[:-1], n_anchors=min(n_anchors, N_PROMPT - 1))
+    for layer in range(N_LAYERS):
+        assert layers["removal_effect"][layer] == pytest.approx(
+            reference.removal_effect(layer), rel=TOLERANCE, abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
+def test_removal_effect_is_the_change_of_a_masked_layer(family):
+    """The same number without any weight: what the stock layer's attention gives with the prompt masked out."""
+    lm, ids = tiny_model(family), random_ids(N_PROMPT + N_DECODE)
+    _, layers, _, _ = observe(lm, ids[:N_PROMPT], ids[N_PROMPT:])
+    reference = reference_of(lm, ids[:-1])
+    rows, given_by = reference.decode, []
+    for layer in range(N_LAYERS):
+        handle = reference.attentions[layer].register_forward_hook(lambda _, __, out: given_by.append(out[0][0, rows]))
+        reference.logits_without([layer])
+        handle.remove()
+        change = given_by[-1] - reference.attention_out[layer][rows]
+        expected = (change.norm(dim=-1) / reference.residual[layer][rows].norm(dim=-1)).mean()
+        assert layers["removal_effect"][layer] == pytest.approx(float(expected), rel=TOLERANCE)
