@@ -116,3 +116,19 @@ def first_tail_within(values: np.ndarray, limit: float) -> int | None:
             break
         k -= 1
     return k
+
+
+def first_tail_share(values: np.ndarray, share: float) -> int | None:
+    """Return the smallest k in 1..L with at most a share of the sum of ``values`` [L], all >= 0, from k on.
+
+    None where a value is not a number, or all are 0.
+    """
+    total = float(np.sum(values))
+    return first_tail_within(values, share * total) if 0 < total < math.inf else None
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Return which ``count`` of the values [n] are the largest, the lower index first of equal ones: bool [n]."""
+    chosen = np.zeros(len(values), dtype=bool)
+    chosen[np.argsort(-values, kind="stable")[:count]] = True
+    return chosen

@@ -37,7 +37,8 @@ class Uptake(Rule):
 
     def cutoff(self, curves: Curves) -> int | None:
         """Return the smallest cutoff above which at most the limit is left."""
-        return first_tail_within(curves.layers["uptake"], uptake_limit(curves.max_kl))
+        uptake = curves.layers.get("uptake")
+        return None if uptake is None else first_tail_within(uptake, uptake_limit(curves.max_kl))
 
 
 RULES = (Uptake(),)
