@@ -17,16 +17,21 @@ from tests.support.tiny import FAMILIES, N_LAYERS, SLIDING_WINDOW, random_ids, t
 
 N_PROMPT, N_DECODE = 45, 12
 TOLERANCE = 1e-4
-READ_FROM_WINDOWS = ("window_entropy", "window_top20", "window_variance", "lazy_share", "rank_variance_ratio")
 
 
 def reference_of(lm, ids, n_prompt=N_PROMPT, n_anchors=1):
     return Reference(lm.model, lm.anatomy.layers, lm.anatomy.attentions, ids, n_prompt, n_anchors)
 
 
-def sees_all(family, layer, n_rows):
+def wrapped(config):
+    """A random model of a configuration of its own."""
+    torch.manual_seed(0)
+    return LoadedModel.wrap(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), "tiny")
+
+
+def sees_all(family, layer, n_rows, width=SLIDING_WINDOW):
     sliding = {"mistral": range(N_LAYERS), "gemma2": (0, 2, 3), "gemma3": (0, 2, 3), "gpt_oss": (0, 2, 3)}
-    return layer not in sliding.get(family, ()) or n_rows <= SLIDING_WINDOW
+    return layer not in sliding.get(family, ()) or n_rows <= width
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -80,6 +85,42 @@ def rank_variances(reference, family, first, n_observed):
     return found / found[first]
 
 
+def top_tokens(scores):
+    """Indices of the top tenth after averaging over seven neighbours."""
+    n = len(scores)
+    smooth = [sum(scores[max(0, j - 3) : j + 4]) / 7 for j in range(n)]
+    return set(sorted(range(n), key=lambda j: (-smooth[j], j))[: max(1, n // 10)])
+
+
+def oracle_recalls(reference, family, n_anchors=1, width=SLIDING_WINDOW):
+    """Recall of CLAA's oracle by each layer's window, and by the largest scores of the last four."""
+    n, total, n_layers = reference.n_prompt, reference.total, len(reference.weights)
+    tokens = slice(n_anchors, n - 8)
+    read = [
+        reference.weights[o][:, n - 1 :, tokens].numpy() for o in range(n_layers) if sees_all(family, o, total, width)
+    ]
+    one, four = np.full(n_layers, np.nan), np.full(n_layers, np.nan)
+    if not read:
+        return one, four
+    oracle = top_tokens(np.mean(np.max(np.concatenate(read), axis=0), axis=0))
+
+    def of_kv_heads(layer):
+        groups = np.split(window(reference, layer, 8)[:, :, tokens].sum(1), len(reference.values[layer]))
+        return [[sum(g[max(0, j - 3) : j + 4]) / 7 for j in range(len(g))] for g in (group.sum(0) for group in groups)]
+
+    def recall(layers):
+        scores = np.max([head for layer in layers for head in of_kv_heads(layer)], axis=0)
+        best = sorted(range(len(scores)), key=lambda j: (-scores[j], j))[: len(oracle)]
+        return len(oracle & set(best)) / len(oracle)
+
+    for layer in range(n_layers):
+        if sees_all(family, layer, n, width):
+            one[layer] = recall([layer])
+        if layer >= 3 and all(sees_all(family, o, n, width) for o in range(layer - 3, layer + 1)):
+            four[layer] = recall(range(layer - 3, layer + 1))
+    return one, four
+
+
 # --- The probes against them ---
 
 
@@ -115,12 +156,45 @@ def test_rank_variance(case):
         assert np.isfinite(expected[2:]).all()
 
 
+def test_oracle_agreement(case):
+    family, reference, layers, _ = case
+    one, four = oracle_recalls(reference, family)
+    np.testing.assert_allclose(layers["oracle_recall"], one, atol=1e-6)
+    np.testing.assert_allclose(layers["oracle_recall_4"], four, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n_prompt", "n_anchors"), [(9, 0), (9, 1), (10, 1), (12, 20), (120, 0), (120, 5)])
+def test_oracle_agreement_of_other_prompts(n_prompt, n_anchors):
+    lm, ids = tiny_model("llama"), random_ids(n_prompt + N_DECODE, seed=5)
+    _, layers, _, _ = observe(lm, ids[:n_prompt], ids[n_prompt:], n_anchors=n_anchors)
+    if n_prompt - 8 <= n_anchors:  # no token between anchors and window
+        assert np.isnan(layers["oracle_recall"]).all()
+        return
+    one, four = oracle_recalls(reference_of(lm, ids[:-1], n_prompt, n_anchors), "llama", n_anchors)
+    np.testing.assert_allclose(layers["oracle_recall"], one, atol=1e-6)
+    np.testing.assert_allclose(layers["oracle_recall_4"], four, atol=1e-6)
+    if n_prompt == 120:
+        assert 0 <= np.nanmin(one) < np.nanmax(one) < 1
+
+
+def test_a_window_that_hides_the_prompt_from_some_decode_rows_hides_a_layer_from_the_oracle():
+    """Prompts as long as the sliding window: the window of the prompt sees all, later rows do not."""
+    config = tiny_config("gemma3")
+    config.sliding_window = N_PROMPT
+    lm, ids = wrapped(config), random_ids(N_PROMPT + N_DECODE, seed=2)
+    _, layers, _, _ = observe(lm, ids[:N_PROMPT], ids[N_PROMPT:])
+    one, four = oracle_recalls(reference_of(lm, ids[:-1]), "gemma3", width=N_PROMPT)
+    np.testing.assert_allclose(layers["oracle_recall"], one, atol=1e-6)
+    np.testing.assert_allclose(layers["oracle_recall_4"], four, atol=1e-6)
+    assert np.isfinite(one).all()
+    everywhere = oracle_recalls(reference_of(lm, ids[:-1]), "gemma3", width=1000)[0]
+    assert not np.allclose(one, everywhere), "the sliding layers must matter, or this test cannot fail"
+
+
 def test_rank_variance_of_a_deep_model_has_the_published_numbers():
     config = tiny_config("llama")
     config.num_hidden_layers = 18
-    torch.manual_seed(0)
-    lm = LoadedModel.wrap(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), "deep")
-    ids = random_ids(N_PROMPT + 2)
+    lm, ids = wrapped(config), random_ids(N_PROMPT + 2)
     _, layers, _, _ = observe(lm, ids[:N_PROMPT], ids[N_PROMPT:])
     expected = rank_variances(reference_of(lm, ids[:-1]), "llama", first=10, n_observed=8)
     np.testing.assert_allclose(layers["rank_variance_ratio"], expected, rtol=TOLERANCE)

@@ -27,7 +27,7 @@ class RemovalEffect(Probe):
         "removal_effect": "norm of the change of what the attention adds to the residual if the prompt's keys were "
         "taken away in this layer alone / norm of the residual, mean over decode queries, >= 0",
     }
-    of_additions: ClassVar[tuple[str, ...]] = ("removal_effect",)
+    of_additions = ("removal_effect",)
 
     def __init__(self, context: PromptContext) -> None:
         super().__init__(context)
