@@ -11,7 +11,7 @@ import torch
 
 from diagnostics.diagnosis.capture import make_capture
 from diagnostics.diagnosis.observers import Capture
-from diagnostics.diagnosis.probes import added_probes, all_probes, chosen_probes
+from diagnostics.diagnosis.probes import added_probes, all_probes, chosen_probes, require_backend
 from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
 from diagnostics.diagnosis.probes.probe import LENS_POSITIONS, Probe, PromptContext
 from diagnostics.diagnosis.readout import Readout
@@ -121,6 +121,7 @@ def diagnose(
     lm = model if isinstance(model, LoadedModel) else LoadedModel.wrap(model, weights=not remote)
     probes = chosen_probes(rules, sweep=sweep)
     capture = make_capture(backend, lm, remote)
+    require_backend(probes, capture.name)
     with testing(self_test and not skipped()):
         proof = require_measurable(lm, capture)
     encoded = encode_for_diagnosis(prompts, lm.tokenizer, lm.anatomy.max_positions, decode_tokens)

@@ -62,6 +62,16 @@ def chosen_probes(rules: str | Sequence[str], *, sweep: bool = True) -> dict[str
     return {name: probe for name, probe in all_probes().items() if wanted(probe)}
 
 
+def require_backend(probes: Mapping[str, type[Probe]], backend: str) -> None:
+    """Raise UserError if one of some probes cannot run through a backend."""
+    for name, probe in probes.items():
+        if probe.backends and backend not in probe.backends:
+            raise UserError(
+                f"the {backend} backend cannot measure {name}: use the {' or '.join(probe.backends)} backend, or leave "
+                "out the rules that read it"
+            )
+
+
 def added_probes(probes: Mapping[str, type[Probe]]) -> list[str]:
     """Return those of some probes that this package does not bring, as ``module.class``."""
     others = (probe for probe in probes.values() if not probe.__module__.startswith(f"{__name__}."))

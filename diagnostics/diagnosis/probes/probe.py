@@ -78,7 +78,8 @@ class Probe:
     the tables ``layers``, ``heads``, ``cutoffs`` and ``prompts`` that the probe writes: its meaning, unit and range.
 
     An ``optional`` probe serves rules alone and can be left out; a ``costly`` one, which takes more than a few percent
-    of a diagnosis, is left out unless a rule that reads its columns is asked for by name.
+    of a diagnosis, is left out unless a rule that reads its columns is asked for by name. ``backends`` are those that
+    can run it; empty for all.
 
     ``of_additions`` are columns of ``layers`` that hold only if what the attention adds to the residual is known; they
     are NaN for a model whose self-test shows that it is not.
@@ -88,6 +89,7 @@ class Probe:
     describes: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[bool] = False
     costly: ClassVar[bool] = False
+    backends: ClassVar[tuple[str, ...]] = ()
     of_additions: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, context: PromptContext) -> None:
