@@ -24,8 +24,10 @@ from diagnostics.cli.options import (
     RemoteCode,
     Resume,
     Revision,
+    Rules,
     Seed,
     SkipSelfTest,
+    WithoutSweep,
     option,
 )
 from diagnostics.models.embedded import EMBEDDED_MODEL
@@ -42,6 +44,8 @@ def diagnose(
     anchors: Anchors = defaults.ANCHORS,
     lens_positions: LensPositions = defaults.LENS_POSITIONS,
     detail_prompts: DetailPrompts = defaults.DETAIL_PROMPTS,
+    rules: Rules = "all",
+    without_sweep: WithoutSweep = False,
     seed: Seed = 0,
     backend: Backend = "hooks",
     device: Device = "auto",
@@ -74,9 +78,11 @@ def measure(arguments: dict[str, Any]) -> Any:
     if a["resume"] and a["out"] is None:
         raise UserError("--resume needs --out: the folder of the run to continue")
     out = a["out"] or new_folder(a["model"])
+    from diagnostics.cutoffs.rules import named_rules
     from diagnostics.prompts.load import load_prompts
     from diagnostics.runs.manifest import RUN_FOLDER
 
+    named_rules(a["rules"])  # refuses an unknown one
     claim(out)
     RUN_FOLDER.require_free(out, resume=a["resume"])  # before a large model is loaded
     prompt_set = load_prompts(
@@ -87,7 +93,8 @@ def measure(arguments: dict[str, Any]) -> Any:
     from diagnostics.diagnosis.diagnosis import diagnose as run_diagnosis
 
     quiet = a["quiet"]
-    announce(f"Measuring every layer and every cutoff of {a['model']}; results go to {out}.", quiet=quiet)
+    measured = "every layer" if a["without_sweep"] else "every layer and every cutoff"
+    announce(f"Measuring {measured} of {a['model']}; results go to {out}.", quiet=quiet)
     lm = load(a)
     try:
         with progress("measuring", first="preparing the model and the prompts", quiet=quiet) as advance:
@@ -99,6 +106,8 @@ def measure(arguments: dict[str, Any]) -> Any:
                 lens_positions=a["lens_positions"],
                 detail_prompts=a["detail_prompts"],
                 backend=a["backend"],
+                rules=a["rules"],
+                sweep=not a["without_sweep"],
                 out=out,
                 resume=a["resume"],
                 progress=advance,

@@ -9,6 +9,7 @@ EPILOGS = {
         "guides/first-cutoff/",
         f"{PROGRAM} recommend --max-prompts 14 --out runs/first",
         f"{PROGRAM} recommend runs/first --max-kl 0.05",
+        f"{PROGRAM} recommend --max-prompts 14 --without-sweep",
         f"{PROGRAM} recommend path/to/model --prompts mine.jsonl",
     ),
     "diagnose": epilog(

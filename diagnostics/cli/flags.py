@@ -8,7 +8,7 @@ import typer
 from diagnostics.support.errors import rename_arguments
 
 # Arguments of the library that the command has under another name; the flag says the opposite.
-OPPOSITES = {"self_test": "skip_self_test"}
+OPPOSITES = {"self_test": "skip_self_test", "sweep": "without_sweep"}
 
 _apps: list[typer.Typer] = []
 

@@ -42,6 +42,22 @@ DecodeTokens = Annotated[int, option(MEASUREMENT, help="reference tokens per pro
 Anchors = Annotated[int, option(MEASUREMENT, help="leading tokens that keep their KV in all layers")]
 LensPositions = Annotated[int, option(MEASUREMENT, help="decode positions per prompt that the logit lens reads")]
 DetailPrompts = Annotated[int, option(MEASUREMENT, help="how many of the first prompts also keep their tokens")]
+Rules = Annotated[
+    str,
+    option(
+        MEASUREMENT,
+        metavar="NAMES",
+        help="cutoff rules whose measures are taken along: all, none, or some; costly ones by name: all,leave-one-out",
+    ),
+]
+WithoutSweep = Annotated[
+    bool,
+    option(
+        MEASUREMENT,
+        "--without-sweep",
+        help="leave out the loss of every cutoff: quicker, and the cutoff is then by a rule, not measured",
+    ),
+]
 Seed = Annotated[int, seed_option(MEASUREMENT, "seed of the built-in prompts and of the bootstrap")]
 Backend = Annotated[str, option(MEASUREMENT, help="how activations are read: hooks, transformer-lens or nnsight")]
 Device = Annotated[str, option(MODEL, help="auto, map (spread over GPUs), cpu, cuda, cuda:1, mps")]

@@ -30,8 +30,10 @@ from diagnostics.cli.options import (
     RemoteCode,
     Resume,
     Revision,
+    Rules,
     Seed,
     SkipSelfTest,
+    WithoutSweep,
     option,
 )
 from diagnostics.models.embedded import EMBEDDED_MODEL
@@ -41,7 +43,18 @@ from diagnostics.support.errors import UserError
 # Options that an existing run has no use for: they say how to measure.
 MEASURING = (
     *("prompts", "max_prompts", "context_length", "decode_tokens", "anchors", "lens_positions", "detail_prompts"),
-    *("backend", "device", "dtype", "revision", "trust_remote_code", "skip_self_test", "out", "resume"),
+    *(
+        "rules",
+        "without_sweep",
+        "backend",
+        "device",
+        "dtype",
+        "revision",
+        "trust_remote_code",
+        "skip_self_test",
+        "out",
+        "resume",
+    ),
 )
 REGION_RULES = "max_uptake_above, uptake_share, min_uptake, max_gap, max_drift, min_overlap, min_layers"
 
@@ -76,6 +89,8 @@ def recommend(
     anchors: Anchors = defaults.ANCHORS,
     lens_positions: LensPositions = defaults.LENS_POSITIONS,
     detail_prompts: DetailPrompts = defaults.DETAIL_PROMPTS,
+    rules: Rules = "all",
+    without_sweep: WithoutSweep = False,
     seed: Seed = 0,
     backend: Backend = "hooks",
     device: Device = "auto",
@@ -90,7 +105,8 @@ def recommend(
 ) -> None:
     """Recommend the SPEED cutoff of a model, with its measured loss; or of an existing run, without the model.
 
-    Without a goal, a run that has a recommendation keeps its goal.
+    Without the sweep the cutoff is by a rule, which looks at the layers alone. Without a goal, a run that has a
+    recommendation keeps its goal.
     """
     arguments = dict(locals())
     from diagnostics.cutoffs.criterion import Criterion
@@ -103,7 +119,9 @@ def recommend(
     criterion = (*GOALS, "confidence", "every_category")
     goals = {name: arguments[name] for name in criterion}
     # Refuses wrong goals before the model runs for minutes.
-    Criterion(**goals)
+    asked = Criterion(**goals)
+    if without_sweep:
+        asked.require_no_sweep()
     goals["rules"] = _region_rules(region_rule or [])
     # os.path, unlike pathlib, treats a name that is too long as a missing file.
     exists = os.path.isfile(os.path.join(model, MANIFEST))

@@ -53,5 +53,6 @@ class Criterion:
         goals = [name for name, value in given.items() if value is not None]
         for name in [*goals, *(["every_category"] if self.every_category else [])]:
             raise UserError(
-                f"`{name}` needs the measured loss: leave out `sweep=False`, or give `max_kl` or `kv_budget` alone"
+                f"`{name}` needs the measured loss, which a run with `sweep=False` does not have: "
+                "give `max_kl` or `kv_budget` alone"
             )

@@ -70,7 +70,7 @@ def judge_rules(
         absent = measures.absent(rule)
         cutoff = None if absent else rule.cutoff(every)
         row: dict[str, Any] = {"rule": rule.name, "title": rule.title, "cutoff": cutoff, "knee": at_knee}
-        notes = [f"not measured: `rules='all,{rule.name}'`"] if absent else [rule.remark(every)]
+        notes = [f"not measured: diagnose with `rules='all,{rule.name}'`"] if absent else [rule.remark(every)]
         if cutoff is not None:
             found = [k for curves in resampled if (k := rule.cutoff(curves)) is not None]
             if found:

@@ -220,8 +220,8 @@ def _by_rule(run: Run, criterion: Criterion, regions: Regions) -> _Choice:
         return _Choice(int(_fits(criterion.kv_budget, run.n_layers).sum()), [])
     if regions.cutoff is None:
         raise UserError(
-            f"run {run.name!r} has no cutoff by selection, since some layers have no uptake that could be measured: "
-            "measure the loss, without `sweep=False`"
+            f"run {run.name!r} has no cutoff by selection, since some layers have no uptake that could be measured, "
+            "and with `sweep=False` it has no measured loss: run it again with the sweep"
         )
     return _Choice(regions.cutoff, [])
 

@@ -191,7 +191,12 @@ BAD_INPUT = {
     "budget and loss": case(with_option("--kv-budget", 0.5, "--max-kl", 0.1), "kv_budget", "without a loss goal"),
     "budget of a run too small": case(lambda w: ("recommend", w.run, "--kv-budget", 0.1), "less than one of 5 layers"),
     "certain confidence": case(with_option("--confidence", 1), "confidence is 1.0"),
-    "unknown rule": case(with_option("--region-rule", "depth=2"), "region rule 'depth'", "max_drift"),
+    "unknown rule": case(with_option("--rules", "all,ash"), "there is no rule 'ash'"),
+    "loss without the sweep": case(
+        with_option("--without-sweep", "--min-agreement", 0.9),
+        "--min-agreement needs the measured loss, which a run with --without-sweep does not have",
+    ),
+    "unknown region rule": case(with_option("--region-rule", "depth=2"), "region rule 'depth'", "max_drift"),
     "rule a word": case(with_option("--region-rule", "max_gap=wide"), "region rule max_gap must be a number"),
     "rule without value": case(with_option("--region-rule", "max_gap"), "region rule max_gap must be a number"),
     "rule not a number": case(with_option("--region-rule", "uptake_share=nan"), "region rule uptake_share is nan"),
@@ -321,7 +326,37 @@ def test_json_stands_alone_on_stdout(world, command, tmp_path):
     assert "measuring: 1 of 6, p0" in err
 
 
-@pytest.mark.parametrize("option", [("--anchors", 0), ("--prompts", "x.jsonl"), ("--out", "there"), ("--resume",)])
+def test_without_the_sweep_the_cutoff_is_by_the_rule(world, command, tmp_path):
+    status, out, err = command(*with_option("--without-sweep", "--rules", "none")(world))
+    assert (status, err) == (0, "")
+    data = json.loads((tmp_path / "out" / "recommendation.json").read_text(), parse_constant=pytest.fail)
+    assert (data["measured"], data["cutoff"]) == (False, data["agreement"]["cutoff_by_selection"])
+    assert "not measured" in " ".join(out.split())
+    run = load_run(tmp_path / "out")
+    assert not run.has_sweep
+    assert run.cutoffs["kl"].isna().all()
+    assert not any(column in run.layers for column in ("angular_to_last", "lazy_share"))
+    for goal in (("--max-kl", 0.3), ("--kv-budget", 0.5), ()):
+        status, again, err = command("recommend", "out", *goal)
+        assert (status, err) == (0, "")
+        assert "ot measured" in " ".join(again.split())
+    status, _, err = command("recommend", "out", "--max-nll-increase", 0.1)
+    assert status == 2
+    assert err.startswith("error: --max-nll-increase needs the measured loss")
+
+
+def test_rules_are_measured_along(world, command, tmp_path):
+    options = ("--rules", "cka,llm-drop")
+    assert command("diagnose", *with_option(*options)(world)[1:])[0] == 0
+    run = load_run(tmp_path / "out")
+    assert {"cka_to_final", "attention_cosine"} <= set(run.layers)
+    assert "angular_to_last" not in run.layers
+    assert run.has_sweep
+
+
+@pytest.mark.parametrize(
+    "option", [("--anchors", 0), ("--prompts", "x.jsonl"), ("--rules", "none"), ("--without-sweep",)]
+)
 def test_options_of_a_measurement_are_refused_with_a_run(world, command, option):
     status, out, err = command("recommend", world.run, *option)
     assert (status, out) == (2, "")

@@ -1,6 +1,6 @@
 """Rules are judged by the loss that was measured at their cutoffs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ import pytest
 from diagnostics.cutoffs.judgement import COLUMNS, judge_rules, knee
 from diagnostics.cutoffs.rules import all_rules
 from diagnostics.cutoffs.rules.rule import Rule, first_where
-from tests.support.runs import FALLING, make_run, region_layers, spread
+from tests.support.runs import FALLING, make_run, region_layers, spread, without_sweep
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,6 @@ class Above(Rule):
     def cutoff(self, curves):
         found = first_where(curves.layers["drift_prompt"] > self.limit)
         return None if found is None else max(1, found)
-
-
-def without_sweep(run):
-    cutoffs = run.cutoffs.assign(**dict.fromkeys(("kl", "top1_agreement", "nll", "nll_full"), np.nan))
-    return replace(run, manifest=run.manifest | {"sweep": False}, tables=run.tables | {"cutoffs": cutoffs})
 
 
 def row(table, rule="above"):
@@ -98,7 +93,7 @@ def test_a_rule_without_a_cutoff_says_why():
     assert row(judge_rules(run, rules=[Above(2)]))["note"] == "finds none: drift_prompt has no value in 2 of 8 layers"
     del run.tables["layers"]["drift_prompt"]
     found = row(judge_rules(run, rules=[Above(2)]))
-    assert found["note"] == "not measured: `rules='all,above'`"
+    assert found["note"] == "not measured: diagnose with `rules='all,above'`"
     assert pd.isna(found["cutoff"])
     assert pd.isna(found["kl"])
 

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,12 @@ def make_run(
         "identity": {"weight_hash": "0" * 64, "anchors": anchors},
     }
     return Run(manifest, tables)
+
+
+def without_sweep(run):
+    """The same run as if the loss of no cutoff had been measured."""
+    cutoffs = run.cutoffs.assign(**dict.fromkeys(("kl", "top1_agreement", "nll", "nll_full"), np.nan))
+    return replace(run, manifest=run.manifest | {"sweep": False}, tables=run.tables | {"cutoffs": cutoffs})
 
 
 def save_tiny(folder, family="llama", seed=0):
