@@ -76,15 +76,15 @@ def judge_rules(
             if found:
                 row["low"], row["high"] = np.percentile(found, (5, 95), method="nearest").astype(int).tolist()
             if len(found) < len(resampled):
-                notes.append(f"found in {len(found) / len(resampled):.0%} of resamples")
+                notes.append(f"found in {len(found)} of {len(resampled)} resamples")
             row["saved"] = 1 - cutoff / run.n_layers
             row |= {name: values[cutoff - 1] for name, values in losses.items()}
             if at_knee is not None:
                 row |= {"off": cutoff - at_knee, "saved_vs_knee": (at_knee - cutoff) / run.n_layers}
+            if rule.ours and rule.name not in OURS:
+                notes.append("map ours")
         elif not absent:
-            notes.append(_why_none(rule, every))
-        if rule.ours and rule.name not in OURS:
-            notes.append("map ours")
+            notes.append(rule.why_none(every))
         rows.append({name: row.get(name) for name in COLUMNS} | {"note": "; ".join(filter(None, notes))})
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
@@ -149,13 +149,3 @@ def _mean_losses(run: Run) -> dict[str, np.ndarray]:
         return {}
     losses = measured_losses(run)
     return {name: losses[name].mean(axis=0) for name in ("kl", "nll_increase")}
-
-
-def _why_none(rule: Rule, curves: Curves) -> str:
-    """Say why a rule that has its columns finds no cutoff."""
-    for columns, names in ((curves.layers, rule.reads), (curves.heads, rule.reads_heads)):
-        for name in names:
-            missing = int(np.isnan(columns[name].reshape(curves.n_layers, -1)).any(axis=1).sum())
-            if missing:
-                return f"finds none: {name} has no value in {missing} of {curves.n_layers} layers"
-    return "finds none"

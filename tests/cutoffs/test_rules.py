@@ -134,11 +134,11 @@ def slow_cka(c):
     return depths_where(len(similarity), lambda k: k == len(similarity) or similarity[k] > 0.9)
 
 
-def slow_oracle(c):
-    (recall,) = c
-    if max(recall) <= 0:
+def slow_oracle(recall, first=0):
+    best = max(recall[first:], default=0)
+    if best <= 0:
         return None
-    return next(layer + 1 for layer, value in enumerate(recall) if value >= 0.95 * max(recall))
+    return next(layer + 1 for layer, value in enumerate(recall) if layer >= first and value >= 0.95 * best)
 
 
 def slow_duo_heads(heads):
@@ -178,8 +178,8 @@ SLOW = {
     "layerskip": lambda c: next((layer + 1 for layer, share in enumerate(c[0]) if share > 0.8), None),
     "duo-heads": slow_duo_heads,
     "duo-mass": lambda heads: tail_share([sum(row) / len(row) for row in heads], 0.05),
-    "claa": slow_oracle,
-    "oracle": slow_oracle,
+    "claa": lambda c: slow_oracle(c[0], 3),
+    "oracle": lambda c: slow_oracle(c[0]),
     "leave-one-in": lambda c: tail_share(positive(c[0]), 0.05),
     "recache": lambda c: up_to_last([i for i in chosen(c[0], round(20 / 36 * len(c[0]))) if c[0][i] > 0]),
     "leave-one-out": lambda c: up_to_last([i for i, x in enumerate(c[0]) if x > 0.1 / len(c[0])]) or 1,
@@ -291,6 +291,31 @@ def test_asl_takes_the_first_layer_below_the_ratio():
     assert asked("asl", [NAN, NAN, 1, 0.4, 0.31, 0.3]) is None
     assert asked("asl", [NAN, NAN, 1, NAN, 0.1, 0.1]) is None  # a sliding layer might have been the first
     assert asked("asl", [NAN, NAN, 1, 0.1, NAN, NAN]) == 4
+
+
+def test_recall_of_four_layers_begins_with_the_fourth():
+    assert asked("claa", [NAN, NAN, NAN, 0.2, 0.5, 0.8, 0.85]) == 7
+    assert asked("claa", [NAN, NAN, NAN, 0.2, 0.5, 0.8, NAN]) is None
+    assert asked("claa", [NAN, NAN, NAN]) is None
+    assert asked("oracle", [NAN, 0.2, 0.5, 0.8, 0.84]) is None
+    assert asked("oracle", [0.9, 0.2, 0.5, 0.8, 0.85]) == 1
+
+
+def test_why_there_is_none_is_said():
+    def why(name, values):
+        assert asked(name, values) is None
+        return RULES[name].why_none(made_curves(len(values), **{RULES[name].reads[0]: np.array(values)}))
+
+    assert why("asl", [NAN, NAN, 1, 0.5]) == "finds none: no ratio is below 0.3"
+    assert why("asl", [NAN] * 4) == (
+        "finds none: prompts are too short for it, or the first eligible layer has a sliding window"
+    )
+    assert why("asl", [NAN, 1, NAN, 0.2]) == "finds none: layers with sliding windows are not judged"
+    assert why("claa", [NAN, NAN, NAN, NAN, 0.5]) == "finds none: 1 of 5 layers have no recall"
+    assert why("claa", [NAN, NAN, NAN, 0, 0]) == "finds none: no layer recalls any of the tokens"
+    assert why("claa", [NAN, NAN]) == "finds none: the model has fewer than 4 layers"
+    assert why("cka", [0, NAN, 0]) == "finds none: cka_to_final has no value in 1 of 3 layers"
+    assert why("layerskip", [0, 0.1, 0.2]) == "finds none"
 
 
 def test_structkv_leaves_the_ends_out():

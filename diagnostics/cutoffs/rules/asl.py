@@ -36,6 +36,16 @@ class RankVariance(Rule):
             return None
         return start + found + 1
 
+    def why_none(self, curves: Curves) -> str:
+        """Say whether the ratio stays above, or is unknown; layers below the first eligible one have none."""
+        ratio = curves.layers["rank_variance_ratio"]
+        known = np.isfinite(ratio)
+        if not known.any():
+            return "finds none: prompts are too short for it, or the first eligible layer has a sliding window"
+        if not known[np.argmax(known) :].all():
+            return "finds none: layers with sliding windows are not judged"
+        return f"finds none: no ratio is below {self.max_ratio}"
+
     def remark(self, curves: Curves) -> str:
         """Say that a shallow model has its first eligible layer and look-back scaled to its depth."""
         return "scaled to the depth" if curves.n_layers < PUBLISHED_DEPTH else ""

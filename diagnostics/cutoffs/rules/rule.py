@@ -82,6 +82,15 @@ class Rule(ABC):
         """Return what a reader must know of this cutoff, such as thresholds that were scaled; else ""."""
         return ""
 
+    def why_none(self, curves: Curves) -> str:
+        """Say why a rule that has its columns finds no cutoff: numbers are missing, or its condition never holds."""
+        for columns, names in ((curves.layers, self.reads), (curves.heads, self.reads_heads)):
+            for name in names:
+                missing = int(np.isnan(columns[name].reshape(curves.n_layers, -1)).any(axis=1).sum())
+                if missing:
+                    return f"finds none: {name} has no value in {missing} of {curves.n_layers} layers"
+        return "finds none"
+
     def curve(self, curves: Curves) -> np.ndarray | None:
         """Return what the rule looks at, one number per layer [L]; None for a rule that looks at nothing."""
         return curves.layers[self.reads[0]] if self.reads and self.reads[0] in curves.layers else None
