@@ -16,7 +16,8 @@ class RecomputedAttention(AttentionRows):
 
     ``query`` [heads, rows, head_dim] and ``key`` [kv_heads, T, head_dim] are after rotary embedding and query-key norm;
     ``visible`` [rows, T] is the model's own mask (causal, sliding, ...). ``scaling``, ``softcap`` and ``sinks`` are
-    what the model's attention does to the scores.
+    what the model's attention does to the scores. ``projected`` [1, n_decode, ...] is what the projection of the
+    queries gives for the decode rows, before norm and rotary embedding, if that projection is known.
     """
 
     query: Tensor
@@ -28,6 +29,7 @@ class RecomputedAttention(AttentionRows):
     sinks: Tensor | None
     output: Tensor
     adds: Addition
+    projected: Tensor | None = None
 
     _hidden: Tensor = field(init=False, repr=False)
     _first_hidden: int = field(init=False, repr=False)

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from diagnostics.diagnosis.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys
 from diagnostics.diagnosis.capture.passes import Pass, PassCapture, Watch
+from diagnostics.diagnosis.capture.queries import known_query_projection
 from diagnostics.diagnosis.capture.residual_path import Addition, ResidualPath, Shown
 from diagnostics.models.anatomy import PER_POSITION
 from diagnostics.models.attention_tap import AttentionCall, attention_tap, eager_attention
@@ -43,6 +44,8 @@ class HooksCapture(PassCapture):
                 stack.callback(_after(anatomy.output_projections[layer], layer, taps.on_projection))
                 stack.callback(_after(self.paths[layer].adder, layer, taps.on_added))
                 stack.callback(_after(module, layer, taps.on_layer))
+                if (queries := known_query_projection(anatomy.attentions[layer])) is not None:
+                    stack.callback(_after(queries, layer, taps.on_queries))
             stack.enter_context(attention_tap(model, anatomy.attentions, taps.on_attention))
             output = runs(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options)
         return output.logits[0] if n_logits else None
@@ -61,6 +64,7 @@ class _Taps:
         self.call: tuple[AttentionCall, Tensor] | None = None
         self.shown: dict[str, Tensor] = {}
         self.added: Tensor | None = None
+        self.projected: Tensor | None = None
         # Attention of its decode rows, once it has run.
         self.attention: RecomputedAttention | None = None
         self.branching = self.sees_prompt = False
@@ -84,6 +88,11 @@ class _Taps:
             self.call = call, output[0, over.decode]
         return output, weights
 
+    def on_queries(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note the queries of the decode rows as their projection gives them."""
+        if not self.branching:
+            self.projected = output[:, self.over.decode]
+
     def on_projection(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note what entered and left the output projection."""
         if not self.branching:
@@ -106,7 +115,7 @@ class _Taps:
         self.attention = self._attention_rows(layer) if self.call is not None else None
         assert self.added is not None
         self.watch.layer(layer, self.over, before[0], residual_of(output)[0], self.added, self.attention, branch)
-        self.call, self.attention, self.shown, self.added = None, None, {}, None
+        self.call, self.attention, self.shown, self.added, self.projected = None, None, {}, None, None
 
     def _visible(self, call: AttentionCall, rows: slice) -> Tensor:
         n_rows, n_keys = call.query.shape[2], call.key.shape[2]
@@ -132,6 +141,7 @@ class _Taps:
             sinks=call.options.get("s_aux"),
             output=heads,
             adds=Addition.of(projection, self.paths[layer].multiplier, heads.flatten(1), shown),
+            projected=self.projected,
         )
 
     def _branch(

@@ -17,7 +17,7 @@ from transformers import Cache
 from diagnostics.diagnosis.capture.attention_rows import RecomputedAttention, Rows, after_window, visible_keys
 from diagnostics.diagnosis.capture.branch import AnchorRows
 from diagnostics.diagnosis.capture.passes import Pass, PassCapture, Watch
-from diagnostics.diagnosis.capture.queries import query_projection, turned_queries
+from diagnostics.diagnosis.capture.queries import query_projection, turned_queries, unturned_queries
 from diagnostics.diagnosis.capture.residual_path import Addition, Shown, multiplier_of
 from diagnostics.models.libraries import NNSIGHT, twin
 from diagnostics.models.loading import LoadedModel
@@ -113,7 +113,8 @@ class Layers:
         projection = anatomy.output_projections[layer]
 
         def rows_of(rows: slice) -> Rows:
-            query = turned_queries(attention, anatomy, queries, arguments, rows)
+            unturned = unturned_queries(attention, anatomy, queries[:, rows])
+            query = turned_queries(attention, unturned, arguments, rows)
             visible = visible_keys(arguments.get("attention_mask"), over.first_row, over.n_rows, n_keys, window, rows)
             return query, visible.to(query.device)
 
@@ -132,6 +133,7 @@ class Layers:
             sinks=getattr(attention, "sinks", None),
             output=shown.entered.unflatten(-1, (anatomy.n_heads, -1)),
             adds=Addition.of(projection, multiplier_of(anatomy.layers[layer]), shown.entered, shown),
+            projected=queries[:, over.decode],
         )
 
 

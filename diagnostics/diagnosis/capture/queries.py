@@ -4,13 +4,12 @@ For backends that see modules but not the attention function. A family that does
 is refused by the attention identity that every run checks, never served silently wrong.
 """
 
-import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diagnostics.models.anatomy import Anatomy
+from diagnostics.models.rotation import turn, turning_function
 from diagnostics.policies.arguments import take_rows
 from diagnostics.support.errors import UserError
 
@@ -20,49 +19,50 @@ FUSED = ("qkv_proj", "c_attn")
 INTERLEAVED = ("query_key_value",)  # queries, keys and values of one head side by side
 
 
+def known_query_projection(attention: nn.Module) -> nn.Module | None:
+    """Return the module whose output holds an attention's queries; None where none is known."""
+    named = (getattr(attention, name, None) for name in (*ALONE, *FUSED, *INTERLEAVED))
+    return next((module for module in named if isinstance(module, nn.Module)), None)
+
+
 def query_projection(attention: nn.Module) -> nn.Module:
-    """Return the module whose output holds an attention's queries; raise UserError where none is known."""
-    for name in (*ALONE, *FUSED, *INTERLEAVED):
-        if isinstance(module := getattr(attention, name, None), nn.Module):
-            return module
-    raise UserError(
-        f"the queries of {type(attention).__name__} come from no projection known to the nnsight backend: "
-        "use the hooks backend"
-    )
+    """Return `known_query_projection`; raise UserError where none is known."""
+    module = known_query_projection(attention)
+    if module is None:
+        raise UserError(
+            f"the queries of {type(attention).__name__} come from no projection known to the nnsight backend: "
+            "use the hooks backend"
+        )
+    return module
 
 
-def turned_queries(
-    attention: nn.Module, anatomy: Anatomy, projected: Tensor, arguments: dict[str, Any], rows: slice
-) -> Tensor:
-    """Return queries after query norm and rotary embedding, [heads, rows, head_dim].
+def unturned_queries(attention: nn.Module, anatomy: Anatomy, projected: Tensor) -> Tensor:
+    """Return queries after query norm and before rotary embedding, [1, heads, rows, head_dim].
 
-    ``projected`` is the output of `query_projection`, [1, rows, ...]; ``arguments`` are those of the layer's call.
+    ``projected`` is the output of `query_projection`, [1, rows, ...].
     """
-    query = projected[:, rows]
-    heads, width = anatomy.n_heads, anatomy.head_dim
+    heads, width, norm = anatomy.n_heads, anatomy.head_dim, _query_norm(attention)
     if hasattr(attention, INTERLEAVED[0]):
-        query = query.unflatten(-1, (heads, 3 * width))[..., :width]
-        norm = _query_norm(attention)
-        query = query if norm is None else norm(query)
-    else:
-        query = query[..., : heads * width]
-        norm = _query_norm(attention)
-        jointly = norm is not None and norm.weight.shape[0] != width  # OLMo 2 norms all heads together
-        query = norm(query) if norm is not None and jointly else query
-        query = query.unflatten(-1, (heads, width))
-        query = norm(query) if norm is not None and not jointly else query
-    query = query.transpose(1, 2)
+        query = projected.unflatten(-1, (heads, 3 * width))[..., :width]
+        return (query if norm is None else norm(query)).transpose(1, 2)
+    query = projected[..., : heads * width]
+    jointly = norm is not None and norm.weight.shape[0] != width  # OLMo 2 norms all heads together
+    query = norm(query) if norm is not None and jointly else query
+    query = query.unflatten(-1, (heads, width))
+    return (norm(query) if norm is not None and not jointly else query).transpose(1, 2)
+
+
+def turned_queries(attention: nn.Module, unturned: Tensor, arguments: dict[str, Any], rows: slice) -> Tensor:
+    """Return queries after rotary embedding, [heads, rows, head_dim].
+
+    ``unturned`` are `unturned_queries` of these rows; ``arguments`` are those of the layer's call.
+    """
     embeddings = arguments.get("position_embeddings")
-    if embeddings is not None:
-        cos, sin = take_rows(embeddings, rows)
-        turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        if turn is None:
-            raise UserError(f"the rotary embedding of {type(attention).__name__} is not known: use the hooks backend")
-        # Families that turn a part of each head take it out before the function, or leave that to the function.
-        part = getattr(attention, "rotary_ndims", width)
-        turned, kept = query[..., :part], query[..., part:]
-        query = torch.cat([turn(turned, turned, cos, sin)[0], kept], dim=-1)
-    return query[0]
+    if embeddings is None:
+        return unturned[0]
+    if turning_function(attention) is None:
+        raise UserError(f"the rotary embedding of {type(attention).__name__} is not known: use the hooks backend")
+    return turn(attention, unturned, *take_rows(embeddings, rows))[0]
 
 
 def _query_norm(attention: nn.Module) -> Any:
