@@ -20,8 +20,7 @@ import torch
 
 from diagnostics.diagnosis.capture import BACKENDS, HOOKS, make_capture
 from diagnostics.diagnosis.observers import Capture
-from diagnostics.diagnosis.probes import all_probes
-from diagnostics.diagnosis.probes.cutoff_sweep import CutoffSweep
+from diagnostics.diagnosis.probes import chosen_probes
 from diagnostics.diagnosis.probes.probe import PromptContext
 from diagnostics.diagnosis.readout import Readout
 from diagnostics.models.loading import LoadedModel, load_model
@@ -50,8 +49,7 @@ def run(lm: LoadedModel, variant: str, ids: list[int], captures: dict[str, Captu
     backend, observed = variant.split()
     n_prompt = len(ids) - N_DECODE + 1
     context = PromptContext(Layout(1, n_prompt), lm.anatomy.n_layers, Readout(lm.anatomy), lm.name)
-    probes = [probe for probe in all_probes().values() if probe is not CutoffSweep or observed == "probes+sweep"]
-    observers = [probe(context) for probe in probes]
+    observers = [probe(context) for probe in chosen_probes("all", sweep=observed == "probes+sweep").values()]
     # The last reference token is predicted, never an input: any id will do.
     reference = [*ids[n_prompt:], ids[0]]
     captures[backend].run(ids[:n_prompt], reference, observers, n_decode=N_DECODE, n_anchors=1)
