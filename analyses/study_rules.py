@@ -31,6 +31,9 @@ RESULTS = Path(__file__).parent / "results" / "rules"
 GOALS = (0.05, 0.1, 0.2)
 # Prompts of each kind by their length: long ones cost more, and vary less.
 N_PROMPTS = {512: 7, 1024: 5, 2048: 4, 4096: 3}
+# Rules with measures that cost as much as the rest of a diagnosis are judged on prompts of this length alone.
+COSTLY_LENGTH = 512
+COSTLY = ("leave-one-out", "leave-one-in", "fisher-gate")
 
 
 def measure(lm: LoadedModel, name: str, kind: str, length: int, options: argparse.Namespace, bar: Progress) -> Run:
@@ -42,7 +45,7 @@ def measure(lm: LoadedModel, name: str, kind: str, length: int, options: argpars
         prompts(kind, lm.tokenizer, length, N_PROMPTS[length], options.decode_tokens),
         decode_tokens=options.decode_tokens,
         detail_prompts=0,
-        rules=options.rules,
+        rules=["all", *COSTLY] if length == COSTLY_LENGTH else "all",
         out=out,
         resume=out.exists(),
         progress=lambda done, total, _: bar.update(line, completed=done, total=total),
@@ -56,7 +59,6 @@ def main() -> None:
     parser.add_argument("--model", action="append", metavar="NAME=MODEL", help="give it once for each model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], choices=N_PROMPTS)
     parser.add_argument("--decode-tokens", type=int, default=48, help="reference tokens per prompt")
-    parser.add_argument("--rules", default="all", help="whose readings are measured")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     models = dict(model.split("=", 1) for model in options.model or [f"{EMBEDDED_MODEL}={EMBEDDED_MODEL}"])
