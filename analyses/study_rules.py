@@ -15,17 +15,16 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
+from rules_study.scores import Measured, by_rule, fitted, readings
+from rules_study.texts import KINDS, prompts
 
 from diagnostics import Run, UserError, diagnose, load_model, load_run
-from diagnostics.cutoffs.judgement import judge_rules
 from diagnostics.cutoffs.rules import all_rules
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import LoadedModel
 from diagnostics.support.console import fail
 from diagnostics.support.files import write_json, write_text
 from diagnostics.support.versions import hardware, versions
-from rules_study.scores import Measured, by_rule, fitted, readings
-from rules_study.texts import KINDS, prompts
 
 RESULTS = Path(__file__).parent / "results" / "rules"
 GOALS = (0.05, 0.1, 0.2)
@@ -75,10 +74,10 @@ def main() -> None:
                 del lm
                 gc.collect()
             measured += [Measured(name, kind, length, runs[kind, length]) for kind, length in sets]
-    table = readings(measured, GOALS, judge_rules)
+    table = readings(measured, GOALS)
     tables = {
         "readings": table,
-        "by_rule": by_rule(table, len(measured)),
+        "by_rule": by_rule(table),
         "fitted": fitted(measured, GOALS, all_rules()),
     }
     options.results.mkdir(parents=True, exist_ok=True)

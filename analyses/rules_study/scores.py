@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from diagnostics import Run
-from diagnostics.cutoffs.judgement import knee
-from diagnostics.cutoffs.rules.reading import curves_of
-from diagnostics.cutoffs.rules.rule import Rule
+from diagnostics.cutoffs.judgement import Measures, judge_rules, knee
+from diagnostics.cutoffs.rules.rule import Curves, Rule
 
 # Factors of a rule's own threshold that are tried, 1 among them.
 FACTORS = 2.0 ** (np.arange(-40, 41) / 8)
@@ -27,35 +25,35 @@ class Measured:
     run: Run
 
 
-def readings(measured: Iterable[Measured], goals: Iterable[float], judge: Any) -> pd.DataFrame:
+def readings(measured: Iterable[Measured], goals: Iterable[float]) -> pd.DataFrame:
     """Return every rule's reading of every run at every goal, as `judge_rules` gives it."""
-    tables = [
-        judge(one.run, max_kl=goal).assign(
-            model=one.model, prompts=one.prompts, length=one.length, n_prompts=len(one.run.prompts), goal=goal
-        )
-        for one in measured
-        for goal in goals
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    return table[["model", "prompts", "length", "n_prompts", "goal", *(c for c in tables[0] if c in table)][: None]].loc[
-        :, lambda t: ~t.columns.duplicated()
-    ]
+    tables = []
+    for one in measured:
+        about = {"model": one.model, "prompts": one.prompts, "length": one.length, "n_prompts": len(one.run.prompts)}
+        for goal in goals:
+            read = judge_rules(one.run, max_kl=goal)
+            tables.append(pd.DataFrame(about | {"goal": goal}, index=read.index).join(read))
+    return pd.concat(tables, ignore_index=True)
 
 
-def by_rule(table: pd.DataFrame, n_runs: int) -> pd.DataFrame:
-    """Return per rule and goal: runs with a cutoff, shares exact and within one layer of all runs, the worst errors."""
+def by_rule(table: pd.DataFrame) -> pd.DataFrame:
+    """Return per rule and goal: runs that have its measures, shares exact and within one layer of them, worst errors.
+
+    A run where the rule finds no cutoff counts as missed.
+    """
     rows = []
-    for (goal, rule), group in table.groupby(["goal", "rule"], sort=False):
+    asked = table[~table["note"].str.startswith("not measured")]
+    for (goal, rule), group in asked.groupby(["goal", "rule"], sort=False):
         off = group["off"].dropna().astype(int)
         rows.append(
             {
                 "goal": goal,
                 "rule": rule,
                 "title": group["title"].iloc[0],
-                "runs": n_runs,
+                "runs": len(group),
                 "found": len(off),
-                "exact": (off == 0).sum() / n_runs,
-                "within_1": (off.abs() <= WITHIN).sum() / n_runs,
+                "exact": (off == 0).sum() / len(group),
+                "within_1": (off.abs() <= WITHIN).sum() / len(group),
                 "mean_error": off.abs().mean(),
                 "lowest": off.min(),
                 "highest": off.max(),
@@ -68,16 +66,22 @@ def by_rule(table: pd.DataFrame, n_runs: int) -> pd.DataFrame:
 def fitted(measured: list[Measured], goals: Iterable[float], rules: Mapping[str, Rule]) -> pd.DataFrame:
     """Return per rule and goal how it does with its threshold fitted to all models but the one that it is tried on.
 
-    ``low`` and ``high`` bound the thresholds that stay within one layer on every run, where there are any.
+    Only rules with one threshold, whose measures all runs have. ``low`` and ``high`` bound the thresholds that stay
+    within one layer on every run, where there are any.
     """
+    every = [Measures(one.run, rules.values()) for one in measured]
+    models = np.array([one.model for one in measured])
     rows = []
-    for name, rule in rules.items():
-        threshold = threshold_of(rule)
-        for goal in goals if threshold else ():
-            errors = {
-                value: np.array([_error(variant, one, goal) for one in measured]) for value, variant in _variants(rule)
-            }
-            models = np.array([one.model for one in measured])
+    for goal in goals:
+        wanted = [knee(one.run, goal) for one in measured]
+        curves = [
+            next(m.means(np.ones((1, len(one.run.prompts))), goal)) for m, one in zip(every, measured, strict=True)
+        ]
+        for name, rule in rules.items():
+            threshold = threshold_of(rule)
+            if threshold is None or any(measures.absent(rule) for measures in every):
+                continue
+            errors = {value: _errors(variant, curves, wanted) for value, variant in _variants(rule, threshold)}
             left_out = np.concatenate([_tried(errors, models == model) for model in dict.fromkeys(models)])
             room = [value for value, found in errors.items() if (np.abs(found) <= WITHIN).all()]
             rows.append(
@@ -85,7 +89,7 @@ def fitted(measured: list[Measured], goals: Iterable[float], rules: Mapping[str,
                     "goal": goal,
                     "rule": name,
                     "threshold": threshold,
-                    "own": getattr(rule, str(threshold)),
+                    "own": getattr(rule, threshold),
                     "low": min(room, default=np.nan),
                     "high": max(room, default=np.nan),
                     "left_out_within_1": (np.abs(left_out) <= WITHIN).mean(),
@@ -98,22 +102,20 @@ def fitted(measured: list[Measured], goals: Iterable[float], rules: Mapping[str,
 
 def threshold_of(rule: Rule) -> str | None:
     """Return the name of a rule's one threshold; None for a rule that has none, or several."""
-    names = [field.name for field in fields(rule) if isinstance(getattr(rule, field.name), float)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(rule) if isinstance(getattr(rule, field.name), float)]
     return names[0] if len(names) == 1 else None
 
 
-def _variants(rule: Rule) -> Iterator[tuple[float, Rule]]:
-    name = threshold_of(rule)
-    assert name is not None
+def _variants(rule: Rule, threshold: str) -> Iterator[tuple[float, Rule]]:
     for factor in FACTORS:
-        value = getattr(rule, name) * float(factor)
-        yield value, replace(rule, **{name: value})  # type: ignore[type-var]
+        value = getattr(rule, threshold) * float(factor)
+        yield value, replace(rule, **{threshold: value})
 
 
-def _error(rule: Rule, one: Measured, goal: float) -> int:
-    """Cutoff minus knee; a rule that finds none is off by all layers."""
-    cutoff, wanted = rule.cutoff(curves_of(one.run, goal)), knee(one.run, goal)
-    return one.run.n_layers if cutoff is None else cutoff - wanted
+def _errors(rule: Rule, curves: list[Curves], wanted: list[int]) -> np.ndarray:
+    """Return cutoff minus knee of every run; a rule that finds none is off by all layers."""
+    found = [rule.cutoff(one) for one in curves]
+    return np.array([one.n_layers if k is None else k - at for one, k, at in zip(curves, found, wanted, strict=True)])
 
 
 def _tried(errors: Mapping[float, np.ndarray], left_out: np.ndarray) -> np.ndarray:
