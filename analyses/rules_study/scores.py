@@ -70,6 +70,7 @@ def fitted(measured: list[Measured], goals: Iterable[float], rules: Mapping[str,
     within one layer on every run, where there are any.
     """
     every = [Measures(one.run, rules.values()) for one in measured]
+    whole = [np.ones((1, len(one.run.prompts))) for one in measured]
     models = np.array([one.model for one in measured])
     rows = []
     for goal in goals:

@@ -18,15 +18,19 @@ GOAL_EXPONENT = 0.5
 UPTAKE_HELD = "within one layer of the measured knee on 6 of 6 runs of three models"
 
 
-def uptake_limit(max_kl: float) -> float:
-    """Return the uptake that may be left above a cutoff, from the goal in nats per token."""
-    return MAX_UPTAKE_ABOVE * (max_kl / MAX_KL) ** GOAL_EXPONENT
+def uptake_limit(max_kl: float, max_uptake_above: float = MAX_UPTAKE_ABOVE) -> float:
+    """Return the uptake that may be left above a cutoff, from the goal and from what may be left at a goal of 0.1.
+
+    Goals are in nats per token.
+    """
+    return max_uptake_above * (max_kl / MAX_KL) ** GOAL_EXPONENT
 
 
 @dataclass(frozen=True)
 class Uptake(Rule):
     """Smallest k with the sum of uptake over layers >= k within a limit, which follows the goal."""
 
+    max_uptake_above: float = MAX_UPTAKE_ABOVE  # at a goal of MAX_KL
     name = "uptake"
     title = "Uptake above (ours)"
     source = "this project: measured on real models, see the study of rules"
@@ -38,7 +42,7 @@ class Uptake(Rule):
     def cutoff(self, curves: Curves) -> int | None:
         """Return the smallest cutoff above which at most the limit is left."""
         uptake = curves.layers.get("uptake")
-        return None if uptake is None else first_tail_within(uptake, uptake_limit(curves.max_kl))
+        return None if uptake is None else first_tail_within(uptake, uptake_limit(curves.max_kl, self.max_uptake_above))
 
 
 RULES = (Uptake(),)
