@@ -66,22 +66,19 @@ def by_rule(table: pd.DataFrame) -> pd.DataFrame:
 def fitted(measured: list[Measured], goals: Iterable[float], rules: Mapping[str, Rule]) -> pd.DataFrame:
     """Return per rule and goal how it does with its threshold fitted to all models but the one that it is tried on.
 
-    Only rules with one threshold, whose measures all runs have. ``low`` and ``high`` bound the thresholds that stay
-    within one layer on every run, where there are any.
+    Only rules with one threshold, on the runs that have their measures. ``low`` and ``high`` bound the thresholds that
+    stay within one layer on all of these, where there are any.
     """
-    every = [Measures(one.run, rules.values()) for one in measured]
-    whole = [np.ones((1, len(one.run.prompts))) for one in measured]
-    models = np.array([one.model for one in measured])
     rows = []
-    for goal in goals:
-        wanted = [knee(one.run, goal) for one in measured]
-        curves = [
-            next(m.means(np.ones((1, len(one.run.prompts))), goal)) for m, one in zip(every, measured, strict=True)
-        ]
-        for name, rule in rules.items():
-            threshold = threshold_of(rule)
-            if threshold is None or any(measures.absent(rule) for measures in every):
-                continue
+    for name, rule in rules.items():
+        threshold = threshold_of(rule)
+        every = [(one, measures) for one in measured if not (measures := Measures(one.run, [rule])).absent(rule)]
+        if threshold is None or not every:
+            continue
+        models = np.array([one.model for one, _ in every])
+        for goal in goals:
+            wanted = [knee(one.run, goal) for one, _ in every]
+            curves = [next(measures.means(np.ones((1, len(one.run.prompts))), goal)) for one, measures in every]
             errors = {value: _errors(variant, curves, wanted) for value, variant in _variants(rule, threshold)}
             left_out = np.concatenate([_tried(errors, models == model) for model in dict.fromkeys(models)])
             room = [value for value, found in errors.items() if (np.abs(found) <= WITHIN).all()]
@@ -90,6 +87,7 @@ def fitted(measured: list[Measured], goals: Iterable[float], rules: Mapping[str,
                     "goal": goal,
                     "rule": name,
                     "threshold": threshold,
+                    "runs": len(every),
                     "own": getattr(rule, threshold),
                     "low": min(room, default=np.nan),
                     "high": max(room, default=np.nan),
