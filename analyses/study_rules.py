@@ -15,8 +15,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from rules_study.scores import Measured, by_rule, fitted, readings
-from rules_study.texts import KINDS, prompts
 
 from diagnostics import Run, UserError, diagnose, load_model, load_run
 from diagnostics.cutoffs.rules import all_rules
@@ -25,6 +23,8 @@ from diagnostics.models.loading import LoadedModel
 from diagnostics.support.console import fail
 from diagnostics.support.files import write_json, write_text
 from diagnostics.support.versions import hardware, versions
+from rules_study.scores import Measured, by_rule, fitted, readings
+from rules_study.texts import KINDS, prompts
 
 RESULTS = Path(__file__).parent / "results" / "rules"
 GOALS = (0.05, 0.1, 0.2)
