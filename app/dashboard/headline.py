@@ -15,6 +15,7 @@ from dashboard.steps import steps
 from diagnostics.cutoffs.answer import ANSWER_LENGTH, answer
 from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.cutoffs.recommendation import Recommendation
+from diagnostics.cutoffs.region_verdicts import region_verdict
 from diagnostics.cutoffs.savings import Savings, predict_savings
 from diagnostics.runs.run import Run
 
@@ -31,8 +32,9 @@ def headline(entry: Entry) -> None:
     savings = savings_at(run, recommendation.cutoff, n_prompt)
     at_length = replace(recommendation, data=recommendation.data | {"predicted": [savings.to_dict()]})
     sentence.markdown(f"#### {md(answer(at_length, n_prompt))}")
-    measured = f"{md(run.manifest['model'])}, measured on {len(run.prompts)} prompts."
-    subject.caption(f"{measured} Goal: {md(goal(recommendation))}.")
+    of = f"{len(run.prompts)} prompts"
+    measured = f"measured on {of}" if recommendation.measured else f"its layers on {of}; no loss was measured"
+    subject.caption(f"{md(run.manifest['model'])}, {measured}. Goal: {md(goal(recommendation))}.")
     if problem := goals_problem(entry):
         st.warning(md(problem))
     show(
@@ -67,8 +69,6 @@ def savings_at(run: Run, cutoff: int, n_prompt: int) -> Savings:
 
 def numbers(run: Run, recommendation: Recommendation, savings: Savings) -> None:
     """Show the cutoff, what it changes and what it saves."""
-    at = recommendation.evidence[recommendation.cutoff - 1]
-    bound = "" if at["kl_bound"] is None else f", at most {at['kl_bound']:.3f} by its bound"
     length = f"{savings.n_prompt:,} tokens"
     cards(
         [
@@ -78,12 +78,30 @@ def numbers(run: Run, recommendation: Recommendation, savings: Savings) -> None:
                 f"layers, {recommendation.data['depth_fraction']:.0%} of the depth",
                 "cutoff",
             ),
-            Card("KL from full depth", f"{at['kl']:.3f}", f"nats per token{bound}", "KL"),
-            Card("Same top token", f"{at['top1_agreement']:.1%}", "of decode positions", "same top token"),
+            *loss_cards(recommendation),
             Card("TTFT", f"{savings.ttft_ratio:.2f}", f"of full depth, predicted at {length}", "TTFT"),
             Card("KV cache", f"{savings.kv_ratio:.2f}", f"of full depth, at {length}", "KV cache"),
         ]
     )
+
+
+def loss_cards(recommendation: Recommendation) -> list[Card]:
+    """Return what the cutoff changes; where no loss was measured, what our rule goes by."""
+    if not recommendation.measured:
+        return [uptake_card(recommendation, recommendation.cutoff)]
+    at = recommendation.evidence[recommendation.cutoff - 1]
+    bound = "" if at["kl_bound"] is None else f", at most {at['kl_bound']:.3f} by its bound"
+    return [
+        Card("KL from full depth", f"{at['kl']:.3f}", f"nats per token{bound}", "KL"),
+        Card("Same top token", f"{at['top1_agreement']:.1%}", "of decode positions", "same top token"),
+    ]
+
+
+def uptake_card(recommendation: Recommendation, cutoff: int) -> Card:
+    """Return the uptake that a cutoff leaves above it, which our rule limits."""
+    left = float(recommendation.regions.uptake[cutoff:].sum())
+    limit = recommendation.data["agreement"]["max_uptake_above"]
+    return Card("Uptake left above", f"{left:.3f}", f"our rule allows {limit:.3g}; no loss was measured", "uptake")
 
 
 def onwards() -> None:
@@ -102,7 +120,11 @@ def onwards() -> None:
 def goal(recommendation: Recommendation) -> str:
     """Say in words what was asked of the cutoff."""
     criterion = recommendation.data["criterion"]
-    sure = "" if "kv_budget" in criterion else f", with {criterion['confidence']:.0%} confidence"
+    sure = (
+        ""
+        if "kv_budget" in criterion or not recommendation.measured
+        else f", with {criterion['confidence']:.0%} confidence"
+    )
     return f"{goals_in_words(criterion)}{sure}"
 
 
@@ -112,23 +134,22 @@ def plain(note: object) -> str:
 
 
 def agreement(recommendation: Recommendation) -> str:
-    """Say where the layers alone would put the cutoff, and whether the measured loss agrees."""
-    said: dict[str, Any] = recommendation.data["agreement"]
+    """Say what the regions are, where the layers alone put the cutoff, and whether the measured loss agrees."""
     selection, stabilization = recommendation.selection_region, recommendation.stabilization_region
-    stable = ""
-    if stabilization is not None:
-        stable = f" From layer {stabilization.first} on the prompt hardly changes any more."
-    if selection is None:
-        return f"The layers alone: no selection region was found; the measured loss decides.{stable}"
-    where = f"layers {selection.first} to {selection.last} select from the prompt"
-    cutoff = f"That puts the cutoff at {said['cutoff_by_selection']}"
-    if said["agree"] is None:
-        return f"The layers alone: {where}. {cutoff}; the loss was not measured.{stable}"
-    verdict = "agrees" if said["agree"] else "**differs**, and decides"
-    return f"The layers alone: {where}. {cutoff}; the measured loss {verdict}.{stable}"
+    parts = []
+    if selection is not None:
+        parts.append(f"Layers {selection.first} to {selection.last} select from the prompt.")
+    parts.append(md(region_verdict(recommendation)))
+    if stabilization is None:
+        parts.append("No stabilization region was found: the prompt changes up to the last layers.")
+    else:
+        parts.append(
+            f"From layer {stabilization.first} on the prompt hardly changes, which says nothing of the cutoff."
+        )
+    return " ".join(parts)
 
 
 def _figure(run: Run, recommendation: Recommendation) -> Any:
-    from diagnostics.figures import measured_loss
+    from diagnostics.figures import measured_loss, uptake_above
 
-    return measured_loss(run, recommendation)
+    return (measured_loss if recommendation.measured else uptake_above)(run, recommendation)

@@ -9,6 +9,7 @@ from dashboard.address import bind, number, one_of, some_of
 from dashboard.catalog import Entry
 from dashboard.differences import differing_settings
 from dashboard.ending import end_page
+from dashboard.markdown import md
 from dashboard.state import current_entry, empty_state, entries, open_run, recommendation, runs_folder, show
 from diagnostics import figures
 from diagnostics.runs.run import Run
@@ -46,17 +47,18 @@ def colours_of(names: list[str]) -> list[str]:
 
 def line(name: str, entry: Entry, run: Run, limit: float) -> dict[str, Any]:
     """Return one line of the table: what a run recommends under the goal of all."""
-    data = recommendation(entry, {"max_kl": limit}).data
-    at = data["evidence"][data["cutoff"] - 1]
+    recommended = recommendation(entry, {"max_kl": limit})
+    data = recommended.data
+    at = recommended.evidence[recommended.cutoff - 1] if recommended.measured else {}
     return {
         "run": name,
         "model": run.manifest["model"],
         "cutoff": data["cutoff"],
         "layers": run.n_layers,
         "depth": data["depth_fraction"],
-        "KL": at["kl"],
-        "bound": at["kl_bound"],
-        "same top token": at["top1_agreement"],
+        "KL": at.get("kl"),
+        "bound": at.get("kl_bound"),
+        "same top token": at.get("top1_agreement"),
         "prompts": len(run.prompts),
     }
 
@@ -80,6 +82,9 @@ if not chosen:
     end_page()
 runs = [open_run(readable[name]) for name in chosen]
 colours = colours_of(chosen)
+unmeasured = [name for name, run in zip(chosen, runs, strict=True) if not run.has_sweep]
+if unmeasured:
+    st.info(f"No loss was measured in {md(', '.join(unmeasured))}: the cutoff there is by our rule.")
 show(
     readable[chosen[0]],
     "comparison",

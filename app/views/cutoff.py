@@ -10,9 +10,10 @@ from dashboard.cards import Card, cards
 from dashboard.catalog import Entry
 from dashboard.ending import end_page
 from dashboard.export import export
-from dashboard.headline import choose_length, goal, plain, savings_at
+from dashboard.headline import choose_length, goal, plain, savings_at, uptake_card
 from dashboard.look import beside
 from dashboard.markdown import md
+from dashboard.rules import rules
 from dashboard.state import current_run, goals_problem, recommendation, saved_recommendation, show
 from diagnostics import figures
 from diagnostics.cutoffs.losses import loss_by_category
@@ -36,15 +37,19 @@ GOALS = {
     "min_agreement": ("Next tokens that stay the same", "at least, share", "same top token", 0.5, 1.0, 0.005),
     "kv_budget": ("Size of the KV cache", "at most, share of full depth", "KV cache", 0.05, 1.0, 0.01),
 }
+# Goals that need no measured loss: our rule follows the one, the other counts bytes.
+WITHOUT_LOSS = ("max_kl", "kv_budget")
 DEFAULTS = {"max_kl": 0.1, "max_nll_increase": 0.1, "min_agreement": 0.9, "kv_budget": 0.75}
 
 
 def choose_goals(entry: Entry, place: Any) -> dict[str, float]:
     """Let the reader choose goals and their limits; they begin with those that were saved with the run."""
-    saved = saved_recommendation(entry).data["criterion"]
+    first_answer = saved_recommendation(entry)
+    saved = first_answer.data["criterion"]
+    offered = [name for name in GOALS if first_answer.measured or name in WITHOUT_LOSS]
     with place.popover("Goal", icon=":material/flag:"):
-        bind("goals", "goals", [name for name in GOALS if name in saved], some_of(GOALS), of=entry.name)
-        names = st.multiselect("What is limited", list(GOALS), format_func=lambda name: GOALS[name][0], key="goals")
+        bind("goals", "goals", [name for name in offered if name in saved], some_of(offered), of=entry.name)
+        names = st.multiselect("What is limited", offered, format_func=lambda name: GOALS[name][0], key="goals")
         limits: dict[str, float] = {}
         for name in names:
             title, words, term, low, high, step = GOALS[name]
@@ -55,7 +60,7 @@ def choose_goals(entry: Entry, place: Any) -> dict[str, float]:
                 f"{title}: {words}", low, high, step=step, format="%.3f", key=name, help=GLOSSARY[term]
             )
         each = False
-        if names and "kv_budget" not in names:
+        if names and "kv_budget" not in names and first_answer.measured:
             bind("each", "every_category", bool(saved.get("every_category")), flag(), of=entry.name)
             each = st.toggle("For every kind of prompt, not only on average", key="each")
     if not limits:
@@ -79,7 +84,10 @@ def choose_cutoff(entry: Entry, run: Run, recommended: int) -> int:
 
 def verdict(place: Any, entry: Entry, rec: Recommendation, cutoff: int) -> None:
     """Say whether the cutoff meets the goal, and lead back to the recommended one."""
-    if rec.evidence[cutoff - 1]["admissible"]:
+    if not rec.measured:
+        lower = f", and {cutoff} is lower" if cutoff < rec.cutoff else ""
+        place.info(f"No loss was measured. Our rule says {rec.cutoff}{lower}: {md(goal(rec))}.", icon=":material/info:")
+    elif rec.evidence[cutoff - 1]["admissible"]:
         place.success(f"Cutoff {cutoff} meets the goal: {md(goal(rec))}.", icon=":material/check:")
     else:
         place.warning(f"Cutoff {cutoff} does not meet the goal: {md(goal(rec))}.", icon=":material/warning:")
@@ -93,12 +101,18 @@ def verdict(place: Any, entry: Entry, rec: Recommendation, cutoff: int) -> None:
 
 def evidence(rec: Recommendation, cutoff: int, savings: Savings) -> None:
     """Show in four numbers what was measured at the cutoff, and what it is predicted to save."""
-    at = rec.evidence[cutoff - 1]
     kept, full = savings.kv_bytes / 2**20, savings.kv_bytes_full / 2**20
-    cards(
-        [
+    if rec.measured:
+        at = rec.evidence[cutoff - 1]
+        losses = [
             Card("KL from full depth", f"{at['kl']:.3f}", f"nats per token, {bound(at['kl_bound'], '.3f')}", "KL"),
             Card("Same top token", f"{at['top1_agreement']:.1%}", "of decode positions", "same top token"),
+        ]
+    else:
+        losses = [uptake_card(rec, cutoff)]
+    cards(
+        [
+            *losses,
             Card("TTFT", f"{savings.ttft_ratio:.3f}", f"of full: {savings.speedup_ttft:.2f} times as fast", "TTFT"),
             Card("KV cache", f"{savings.kv_ratio:.3f}", f"of full: {kept:,.1f} of {full:,.1f} MiB", "KV cache"),
         ]
@@ -109,7 +123,7 @@ def evidence(rec: Recommendation, cutoff: int, savings: Savings) -> None:
 
 def more(run: Run, rec: Recommendation, cutoff: int, savings: Savings) -> None:
     """Show the other numbers, and the loss of every kind of prompt."""
-    at, kept = rec.evidence[cutoff - 1], retention_at(run, cutoff)
+    kept = retention_at(run, cutoff)
 
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
@@ -117,12 +131,7 @@ def more(run: Run, rec: Recommendation, cutoff: int, savings: Savings) -> None:
     with st.expander("More numbers at this cutoff", icon=":material/more_horiz:"):
         cards(
             [
-                Card(
-                    "NLL increase",
-                    f"{at['nll_increase']:+.3f}",
-                    f"nats per token, {bound(at['nll_increase_bound'], '+.3f')}",
-                    "NLL increase",
-                ),
+                *nll_card(rec, cutoff),
                 Card("Attention kept", share(kept["mass_prompt"]), "of the mass on the prompt", "attention kept"),
                 Card(
                     "Contribution kept",
@@ -133,8 +142,18 @@ def more(run: Run, rec: Recommendation, cutoff: int, savings: Savings) -> None:
                 Card("TPOT", f"{savings.tpot_ratio:.3f}", "of full, predicted by bytes read", "TPOT"),
             ]
         )
-        losses = pd.Series(loss_by_category(run, cutoff), name="KL, nats per token").rename_axis("kind of prompt")
-        st.dataframe(losses.sort_values(ascending=False).reset_index(), hide_index=True)
+        if rec.measured:
+            losses = pd.Series(loss_by_category(run, cutoff), name="KL, nats per token").rename_axis("kind of prompt")
+            st.dataframe(losses.sort_values(ascending=False).reset_index(), hide_index=True)
+
+
+def nll_card(rec: Recommendation, cutoff: int) -> list[Card]:
+    """Return how much less likely the answers get; nothing where no loss was measured."""
+    if not rec.measured:
+        return []
+    at = rec.evidence[cutoff - 1]
+    note = f"nats per token, {bound(at['nll_increase_bound'], '+.3f')}"
+    return [Card("NLL increase", f"{at['nll_increase']:+.3f}", note, "NLL increase")]
 
 
 def bound(value: float | None, form: str) -> str:
@@ -179,6 +198,7 @@ with narrow:
 with wide:
     shown = drawn(entry, run, rec, n_prompt, k)
 more(run, rec, k, savings)
+rules(entry, run, rec)
 export(entry, rec, k, shown)
 for note in rec.data["notes"]:
     st.caption(f":material/info: {plain(note)}")

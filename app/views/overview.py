@@ -41,8 +41,10 @@ def row(entry: Entry) -> dict[str, object]:
             savings = savings_at(open_run(entry), recommended.cutoff, ANSWER_LENGTH)
         except UserError as error:
             return line | {"status": "damaged", "problem": reason(entry, str(error))}
-        at = recommended.evidence[recommended.cutoff - 1]
-        line |= {"cutoff": recommended.cutoff, "KL": at["kl"], "bound": at["kl_bound"], "TTFT": savings.ttft_ratio}
+        line |= {"cutoff": recommended.cutoff, "TTFT": savings.ttft_ratio}
+        if recommended.measured:
+            at = recommended.evidence[recommended.cutoff - 1]
+            line |= {"KL": at["kl"], "bound": at["kl_bound"]}
     return line
 
 
@@ -89,7 +91,9 @@ def table(listed: list[Entry]) -> None:
             "cutoff": st.column_config.NumberColumn(
                 "cutoff", help="recommended: layers that prompt tokens run through"
             ),
-            "KL": st.column_config.NumberColumn("KL", format="%.3f", help="at the cutoff, nats per token, mean"),
+            "KL": st.column_config.NumberColumn(
+                "KL", format="%.3f", help="at the cutoff, nats per token, mean; empty where no loss was measured"
+            ),
             "bound": st.column_config.NumberColumn("bound", format="%.3f", help="upper 95% bound of that mean"),
             "TTFT": st.column_config.NumberColumn(
                 "TTFT", format="%.2f", help="predicted at 8192 prompt tokens, of full depth"

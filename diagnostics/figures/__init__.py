@@ -11,6 +11,7 @@ from diagnostics.figures.heads import head_map
 from diagnostics.figures.layers import layer_curves, layer_panel, layer_sentences
 from diagnostics.figures.lens import logit_lens
 from diagnostics.figures.quality import quality_by_cutoff, quality_differences, quality_failures, quality_scores
+from diagnostics.figures.rules import must_see, rule_cutoffs, uptake_above
 from diagnostics.figures.style import PALETTE
 from diagnostics.figures.values import figure_values
 
@@ -30,9 +31,12 @@ __all__ = [
     "layer_sentences",
     "logit_lens",
     "measured_loss",
+    "must_see",
     "quality_by_cutoff",
     "quality_differences",
     "quality_failures",
     "quality_scores",
     "retention",
+    "rule_cutoffs",
+    "uptake_above",
 ]

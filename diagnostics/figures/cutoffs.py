@@ -29,6 +29,7 @@ from diagnostics.figures.style import (
     tick,
 )
 from diagnostics.runs.run import Run
+from diagnostics.support.errors import require
 from diagnostics.support.finite import finite_mean
 
 CUTOFF_AXIS = "cutoff: layers that prompt tokens run through"
@@ -41,10 +42,15 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
     """Draw the measured loss against the cutoff above the savings predicted for prompts of ``n_prompt`` tokens.
 
     The band reaches up to the confidence bound that decides; the tolerance is dashed. Loss is on a logarithmic axis.
-    The grey line is the recommended cutoff; the dotted line is ``cutoff``, another one to inspect.
+    The grey line is the recommended cutoff; the dotted line is ``cutoff``, another one to inspect. Without a measured
+    loss there are the savings alone.
     """
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.13, row_heights=[0.6, 0.4])
-    _add_loss(figure, run, recommendation)
+    rows = 2 if recommendation.measured else 1
+    figure = make_subplots(
+        rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.13, row_heights=[0.6, 0.4] if rows == 2 else None
+    )
+    if recommendation.measured:
+        _add_loss(figure, run, recommendation)
     ratios = _predicted(run, n_prompt)
     # TTFT and KV nearly coincide: KV is a broad band of colour below TTFT's thin line.
     broad = {"color": PURPLE, "width": 8}
@@ -54,17 +60,24 @@ def cutoff_loss(run: Run, recommendation: Recommendation, n_prompt: int = 8192, 
         ("ttft_ratio", "TTFT", {"line": {"color": ORANGE}}),
         ("tpot_ratio", "TPOT", {"line": {"color": GREEN, "dash": "dot"}, "marker": {"symbol": "diamond"}}),
     ):
-        add_line(figure, ratios["cutoff"], ratios[column], f"{name}, predicted", GREEN, hover, row=2)
+        add_line(figure, ratios["cutoff"], ratios[column], f"{name}, predicted", GREEN, hover, row=rows)
         figure.data[-1].update(look)
-    figure.update_yaxes(title_text="of full depth", range=[0, 1.05], row=2, col=1)
-    figure.update_xaxes(title_text=CUTOFF_AXIS, row=2, col=1)
-    _mark_cutoffs(figure, recommendation.cutoff, cutoff, rows=2)
+    figure.update_yaxes(title_text="of full depth", range=[0, 1.05], row=rows, col=1)
+    figure.update_xaxes(title_text=CUTOFF_AXIS, row=rows, col=1)
+    _mark_cutoffs(figure, recommendation.cutoff, cutoff, rows)
     _align(figure, run.n_layers)
-    return legend_at_each_panel(finished(figure, f"Loss, and savings at {n_prompt:,} tokens", 600, about(run)))
+    title, height = (f"Loss, and savings at {n_prompt:,} tokens", 600)
+    if not recommendation.measured:
+        title, height = (f"Savings at {n_prompt:,} tokens", 400)
+    return legend_at_each_panel(finished(figure, title, height, about(run)))
 
 
 def measured_loss(run: Run, recommendation: Recommendation) -> go.Figure:
-    """Draw the measured loss alone, small, with the recommended cutoff: the headline in one picture."""
+    """Draw the measured loss alone, small, with the recommended cutoff: the headline in one picture.
+
+    Raises UserError for a run without a sweep.
+    """
+    require(recommendation.measured, f"run {run.name!r} has no measured loss: it was diagnosed without the sweep")
     figure = make_subplots(rows=1, cols=1)
     _add_loss(figure, run, recommendation)
     figure.update_xaxes(title_text=CUTOFF_AXIS)

@@ -10,13 +10,15 @@ from diagnostics.cutoffs.answer import ANSWER_LENGTH, answer
 from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.cutoffs.losses import ROUNDING
 from diagnostics.cutoffs.recommendation import Recommendation
+from diagnostics.cutoffs.region_verdicts import region_lines, region_verdict
 from diagnostics.generation.benchmark_folder import Benchmark
 from diagnostics.report.benchmarks import benchmark_parts
 from diagnostics.report.document import Card, Facts, Page, Part, Picture, Section, Table
 from diagnostics.report.facts import run_facts
+from diagnostics.report.rules import rules_section
 from diagnostics.report.tables import from_frame, from_terminal
 from diagnostics.runs.run import Run
-from diagnostics.terminal.diagnosis import NO_REGION, loss_table, region_verdict, savings_table
+from diagnostics.terminal.diagnosis import loss_table, savings_table
 from diagnostics.terminal.units import readable_bytes
 
 
@@ -29,7 +31,7 @@ def report(run: Run, recommendation: Recommendation, benchmark: Benchmark | None
         title=f"Cutoff {recommendation.cutoff} of {run.n_layers} for {run.manifest['model']}",
         answer=answer(recommendation),
         cards=run_cards(recommendation),
-        remarks=[goal(run, recommendation), *filter(None, [region_verdict(recommendation)])],
+        remarks=[goal(run, recommendation), region_verdict(recommendation)],
         notes=recommendation.data["notes"],
         sections=[*sections, Section("How this was measured", [Facts(run_facts(run))])],
     ).render()
@@ -37,19 +39,28 @@ def report(run: Run, recommendation: Recommendation, benchmark: Benchmark | None
 
 def run_cards(recommendation: Recommendation) -> list[Card]:
     """Return the numbers of the recommended cutoff."""
-    data, at = recommendation.data, recommendation.evidence[recommendation.cutoff - 1]
+    data = recommendation.data
     saved = min(data["predicted"], key=lambda savings: abs(savings["n_prompt"] - ANSWER_LENGTH))
-    bound = "no bound: too few prompts" if at["kl_bound"] is None else f"bound {at['kl_bound']:.3f}, nats per token"
     length = f"predicted at {saved['n_prompt']:,} tokens"
     held = f"{readable_bytes(saved['kv_bytes'])} of {readable_bytes(saved['kv_bytes_full'])}"
     return [
         Card(
             "Cutoff", f"{recommendation.cutoff} of {data['n_layers']}", f"layers, {data['depth_fraction']:.0%} of all"
         ),
-        Card("KL from full depth", f"{at['kl']:.3f}", bound),
-        Card("Same top token", f"{at['top1_agreement']:.1%}", "of the next tokens"),
+        *_loss_cards(recommendation),
         Card("TTFT", f"{saved['ttft_ratio'] - 1:+.0%}", length),
         Card("KV cache", f"{saved['kv_ratio'] - 1:+.0%}", f"{held} at {saved['n_prompt']:,} tokens"),
+    ]
+
+
+def _loss_cards(recommendation: Recommendation) -> list[Card]:
+    if not recommendation.measured:
+        return [Card("KL from full depth", "-", "not measured: a run without the sweep")]
+    at = recommendation.evidence[recommendation.cutoff - 1]
+    bound = "no bound: too few prompts" if at["kl_bound"] is None else f"bound {at['kl_bound']:.3f}, nats per token"
+    return [
+        Card("KL from full depth", f"{at['kl']:.3f}", bound),
+        Card("Same top token", f"{at['top1_agreement']:.1%}", "of the next tokens"),
     ]
 
 
@@ -57,33 +68,27 @@ def goal(run: Run, recommendation: Recommendation) -> str:
     """Say which goal the cutoff meets, and on what."""
     criterion, lengths = recommendation.data["criterion"], run.prompts["n_prompt"]
     of = "1 prompt" if len(lengths) == 1 else f"{len(lengths)} prompts"
+    sure = f", with {criterion['confidence']:.0%} confidence" if recommendation.measured else ""
+    layers = "Measured" if recommendation.measured else "No loss was measured; the layers were diagnosed"
     return (
-        f"Goal: {goals_in_words(criterion)}, with {criterion['confidence']:.0%} confidence. "
-        f"Measured on {of} of {lengths.min():,} to {lengths.max():,} tokens."
+        f"Goal: {goals_in_words(criterion)}{sure}. {layers} on {of} of {lengths.min():,} to {lengths.max():,} tokens."
     )
 
 
 def run_sections(run: Run, recommendation: Recommendation) -> list[Section]:
-    """Return what a run has to show: losses, savings, categories, layers, prompts."""
+    """Return what a run has to show: losses, savings, categories, rules, layers, prompts."""
     return [
-        Section(
-            "Loss at every cutoff",
-            [
-                Picture(figures.cutoff_loss(run, recommendation), _loss_caption(recommendation)),
-                from_terminal(loss_table(recommendation), caption="Around the recommended cutoff; means over prompts"),
-            ],
-        ),
+        _loss(run, recommendation),
         Section(
             "Predicted savings",
             ["What the recommended cutoff saves, as changes from full depth.", _savings(recommendation)],
         ),
-        Section("Loss by category of prompts", [_categories(run, recommendation)]),
+        *([Section("Loss by category of prompts", [_categories(run, recommendation)])] if run.has_sweep else []),
+        *rules_section(run, recommendation),
         Section(
             "What the layers do",
             [
-                f"Selection region: {recommendation.selection_region or NO_REGION}. "
-                f"Stabilization region: {recommendation.stabilization_region or NO_REGION}. "
-                "Both come from the layers alone; the measured loss decides.",
+                " ".join(f"{name}: {region}." for name, region in region_lines(recommendation).items()),
                 REGIONS,
                 *_panels(run, recommendation),
                 Picture(figures.head_map(run), _heads_caption(run)),
@@ -94,6 +99,24 @@ def run_sections(run: Run, recommendation: Recommendation) -> list[Section]:
     ]
 
 
+def _loss(run: Run, recommendation: Recommendation) -> Section:
+    """Return what every cutoff loses; without a sweep, what it is predicted to save, and that no loss was measured."""
+    picture = figures.cutoff_loss(run, recommendation)
+    if not recommendation.measured:
+        return Section("Every cutoff", [NO_LOSS, Picture(picture, "What each cutoff is predicted to save.")])
+    return Section(
+        "Loss at every cutoff",
+        [
+            Picture(picture, _loss_caption(recommendation)),
+            from_terminal(loss_table(recommendation), caption="Around the recommended cutoff; means over prompts"),
+        ],
+    )
+
+
+NO_LOSS = (
+    "No loss was measured: the run was made without the sweep. The cutoff is what our rule says of the layers, and "
+    "nothing here tells what it changes. Diagnose the model again with the sweep to know."
+)
 REGIONS = (
     "In the figures the selection region is orange, the stabilization region green, and the cutoff dashed. A line is "
     "the mean over prompts; its band holds the middle half of them."
@@ -161,14 +184,15 @@ def _retention_caption(recommendation: Recommendation) -> str:
 
 
 def _prompts(run: Run, cutoff: int) -> Table:
-    at = run.cutoffs[run.cutoffs["cutoff"] == cutoff].set_index("prompt_id")["kl"]
     prompts = run.prompts.set_index("prompt_id")
     frame = pd.DataFrame(
         {
             "category": prompts["category"].astype(str),
             "prompt tokens": prompts["n_prompt"].map("{:,}".format),
             "reference tokens": prompts["n_decode"].map("{:,}".format),
-            f"KL at cutoff {cutoff}": at.loc[prompts.index].map("{:.4f}".format),
         }
     )
+    if run.has_sweep:
+        at = run.cutoffs[run.cutoffs["cutoff"] == cutoff].set_index("prompt_id")["kl"]
+        frame[f"KL at cutoff {cutoff}"] = at.loc[prompts.index].map("{:.4f}".format)
     return from_frame(frame, "prompt")

@@ -28,8 +28,18 @@ GLOSSARY = {
     "drift": "1 - cosine between a token's residual before and after a layer; centred: after subtracting the mean over "
     "the prompt.",
     "logit lens": "The next-token distribution that the final norm and the unembedding read out of a layer's output.",
-    "selection region": "Layers in which decode positions select information from the prompt.",
-    "stabilization region": "Layers, up to the last, in which the prompt's residuals hardly change any more.",
+    "uptake": "What decode positions take from the prompt in a layer: selectivity x contribution / update. Its sum "
+    "over the layers above a cutoff foretells the loss there.",
+    "removal effect": "How much what a layer's attention adds to the residual would change if the prompt's keys were "
+    "taken away there, relative to the residual.",
+    "leave-one-out loss": "KL from full depth where decode positions do not see the prompt in one layer alone, in "
+    "nats per token.",
+    "rule": "What names a cutoff from the layers alone, without the measured loss.",
+    "knee": "The smallest cutoff from which on every measured mean KL is within the goal.",
+    "selection region": "Layers in which decode positions select information from the prompt: those in which they must "
+    "see it.",
+    "stabilization region": "Layers, up to the last, in which the prompt's residuals hardly change any more; it "
+    "describes the prompt and names no cutoff.",
     "evidence": "The part of a prompt that holds the answer, where that is known.",
     "non-inferior": "With 95% confidence not further below full depth than the margin.",
     "margin": "Loss of score that is tolerated, in points.",

@@ -12,7 +12,9 @@ from rich.text import Text
 from diagnostics.cutoffs.answer import answer
 from diagnostics.cutoffs.goals import goals_in_words
 from diagnostics.cutoffs.recommendation import Recommendation
+from diagnostics.cutoffs.region_verdicts import region_lines, region_verdict
 from diagnostics.runs.run import Run
+from diagnostics.terminal.rules import show_rules
 from diagnostics.terminal.units import readable_bytes
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -25,7 +27,7 @@ CURVES = (
     ("saliency_overlap", "saliency overlap"),
     ("lens_kl_translated", "lens KL, translated"),
 )
-NO_REGION = "none found"
+REGION_NAME = 22  # columns of a region's name and the space behind it
 NEIGHBOURS = 3
 RULER = 5  # layers from one number below the bars to the next
 MARGINS = 39  # columns that the frame, the labels and the scales take
@@ -44,15 +46,15 @@ def show_recommendation(
 
     Notes are printed as ``phrase`` has them: the command names its flags in them.
     """
-    selection, stable = recommendation.selection_region, recommendation.stabilization_region
     console.print(Text(f"{answer(recommendation)}\n", style="bold"))
     console.print(Panel(Group(_title(run), *_curves(run, console.width, recommendation))))
-    console.print(f"Selection region      {selection or NO_REGION}")
-    console.print(f"Stabilization region  {stable or NO_REGION}")
+    for name, region in region_lines(recommendation).items():
+        console.print(f"{name:<{REGION_NAME}}{region}")
     console.print()
     if recommendation.measured:
         console.print(loss_table(recommendation))
     console.print(savings_table(recommendation))
+    show_rules(recommendation, console, phrase=phrase)
     _show_notes(map(phrase, recommendation.data["notes"]), console)
     console.print(_verdict(recommendation))
     console.print(Text(answer(recommendation), style="bold"))
@@ -191,25 +193,10 @@ def savings_table(recommendation: Recommendation) -> Table:
 
 
 def _verdict(recommendation: Recommendation) -> Text:
-    """Say the cutoff, and whether selection, which does not know the loss, puts it there too."""
+    """Say the cutoff, and whether the layers, which do not know the loss, put it there too."""
     data, cutoff = recommendation.data, recommendation.cutoff
     text = Text(f"\nRecommended cutoff: {cutoff} of {data['n_layers']} layers", style="bold")
     anchors = "1 anchor" if data["anchors"] == 1 else f"{data['anchors']} anchors"
     text.append(f" ({data['depth_fraction']:.0%} of the depth, {anchors})", style="not bold")
-    if verdict := region_verdict(recommendation):
-        text.append(f"\n{verdict}", style="not bold")
+    text.append(f"\n{region_verdict(recommendation)}", style="not bold")
     return text
-
-
-def region_verdict(recommendation: Recommendation) -> str:
-    """Say whether selection puts the cutoff where the measured loss does; "" if there is nothing to compare."""
-    agreement = recommendation.data["agreement"]
-    if agreement["agree"] is None:
-        return ""
-    tolerance, goal = agreement["tolerance_layers"], agreement["stands_for_kl"]
-    within = f"{tolerance} layer{'' if tolerance == 1 else 's'}"
-    verdict = f"agrees with the measured loss, within {within}"
-    if not agreement["agree"]:
-        verdict = f"DISAGREES with the measured loss, by more than {within}"
-    stands_for = "" if goal is None else f" for KL {goal:g}"
-    return f"The selection {verdict}: it says {agreement['cutoff_by_selection']}{stands_for}."

@@ -391,11 +391,11 @@ def test_marks_and_ruler_stand_below_their_layers():
     [
         (
             (2, 4, 5),
-            "The selection agrees with the measured loss, within 1 layer: it says 5 for KL 0.1.",
+            "The layers alone say 5, which stands for a KL of 0.1; the measured loss agrees, within 1 layer.",
         ),
         (
             (1, 2, 3),
-            "The selection DISAGREES with the measured loss, by more than 1 layer: it says 3 for KL 0.1.",
+            "The layers alone say 3, which stands for a KL of 0.1; the measured loss DISAGREES, by more than 1 layer,",
         ),
     ],
 )
