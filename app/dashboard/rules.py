@@ -50,7 +50,7 @@ def rules(entry: Entry, run: Run, rec: Recommendation) -> None:
         "rules",
         figures.rule_cutoffs,
         note="A bar holds 90% of the resamples of the prompts; hover for what a rule does and where it is from.",
-        table=lambda: verdicts.drop(columns=["ours", "fixed"]),
+        table=lambda: verdicts.drop(columns=["ours", "fixed", "absent"]),
         help=GLOSSARY["knee"],
     )
     table(verdicts)
@@ -84,7 +84,7 @@ def table(verdicts: pd.DataFrame) -> None:
         else:
             config[name] = st.column_config.TextColumn(heading, **of)
     st.dataframe(lines, hide_index=True, width="stretch", column_config=config, placeholder="", key="rules_table")
-    if verdicts["note"].str.startswith("not measured").any():
+    if verdicts["absent"].any():
         st.caption(f":material/info: {NOT_MEASURED}")
 
 

@@ -14,6 +14,7 @@ from diagnostics.support.defaults import MAX_KL
 if TYPE_CHECKING:
     from diagnostics.cutoffs.recommendation import Recommendation
 
+NOT_MEASURED = "not measured"  # begins the note of a rule whose measures the run lacks
 NEAR, NEAR_IN_WORDS = 1, "one layer"  # how far from the knee a rule may be to count as right
 
 
@@ -22,7 +23,7 @@ def rule_verdicts(recommendation: Recommendation) -> pd.DataFrame:
 
     A row per rule, empty where no rule was asked. Columns as `diagnostics.cutoffs.judgement.judge_rules` has them,
     numbers as floats and NaN where there is none; ``ours``, whether the rule is of this project; ``fixed``, whether it
-    reads nothing of the model.
+    reads nothing of the model; ``absent``, whether the run lacks what it reads.
     """
     rows = pd.DataFrame(recommendation.data.get("rules") or [], columns=list(COLUMNS))
     numbers = [name for name, kind in COLUMNS.items() if kind != "str"]
@@ -31,6 +32,7 @@ def rule_verdicts(recommendation: Recommendation) -> pd.DataFrame:
     rows["fixed"] = rows["rule"].isin(
         [name for name, rule in all_rules().items() if not (rule.reads or rule.reads_heads)]
     )
+    rows["absent"] = rows["note"].str.startswith(NOT_MEASURED)
     keys = pd.DataFrame(
         {
             "group": (~rows["ours"]).astype(int),
@@ -113,6 +115,9 @@ def _counted(others: pd.DataFrame, knee: int | None) -> str:
         parts.append(f"{near or 'none'} {'is' if near == 1 else 'are'} within {NEAR_IN_WORDS}")
     elif len(named):
         parts.append(f"{len(named)} say from {named.min():.0f} to {named.max():.0f}")
-    if silent := len(others) - len(named):
+    absent = int(others["absent"].sum())
+    if silent := len(others) - len(named) - absent:
         parts.append(f"{silent} name{'s' if silent == 1 else ''} no cutoff")
-    return " and ".join(parts)
+    if absent:
+        parts.append(f"{absent} {'was' if absent == 1 else 'were'} not measured")
+    return ", ".join(parts)

@@ -13,16 +13,14 @@ from diagnostics.cutoffs.rule_verdicts import measured_knee, rule_verdicts, rule
 
 ROWS = 12  # at most, with the line of fixed fractions and that of what is left out
 NONE = "-"
+FINDS_NONE = "finds none: "  # begins a note that gives the reason
 # The last two: shares of the layers that prompts skip, of all of them and beyond those that the knee lets them skip.
 HEADINGS = ("rule", "cutoff", "from knee", "KL there", "saved", "saved vs knee")
 FULL_ALONE = HEADINGS.index("saved")
 
 
 def show_rules(recommendation: Recommendation, console: Console, *, phrase: Callable[[str], str] = str) -> None:
-    """Print the table of rules and, in a line each, why rules name no cutoff; nothing where no rule was asked.
-
-    Reasons are printed as ``phrase`` has them.
-    """
+    """Print the table of rules, and which name no cutoff, as ``phrase`` has it; nothing where no rule was asked."""
     if rule_verdicts(recommendation).empty:
         return
     console.print(rules_table(recommendation, ROWS))
@@ -40,8 +38,8 @@ def rules_table(recommendation: Recommendation, n_rows: int | None = None) -> Ta
     knee, goal = measured_knee(verdicts), f"KL {rules_goal(recommendation):g}"
     beside = f"no cutoff is within {goal}" if recommendation.measured else "no loss was measured"
     if knee is not None:
-        beside = f"measured knee of {goal}: {knee}"
-    title = f"What rules that only look at the layers say ({beside})"
+        beside = f"knee of {goal}: {knee}"
+    title = f"Rules that only look at the layers ({beside})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     columns = [i for i in range(len(HEADINGS)) if n_rows is None or i != FULL_ALONE]
     for i in columns:
@@ -92,11 +90,19 @@ def number(value: float, form: str) -> str:
 
 
 def silent_rules(verdicts: pd.DataFrame) -> Iterator[str]:
-    """Yield a line per reason for which rules name no cutoff."""
+    """Yield in a line each, by their names: the rules that find no cutoff, and those whose measures the run lacks."""
     silent = verdicts[verdicts["cutoff"].isna()]
-    reasons = silent["note"].str.replace("; map ours", "", regex=False)
-    for reason, titles in silent["title"].groupby(reasons, sort=False):
-        yield f"No cutoff, {reason}: {', '.join(titles)}."
+    named = silent[~silent["absent"]]
+    if len(named):
+        yield f"Find no cutoff: {', '.join(map(_with_reason, named['rule'], named['note']))}."
+    absent = list(silent.loc[silent["absent"], "rule"])
+    if absent:
+        yield f"Not measured in this run: {', '.join(absent)}. To measure one, name it: `rules='all,{absent[0]}'`."
+
+
+def _with_reason(rule: str, note: str) -> str:
+    reasons = [part.removeprefix(FINDS_NONE) for part in note.split("; ") if part.startswith(FINDS_NONE)]
+    return f"{rule} ({reasons[0]})" if reasons else rule
 
 
 def _fixed_fractions(verdicts: pd.DataFrame) -> list[tuple[str, ...]]:
