@@ -25,6 +25,7 @@ MEASURES = {
     "saliency_overlap": "overlap of salient tokens",
     "lens_kl": "logit lens: KL from the end",
 }
+LOSSES = ("kl", "top1_agreement")  # measured by the sweep alone
 MOST_AT_FIRST = 6
 
 
@@ -85,15 +86,19 @@ colours = colours_of(chosen)
 unmeasured = [name for name, run in zip(chosen, runs, strict=True) if not run.has_sweep]
 if unmeasured:
     st.info(f"No loss was measured in {md(', '.join(unmeasured))}: the cutoff there is by our rule.")
-show(
-    readable[chosen[0]],
-    "comparison",
-    # By their names here: in their own folders those of every fine-tuning are called the same.
-    lambda measure, colours, **_: figures.compare_runs(runs, measure, chosen, colours),
-    measure=measure,
-    colours=tuple(colours),
-    runs=tuple((name, readable[name].signature) for name in chosen),
-)
+drawn = [i for i, name in enumerate(chosen) if measure not in LOSSES or name not in unmeasured]
+if drawn:
+    show(
+        readable[chosen[0]],
+        "comparison",
+        # By their names here: in their own folders those of every fine-tuning are called the same.
+        lambda measure, colours, **_: figures.compare_runs(
+            [runs[i] for i in drawn], measure, [chosen[i] for i in drawn], colours
+        ),
+        measure=measure,
+        colours=tuple(colours[i] for i in drawn),
+        runs=tuple((chosen[i], readable[chosen[i]].signature) for i in drawn),
+    )
 lines = [line(name, readable[name], run, limit) for name, run in zip(chosen, runs, strict=True)]
 config = {
     column: st.column_config.Column(help=GLOSSARY[term])

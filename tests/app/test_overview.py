@@ -68,7 +68,7 @@ def test_the_headline_is_the_saved_recommendation(library, run, open_app):
     assert drawn[rec.cutoff - 1] == pytest.approx(at_cutoff["kl"])
     texts = " ".join(literal(markdown.value) for markdown in at.markdown)
     if rec.selection_region is not None:
-        assert f"layers {rec.selection_region.first} to {rec.selection_region.last} select from the prompt" in texts
+        assert f"Layers {rec.selection_region.first} to {rec.selection_region.last} select from the prompt" in texts
 
 
 def test_the_answer_is_that_of_the_chosen_length(library, run, open_app):

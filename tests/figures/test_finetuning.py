@@ -220,7 +220,7 @@ def test_the_report_has_both_recommendations_and_every_figure(tmp_path, monkeypa
     assert (status, err) == (0, "")
     assert "Report: " in out
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert page.count('class="drawing"') == 10
+    assert page.count('class="drawing"') == 12
     cutoffs = [recommend(run, max_kl=0.3).cutoff for run in map(saved_run(folder), (BEFORE, AFTER))]
     assert cutoffs[0] > cutoffs[1]
     assert f"Goal of 0.3 nats per token: cutoff {cutoffs[0]} of 6 before training, {cutoffs[1]} after it." in page

@@ -14,13 +14,16 @@ from plotly.offline import get_plotlyjs_version
 from diagnostics import diagnose, load_prompts, load_run, recommend
 from diagnostics.cutoffs.answer import answer
 from diagnostics.cutoffs.losses import loss_by_category
+from diagnostics.cutoffs.rule_verdicts import description, rule_verdicts, rules_sentence
+from diagnostics.cutoffs.rules import all_rules
 from diagnostics.generation import benchmarks as benchmark_module
 from diagnostics.generation.benchmark_folder import load_benchmark
 from diagnostics.policies.speed import SpeedPolicy
-from diagnostics.report import benchmark_report
+from diagnostics.report import benchmark_report, report
 from diagnostics.report.document import main_term, terms
 from diagnostics.support.glossary import GLOSSARY
 from diagnostics.terminal.units import readable_time
+from tests.support.rules import without_sweep
 from tests.support.runs import run_command, save_tiny, write_prompts
 from tests.support.tiny import tiny_model
 
@@ -54,7 +57,7 @@ def page(folder, tmp_path_factory):
 def test_the_page_has_the_recommendation_and_every_figure(page, folder):
     recommendation = recommend(load_run(folder), max_kl=0.7)
     assert f"Cutoff {recommendation.cutoff} of 5" in page
-    assert page.count('class="drawing"') == 8
+    assert page.count('class="drawing"') == 10
     for title in (
         "Where do decode positions look?",
         "Selectivity of every head",
@@ -115,6 +118,31 @@ def test_the_page_is_a_document_and_no_terminal(page, folder):
     for savings in recommendation.data["predicted"]:
         assert f"{savings['n_prompt']:,}" in text
         assert f"{savings['ttft_ratio'] - 1:+.1%} {savings['speedup_ttft']:.2f}x" in text
+
+
+def test_the_page_says_where_rules_put_the_cutoff_and_what_each_is(page, folder):
+    recommendation = recommend(load_run(folder), max_kl=0.7)
+    text = shown(page)
+    assert rules_sentence(recommendation) in text
+    verdicts = rule_verdicts(recommendation).set_index("rule")
+    for name, rule in all_rules().items():
+        if not np.isnan(verdicts.loc[name, "cutoff"]):
+            assert f"{rule.title} {verdicts.loc[name, 'cutoff']:.0f}" in text
+        assert description(rule) in text
+    for term in ("rule", "uptake"):
+        assert f"{term} {GLOSSARY[term]}" in text
+
+
+def test_a_page_without_a_measured_loss_says_so_and_shows_the_rest(folder):
+    run = without_sweep(load_run(folder))
+    page = report(run, recommend(run))
+    text = shown(page)
+    assert "No loss was measured" in text
+    assert "loss-at-every-cutoff" not in Tags(page).found["id"]
+    for title in ("Savings at", "Where do decode positions look?", "What our rule reads", "What a cutoff keeps"):
+        assert title in text
+    assert "nan" not in text.lower().split()
+    assert "KL at cutoff" not in text
 
 
 def test_what_was_not_set_is_not_listed_and_times_are_readable(page, folder):
@@ -202,8 +230,6 @@ def test_names_are_shown_and_not_run(tmp_path, monkeypatch, capfd):
     write_prompts(tmp_path / "p.jsonl", n_prompts=5, n_tokens=30)
     run = diagnose(tiny_model("llama"), load_prompts(str(tmp_path / "p.jsonl")), decode_tokens=4)
     run.manifest["model"] = name
-    from diagnostics.report import report
-
     page = report(run, recommend(run))
     assert html.escape(name) in page
     assert name not in page
@@ -217,7 +243,7 @@ def test_without_recommendation_or_benchmark_the_defaults_decide(tmp_path, monke
     assert (status, err) == (0, "")
     assert "Report: " in out
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert page.count('class="drawing"') == 7
+    assert page.count('class="drawing"') == 9
     assert f"Cutoff {recommend(run).cutoff} of 5" in page
     assert np.isfinite(run.array("kl")).all()
 
