@@ -28,15 +28,20 @@ NO_TOKENS = (
     "`--detail-prompts` prompts (7 if not said otherwise)."
 )
 TERMS = {"attention": "attention mass", "uptake": "selectivity", "drift": "drift", "lens": "logit lens"}
-# Columns of a run by what they answer, by the beginnings of their names.
+# Columns of a run by what they answer, by the beginnings of their names; the longest that fits counts.
 DEFINED = {
     PANELS["attention"].question: ("mass_", "evidence_", "attention"),
-    PANELS["uptake"].question: ("selectivity", "prompt_"),
+    PANELS["uptake"].question: ("selectivity", "prompt_", "removal_"),
     PANELS["drift"].question: ("drift_", "update_", "to_final_"),
     PANELS["lens"].question: ("lens_", "n_lens_"),
     "Which prompt tokens matter?": ("saliency_",),
     "What does a cutoff lose?": ("kl", "top1_", "nll"),
+    "What do rules read?": (
+        *("rank_variance", "window_", "lazy_", "attention_cosine", "attention_update", "angular_", "cka_"),
+        *("head_gate", "oracle_", "leave_one_", "fisher_"),
+    ),
 }
+ADDED = "Of probes that were added"
 
 
 def filtered(entry: Entry, run: Run) -> tuple[str, ...]:
@@ -224,14 +229,20 @@ def definitions(entry: Entry, run: Run) -> None:
     """Say what the columns of the run mean, by the question that they answer."""
     found = run.manifest.get("columns")
     columns = dict(found) if isinstance(found, dict) else {}
-    groups = {title: [c for c in columns if c.startswith(starts)] for title, starts in DEFINED.items()}
-    placed = {column for group in groups.values() for column in group}
-    groups["Of probes that were added"] = [column for column in columns if column not in placed]
+    groups: dict[str, list[str]] = {title: [] for title in (*DEFINED, ADDED)}
+    for column in columns:
+        groups[group_of(column)].append(column)
     for title, group in groups.items():
         if group:
             st.markdown(f"##### {title}")
             lines = [{"Column": md(column), "Meaning": md(columns[column])} for column in group]
             st.table(pd.DataFrame(lines).set_index("Column"))
+
+
+def group_of(column: str) -> str:
+    """Return the question that a column answers."""
+    fitting = [(len(start), title) for title, starts in DEFINED.items() for start in starts if column.startswith(start)]
+    return max(fitting)[1] if fitting else ADDED
 
 
 SECTIONS: dict[str, Callable[[Entry, Run], None]] = {

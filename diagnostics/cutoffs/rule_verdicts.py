@@ -41,7 +41,7 @@ def rule_verdicts(recommendation: Recommendation) -> pd.DataFrame:
             "deep": rows["cutoff"].where(~rows["ours"], 0),
         }
     )
-    order = keys.sort_values(list(keys), kind="stable").index
+    order = keys.sort_values(["group", "silent", "far", "deep"], kind="stable").index
     return rows.loc[order].reset_index(drop=True)
 
 
