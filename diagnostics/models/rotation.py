@@ -56,6 +56,8 @@ def rotation(anatomy: Anatomy, layer: int, n_positions: int, device: torch.devic
     names = parameter_names(module)
     if names not in (["x", "position_ids"], ["x", "position_ids", "layer_type"]):
         return None
+    if any(buffer.is_meta for buffer in module.buffers()):  # offloaded
+        return None
     own_frequencies = isinstance(getattr(module, "rope_type", None), dict)  # of each type of layer
     options = {"layer_type": anatomy.layer_types[layer]} if own_frequencies else {}
     # Of a copy: some kinds of frequencies depend on the longest call, and the module remembers it.

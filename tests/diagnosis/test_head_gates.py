@@ -162,6 +162,12 @@ def test_a_rotation_that_is_not_understood_gives_no_number(monkeypatch):
     assert np.isnan(gates_of(lm, ids)[0]).all()
 
 
+def test_half_precision_is_close_to_float32():
+    ids = random_ids(N_PROMPT + N_DECODE)
+    full, half = (gates_of(tiny_model("llama", dtype=dtype), ids) for dtype in (torch.float32, torch.bfloat16))
+    np.testing.assert_allclose(half, full, atol=0.03)
+
+
 @pytest.mark.parametrize("n_prompt", [1, 2, 3, 9])
 def test_short_prompts(n_prompt):
     lm, ids = tiny_model("llama"), random_ids(n_prompt + 4)

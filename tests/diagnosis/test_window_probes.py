@@ -7,9 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from diagnostics.diagnosis.attended import attend
+from diagnostics.diagnosis.capture.attention_rows import RecomputedAttention
 from diagnostics.diagnosis.probes import lazy_share as lazy
 from diagnostics.diagnosis.probes.rank_variance import rank_variance
+from diagnostics.diagnosis.probes.removal_effect import without_prompt
 from diagnostics.models.loading import LoadedModel
+from diagnostics.policies.segments import Layout
 from tests.support.examples import examples
 from tests.support.observe import observe
 from tests.support.reference import Reference
@@ -252,6 +256,42 @@ def test_other_anchors(family, n_anchors):
         assert layers["removal_effect"][layer] == pytest.approx(
             reference.removal_effect(layer), rel=TOLERANCE, abs=1e-6
         )
+
+
+@examples(40)
+@given(
+    n_prompt=st.integers(3, 30),
+    n_decode=st.integers(1, 6),
+    pull=st.floats(-40, 40),
+    with_sinks=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_heads_without_the_prompt_however_little_it_leaves(n_prompt, n_decode, pull, with_sinks, seed):
+    """Prompt keys that take all but 1e-17 of the weight, or nearly none: the change is exact at both ends."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    total, layout = n_prompt + n_decode - 1, Layout(1, n_prompt)
+    query, key, value = draw(2, n_decode, 4), draw(1, total, 4), draw(1, total, 4)
+    query[..., 0], key[..., 0] = 1, 0
+    key[:, layout.prompt, 0] = pull
+    visible = torch.arange(total)[None] <= torch.arange(n_prompt - 1, total)[:, None]
+    sinks = draw(2) if with_sinks else None
+    rows = RecomputedAttention(query, key, value, visible, 1.0, None, sinks, draw(n_decode, 2, 4), lambda x: x)
+    change = without_prompt(attend(rows, layout))
+
+    scores = (query.double() @ key.double().mT).masked_fill(~visible, -torch.inf)
+    sink = (
+        torch.full((2, n_decode, 1), -torch.inf)
+        if sinks is None
+        else sinks.double()[:, None, None].expand(-1, n_decode, 1)
+    )
+    hidden = scores.clone()
+    hidden[..., layout.prompt] = -torch.inf
+    full, without = (torch.cat([s, sink], -1).softmax(-1)[..., :-1] @ value.double() for s in (scores, hidden))
+    torch.testing.assert_close(change.double(), (without - full).transpose(0, 1), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])

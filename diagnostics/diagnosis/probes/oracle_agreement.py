@@ -63,7 +63,7 @@ class OracleAgreement(Probe):
         """Compare every layer's tokens with the oracle's, which all layers have a part in."""
         if self.peak is None:
             return
-        oracle = top(pooled(self.peak.double().mean(0)[None])[0].cpu())
+        oracle = top(pooled(self.peak.cpu().double().mean(0)[None])[0])
         last: deque[Tensor | None] = deque(maxlen=N_LAYERS)
         for layer in range(self.context.n_layers):
             scores = self.scores.get(layer)
