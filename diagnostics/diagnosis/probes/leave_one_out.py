@@ -23,7 +23,10 @@ KEYS_AT_ONCE = 1 << 16
 
 
 class LeaveOneOut(Probe):
-    """KL from full depth and likelihood of the reference where one layer alone does not see the prompt, or does."""
+    """KL from full depth and likelihood of the reference where one layer alone does not see the prompt, or does.
+
+    Full depth is that of the model itself, also where the cutoff sweep compares with a teacher.
+    """
 
     name = "leave_one_out"
     optional = True
