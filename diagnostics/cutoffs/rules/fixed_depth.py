@@ -28,6 +28,6 @@ RULES = (
     FixedDepth("pop-depth", "POP's depth", "POP, arXiv 2602.03295", "the last third of the layers is skipped", 2 / 3),
     FixedDepth("fastkv-depth", "FastKV's depth", "FastKV, arXiv 2502.01068", "half of the layers", 0.5),
     FixedDepth("swiftkv-depth", "SwiftKV's depth", "SwiftKV, arXiv 2410.03960", "half of the layers", 0.5),
-    FixedDepth("gemfilter-depth", "GemFilter's depth", "GemFilter, arXiv 2409.17422", "layer 13 selects", 14 / 32),
+    FixedDepth("gemfilter-depth", "GemFilter's depth", "GemFilter, arXiv 2409.17422", "layer 13 of 32", 14 / 32),
     FixedDepth("dash-depth", "DASH's depth", "DASH, arXiv 2604.18103", "0.4 of the layers", 0.4),
 )
