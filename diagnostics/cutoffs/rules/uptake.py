@@ -36,7 +36,7 @@ class Uptake(Rule):
     source = "this project: measured on real models, see the study of rules"
     thresholds = f"at most {MAX_UPTAKE_ABOVE} at a goal of {MAX_KL} nats per token"
     mapping = "smallest k with the sum of uptake over the layers from k on within the limit"
-    blind = "what layers below take from the prompt through states of the prompt that layers above would have changed"
+    blind = "whether what layers take matters to the next token, and how layers act together"
     reads: ClassVar[tuple[str, ...]] = ("uptake",)
 
     def cutoff(self, curves: Curves) -> int | None:
