@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from diagnostics import RegionRules, UserError, find_regions
-from diagnostics.cutoffs.regions import Region, selection_intervals, stable_interval, uptake
+from diagnostics.cutoffs.regions import Region, selection_below, selection_intervals, stable_interval, uptake
 from tests.support.runs import make_run
 
 RULES = RegionRules()  # 40% of the largest uptake, at least 0.02; gaps of 2; two layers or more
@@ -89,6 +89,35 @@ def test_a_higher_share_never_adds_layers(values, a, b):
         return {layer for first, last in found for layer in range(first, last + 1)}
 
     assert layers(max(a, b)) <= layers(min(a, b))
+
+
+def test_the_selection_region_ends_where_the_rule_does():
+    values = curve(20, (2, 4, 0.1), (8, 10, 0.3), (14, 15, 0.11), (18, 18, 0.15))
+    # Above 0.2: layer 18 has 0.15, layer 15 brings it to 0.26. The strongest interval begins the region.
+    assert selection_below(values, RULES, 0.2) == [(8, 15)]
+    assert selection_below(values, RegionRules(uptake_share=0.3), 0.2) == [(8, 15), (2, 4)]
+    assert selection_below(values, RegionRules(uptake_share=0.3), 0.3) == [(8, 14), (2, 4)]
+    assert selection_below(values, RULES, 0.1) == [(8, 18)]
+    # What lies above the cutoff begins no region, however strong it is.
+    assert selection_below(curve(12, (2, 4, 0.1), (9, 10, 0.12)), RULES, 0.25) == [(2, 4)]
+
+
+def test_uptake_that_may_all_be_left_above_is_no_region():
+    values = curve(12, (2, 4, 0.1))
+    assert selection_below(values, RULES, 0.31) == []
+    assert selection_below(values, RULES, 0.15) == [(2, 3)]
+    assert selection_below(np.full(12, NAN), RULES, 0.2) == []
+
+
+@given(curves, st.floats(0, 2), st.floats(0, 2))
+def test_a_larger_limit_never_extends_the_region(values, a, b):
+    less, more = (selection_below(values, RULES, limit)[:1] for limit in sorted((a, b)))
+    if less and more:
+        assert more[0][1] <= less[0][1]
+    if less:
+        first, last = less[0]
+        assert 0 <= first <= last < len(values)
+        assert np.nansum(values[last + 1 :]) <= min(a, b)
 
 
 # --- Stabilization ---
