@@ -192,29 +192,25 @@ def prompts(tmp_path):
     return str(tmp_path / "prompts.jsonl")
 
 
-def diagnosed(monkeypatch, model, prompts, **options):
-    """A diagnosis with the probe, whether or not a rule asks for it."""
-    from diagnostics.diagnosis import diagnosis
-
-    chosen = diagnosis.chosen_probes
-    monkeypatch.setattr(diagnosis, "chosen_probes", lambda *a, **k: chosen(*a, **k) | {FisherGate.name: FisherGate})
-    return diagnose(model, prompts, decode_tokens=3, progress=False, **options)
+def diagnosed(model, prompts, **options):
+    """A diagnosis with the rule that reads the gate."""
+    return diagnose(model, prompts, rules="fisher-gate", decode_tokens=3, progress=False, **options)
 
 
-def test_it_is_a_column_of_the_layers(monkeypatch, prompts):
+def test_it_is_a_column_of_the_layers(prompts):
     lm = tiny_model("llama")
     assert "fisher_gate" not in diagnose(lm, prompts, decode_tokens=3, progress=False).layers
-    run = diagnosed(monkeypatch, lm, prompts)
+    run = diagnosed(lm, prompts)
     assert run.array("fisher_gate").shape == (3, N_LAYERS)
     assert (run.array("fisher_gate") > 0).all()
-    again = diagnosed(monkeypatch, lm, prompts)  # as a run that is continued: the same tokens are sampled
+    again = diagnosed(lm, prompts)  # as a run that is continued: the same tokens are sampled
     np.testing.assert_array_equal(run.array("fisher_gate"), again.array("fisher_gate"))
 
 
 @pytest.mark.parametrize("backend", ["transformer-lens", "nnsight"])
-def test_other_backends_and_their_own_objects(monkeypatch, prompts, backend):
-    expected = diagnosed(monkeypatch, tiny_model("llama"), prompts).array("fisher_gate")
-    found = diagnosed(monkeypatch, tiny_model("llama"), prompts, backend=backend).array("fisher_gate")
+def test_other_backends_and_their_own_objects(prompts, backend):
+    expected = diagnosed(tiny_model("llama"), prompts).array("fisher_gate")
+    found = diagnosed(tiny_model("llama"), prompts, backend=backend).array("fisher_gate")
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     lm, ids = tiny_model("llama"), random_ids(24)
     theirs = traced_over(lm) if backend == "nnsight" else bridge_over(lm)
