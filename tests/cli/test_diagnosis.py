@@ -290,7 +290,7 @@ def test_full_disk_below_the_output(world, tmp_path):
 
 def test_full_disk_below_the_run(world, command, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15000, hard))
     try:
         status, out, err = command(*into("out")(world))
     finally:

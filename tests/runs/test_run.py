@@ -405,7 +405,7 @@ def full_disk(size):
 def test_full_disk_in_a_part(tiny, tmp_path, finished):
     out = tmp_path / "run"
     # A manifest fits, the layers of a prompt do not.
-    with full_disk(9000), pytest.raises(UserError, match=r"cannot write run folder .*continue with `resume=True`"):
+    with full_disk(15000), pytest.raises(UserError, match=r"cannot write run folder .*continue with `resume=True`"):
         tiny(out)
     assert not list((out / "parts").iterdir())
     assert_same_tables(tiny(out, resume=True), load_run(finished))
@@ -431,7 +431,7 @@ def test_full_disk_in_a_real_process(tiny, tmp_path):
     out = tmp_path / "run"
     process = command(
         *("diagnose", tiny.model, "--prompts", prompts, "--decode-tokens", DECODE_TOKENS, "--out", out, "--quiet"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000)),
     )
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr.count("\n")) == (2, "", 1)
