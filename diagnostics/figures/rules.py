@@ -150,7 +150,7 @@ def must_see(run: Run, recommendation: Recommendation) -> go.Figure | None:
         ("loss without this layer", losses, GREEN, "KL, nats per token"),
     )
     for row, (name, values, colour, axis) in enumerate(panels, start=1):
-        bars = go.Bar(x=layers, y=values, name=name, marker={"color": colour})
+        bars = go.Bar(x=layers, y=values, name=name, marker={"color": colour}, showlegend=True)
         figure.add_trace(bars.update(hovertemplate=f"layer %{{x}}: {name} %{{y:.3g}}<extra></extra>"), row=row, col=1)
         figure.update_yaxes(title_text=axis, rangemode="tozero", row=row, col=1)
     figure.add_hline(found["above"], line={"dash": "dash", "color": VERMILION}, row=2, col=1)

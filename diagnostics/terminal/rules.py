@@ -15,7 +15,7 @@ ROWS = 12  # at most, with the line of fixed fractions and that of what is left 
 NONE = "-"
 FINDS_NONE = "finds none: "  # begins a note that gives the reason
 # The last two: shares of the layers that prompts skip, of all of them and beyond those that the knee lets them skip.
-HEADINGS = ("rule", "cutoff", "from knee", "KL there", "saved", "saved vs knee")
+HEADINGS = ("rule", "cutoff", "from knee", "KL there", "saved", "saved more")
 FULL_ALONE = HEADINGS.index("saved")
 
 
@@ -111,16 +111,16 @@ def _fixed_fractions(verdicts: pd.DataFrame) -> list[tuple[str, ...]]:
     if fixed.empty:
         return []
 
-    def both(column: str, form: Callable[[float], str]) -> str:
+    def both(column: str, form: Callable[[float], str], between: str = " to ") -> str:
         ends = dict.fromkeys(map(form, (fixed[column].min(), fixed[column].max())))
-        return NONE if fixed[column].isna().all() else " to ".join(ends)
+        return NONE if fixed[column].isna().all() else between.join(ends)
 
     return [
         (
             f"fixed depths ({len(fixed)})",
             both("cutoff", "{:.0f}".format),
             both("off", distance),
-            both("kl", "{:.2f}".format),
+            both("kl", "{:.2f}".format, "-"),
             both("saved", "{:.0%}".format),
             both("saved_vs_knee", against_knee),
         )

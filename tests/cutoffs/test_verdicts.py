@@ -85,7 +85,7 @@ def test_the_short_table_collapses_fixed_depths_and_says_what_it_leaves_out():
     short = cells(rules_table(recommendation, 12))
     assert len(short) == 12
     assert short[0] == ("Uptake above (ours)", "5", "-1", "0.150", "+12%")
-    assert short[-2] == ("fixed depths (3)", "1 to 4", "-5 to -2", "0.30 to 2.00", "+25% to +62%")
+    assert short[-2] == ("fixed depths (3)", "1 to 4", "-5 to -2", "0.30-2.00", "+25% to +62%")
     assert short[-1] == ("11 more, farther away", "", "", "", "")
     full = cells(rules_table(recommendation))
     assert len(full) == 24
