@@ -1,4 +1,4 @@
-"""The study of rules: real pages as prompts, scores that count what happened, thresholds fitted to other models alone."""
+"""The study of rules: real pages as prompts, scores that count what happened, thresholds fitted to other models."""
 
 from dataclasses import dataclass
 
