@@ -10,7 +10,7 @@ from diagnostics import Run
 from diagnostics.cutoffs.judgement import Measures, judge_rules, knee
 from diagnostics.cutoffs.rules.rule import Curves, Rule
 
-# Factors of a rule's own threshold that are tried, 1 among them.
+# Factors that are tried of the odds t / (1 - t) of a rule's own threshold t: all thresholds are between 0 and 1.
 FACTORS = 2.0 ** (np.arange(-40, 41) / 8)
 WITHIN = 1  # layers
 
@@ -106,8 +106,9 @@ def threshold_of(rule: Rule) -> str | None:
 
 
 def _variants(rule: Rule, threshold: str) -> Iterator[tuple[float, Rule]]:
-    for factor in FACTORS:
-        value = getattr(rule, threshold) * float(factor)
+    own = getattr(rule, threshold)
+    for odds in own / (1 - own) * FACTORS:
+        value = float(odds / (1 + odds))
         yield value, replace(rule, **{threshold: value})
 
 
