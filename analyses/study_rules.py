@@ -4,7 +4,8 @@
 
 Every model is diagnosed on built-in prompts and on pages of Python's documentation, at several lengths; every rule then
 names a cutoff for every run and goal. The results go to `analyses/results/rules/`: all readings, a table by rule, and
-what a threshold fitted to the other models does, as CSV; the settings as JSON. `analyses/study_rules.md` has the
+what a threshold fitted to the other models does, and the layers in which the prompt must be seen, as CSV; the settings
+as JSON. `analyses/study_rules.md` has the
 conclusions.
 """
 
@@ -21,9 +22,10 @@ from diagnostics.cutoffs.rules import all_rules
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import LoadedModel
 from diagnostics.support.console import fail
+from diagnostics.support.defaults import MAX_KL
 from diagnostics.support.files import write_json, write_text
 from diagnostics.support.versions import hardware, versions
-from rules_study.scores import Measured, by_rule, fitted, readings
+from rules_study.scores import Measured, by_rule, fitted, must_see_layers, readings
 from rules_study.texts import KINDS, prompts
 
 RESULTS = Path(__file__).parent / "results" / "rules"
@@ -79,6 +81,7 @@ def main() -> None:
         "readings": table,
         "by_rule": by_rule(table),
         "fitted": fitted(measured, GOALS, all_rules()),
+        "must_see": must_see_layers(measured, MAX_KL),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():

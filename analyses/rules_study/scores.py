@@ -8,7 +8,10 @@ import pandas as pd
 
 from diagnostics import Run
 from diagnostics.cutoffs.judgement import Measures, judge_rules, knee
+from diagnostics.cutoffs.must_see import must_see
+from diagnostics.cutoffs.regions import uptake
 from diagnostics.cutoffs.rules.rule import Curves, Rule
+from diagnostics.support.finite import finite_mean
 
 # Factors that are tried of the odds t / (1 - t) of a rule's own threshold t: all thresholds are between 0 and 1.
 FACTORS = 2.0 ** (np.arange(-40, 41) / 8)
@@ -96,6 +99,18 @@ def fitted(measured: list[Measured], goals: Iterable[float], rules: Mapping[str,
                     "left_out_worst": left_out[np.abs(left_out).argmax()],
                 }
             )
+    return pd.DataFrame(rows)
+
+
+def must_see_layers(measured: Iterable[Measured], max_kl: float) -> pd.DataFrame:
+    """Return, per run with leave-one-out losses, the layers in which the prompt must be seen, and how uptake agrees."""
+    rows = []
+    for one in measured:
+        seen = must_see(one.run, finite_mean(uptake(one.run), axis=0), max_kl)
+        if seen is not None:
+            about = {"model": one.model, "prompts": one.prompts, "length": one.length, "n_layers": one.run.n_layers}
+            layers = " ".join(map(str, seen["layers"]))
+            rows.append(about | {"layers": layers, "uptake_rank_correlation": seen["uptake_rank_correlation"]})
     return pd.DataFrame(rows)
 
 
