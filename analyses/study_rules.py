@@ -2,11 +2,10 @@
 
     python analyses/study_rules.py --out FOLDER --model NAME=MODEL --model NAME=MODEL ...   # run it again to go on
 
-Every model is diagnosed on built-in prompts and on pages of Python's documentation, at several lengths; every rule then
-names a cutoff for every run and goal. The results go to `analyses/results/rules/`: all readings, a table by rule, and
+Every model is diagnosed on built-in prompts and on pages of Python's documentation, at several lengths; then every
+rule names a cutoff for every run and goal. The results go to `analyses/results/rules/`: all readings, a table by rule,
 what a threshold fitted to the other models does, and the layers in which the prompt must be seen, as CSV; the settings
-as JSON. `analyses/study_rules.md` has the
-conclusions.
+as JSON. `analyses/study_rules.md` has the conclusions.
 """
 
 import argparse
@@ -22,7 +21,6 @@ from diagnostics.cutoffs.rules import all_rules
 from diagnostics.models.embedded import EMBEDDED_MODEL
 from diagnostics.models.loading import LoadedModel
 from diagnostics.support.console import fail
-from diagnostics.support.defaults import MAX_KL
 from diagnostics.support.files import write_json, write_text
 from diagnostics.support.versions import hardware, versions
 from rules_study.scores import Measured, by_rule, fitted, must_see_layers, readings
@@ -81,7 +79,7 @@ def main() -> None:
         "readings": table,
         "by_rule": by_rule(table),
         "fitted": fitted(measured, GOALS, all_rules()),
-        "must_see": must_see_layers(measured, MAX_KL),
+        "must_see": must_see_layers(measured),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():

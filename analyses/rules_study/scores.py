@@ -102,11 +102,11 @@ def fitted(measured: list[Measured], goals: Iterable[float], rules: Mapping[str,
     return pd.DataFrame(rows)
 
 
-def must_see_layers(measured: Iterable[Measured], max_kl: float) -> pd.DataFrame:
+def must_see_layers(measured: Iterable[Measured]) -> pd.DataFrame:
     """Return, per run with leave-one-out losses, the layers in which the prompt must be seen, and how uptake agrees."""
     rows = []
     for one in measured:
-        seen = must_see(one.run, finite_mean(uptake(one.run), axis=0), max_kl)
+        seen = must_see(one.run, finite_mean(uptake(one.run), axis=0))
         if seen is not None:
             about = {"model": one.model, "prompts": one.prompts, "length": one.length, "n_layers": one.run.n_layers}
             layers = " ".join(map(str, seen["layers"]))

@@ -162,7 +162,7 @@ def recommend(
         "region_rules": vars(regions.rules),
         "agreement": _agreement(cutoff if run.has_sweep else None, regions, n_layers),
         "rules": judged_records(run, max_kl=judged_at, seed=seed),
-        "must_see": must_see(run, regions.uptake, judged_at),
+        "must_see": must_see(run, regions.uptake),
         "retention": retention_at(run, cutoff),
         "by_category": choice.by_category,
         "evidence": choice.evidence,

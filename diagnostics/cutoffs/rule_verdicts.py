@@ -78,8 +78,8 @@ def must_see_sentence(recommendation: Recommendation) -> str:
         return ""
     layers = ", ".join(map(str, found["layers"])) or "none"
     text = (
-        f"Layers in which the prompt must be seen: {layers}. Without it in one of them alone, KL rises above an even "
-        f"share of the goal, {found['above']:.2g} nats per token."
+        f"Layers in which the prompt must be seen: {layers}. Without it in one of them alone, KL rises by more than in "
+        f"the mean layer, {found['above']:.2g} nats per token."
     )
     correlation = found["uptake_rank_correlation"]
     return text if correlation is None else f"{text} Rank correlation with uptake over the layers: {correlation:.2f}."

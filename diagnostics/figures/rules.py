@@ -137,7 +137,7 @@ def _log_axis(figure: go.Figure, title: str, limit: float, row: int) -> None:
 def must_see(run: Run, recommendation: Recommendation) -> go.Figure | None:
     """Draw uptake per layer above the loss where this layer alone does not see the prompt; None where not measured.
 
-    The dashed line is an even share of the goal.
+    The dashed line is the mean of these losses.
     """
     found = recommendation.data.get("must_see")
     if not found:
