@@ -89,7 +89,7 @@ def description(rule: Rule) -> str:
     """Return a rule's own texts as one: how its cutoff comes about, thresholds, what it cannot judge, its source."""
     mapping = f"{rule.mapping} (this step is ours)" if rule.ours else rule.mapping
     parts = (mapping, f"thresholds: {rule.thresholds}", f"cannot judge: {rule.blind}", f"source: {rule.source}")
-    return " ".join(f"{part[:1].upper()}{part[1:]}." for part in parts)
+    return "; ".join(parts) + "."
 
 
 def _our_cutoff(verdicts: pd.DataFrame) -> str:

@@ -88,6 +88,19 @@ def test_downloads_in_a_row_all_arrive(open_page):
     assert set(arrived) == wanted
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rules_stand_beside_the_knee_and_no_name_is_cut(open_page, width):
+    page = open_page("cutoff", width)
+    page.get_by_role("heading", name="Rules that only look at the layers").wait_for()
+    figure = page.locator(".js-plotly-plot").nth(2)
+    figure.get_by_text("measured knee: 24").wait_for()
+    figure.get_by_text("Uptake above (ours)").wait_for()
+    frame, names = figure.bounding_box(), figure.locator(".ytick text")
+    assert names.count() > 2
+    for name in names.all():
+        assert name.bounding_box()["x"] >= frame["x"] - 2, name.inner_text()
+
+
 def test_a_copied_link_shows_the_same(open_page, browser):
     page = open_page("cutoff", cutoff=20, length=32768)
     page.get_by_text("does not meet the goal").wait_for()
