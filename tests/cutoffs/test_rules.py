@@ -155,7 +155,7 @@ def positive(values):
 
 SLOW = {
     "uptake": lambda c: tail(c[0], 0.2),
-    "removal-effect": lambda c: tail([x * x for x in c[0]], 0.135**2),
+    "removal-effect": lambda c: tail([x * x for x in c[0]], 0.2**2),
     "speed-depth": lambda n: max(1, round(3 * n / 4)),
     "pop-depth": lambda n: max(1, round(2 * n / 3)),
     "fastkv-depth": lambda n: max(1, round(n / 2)),

@@ -16,11 +16,11 @@ from diagnostics.support.defaults import MAX_KL
 class RemovalEffect(Rule):
     """Smallest k with the root of the sum of squared removal effects over layers >= k within a limit."""
 
-    max_effect_above: float = 0.135  # at a goal of MAX_KL
+    max_effect_above: float = 0.2  # at a goal of MAX_KL; fitted to the runs of the study
     name = "removal-effect"
     title = "Removal effect above (ours)"
     source = "this project: measured on real models, see the study of rules"
-    thresholds = f"at most 0.135 at a goal of {MAX_KL} nats per token"
+    thresholds = f"at most 0.2 at a goal of {MAX_KL} nats per token, fitted to the runs of the study"
     mapping = "smallest k with the root of the summed squares over the layers from k on within the limit"
     blind = "how the changes of several layers act together, and whether the change matters to the next token"
     reads: ClassVar[tuple[str, ...]] = ("removal_effect",)
