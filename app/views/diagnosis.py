@@ -32,6 +32,12 @@ from diagnostics.support.progress import readable_duration
 
 SYMBOLS = {"running": "progress_activity", "complete": "check", "cancelled": "cancel", "failed": "error"}
 TYPES = ["auto", *DTYPES]
+# Values of --rules, as the form says them.
+RULES = {
+    "all": "all that cost a few percent",
+    "all,leave-one-out": "these and leave-one-out, for about twice the time",
+    "none": "none",
+}
 # Fields of the form: the option of the command, the default, and the values.
 FIELDS: dict[str, tuple[str, Any, Kind[Any]]] = {
     "model": ("", EMBEDDED_MODEL, text()),
@@ -44,6 +50,7 @@ FIELDS: dict[str, tuple[str, Any, Kind[Any]]] = {
     "device": ("--device", "auto", text()),
     "dtype": ("--dtype", "auto", one_of(TYPES)),
     "backend": ("--backend", "hooks", one_of(BACKENDS)),
+    "rules": ("--rules", "all", one_of(RULES)),
 }
 LOG_LINES = 200
 
@@ -92,6 +99,13 @@ def form() -> None:
             left.text_input("Device", key=field("device"), help="auto, map, cpu, cuda, cuda:1, mps")
             middle.selectbox("Type", TYPES, key=field("dtype"))
             right.selectbox("Backend", list(BACKENDS), key=field("backend"))
+            st.selectbox(
+                "Rules to set beside the measured loss",
+                list(RULES),
+                key=field("rules"),
+                format_func=RULES.__getitem__,
+                help=GLOSSARY["rule"],
+            )
         st.caption(f":material/timer: {how_long(model)}")
         started = st.button("Start", type="primary", icon=":material/play_arrow:", key="start")
     if started:

@@ -71,6 +71,7 @@ def test_the_form_starts_the_command(tmp_path, command, open_app):
     assert at.text_input(key="model").value == "smollm2-135m-instruct"
     at.file_uploader(key="prompt_file").upload("mine.jsonl", b'{"text": "hello"}\n')
     at.selectbox(key="dtype").select("bfloat16")
+    at.selectbox(key="rules").select("all,leave-one-out")
     start(at, model=" org/model ", context=512, max_prompts=3, decode=9, anchors=2, goal=0.25, detail=1, device="cpu")
     assert calm(at) == []
     (line,) = command.commands
@@ -88,6 +89,7 @@ def test_the_form_starts_the_command(tmp_path, command, open_app):
         "--device": "cpu",
         "--dtype": "bfloat16",
         "--backend": "hooks",
+        "--rules": "all,leave-one-out",
     }
     assert Path(prompts).read_bytes() == b'{"text": "hello"}\n'
     out = Path(line[line.index("--out") + 1])
