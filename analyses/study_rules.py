@@ -13,6 +13,7 @@ import gc
 import json
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -62,14 +63,13 @@ def main() -> None:
     options = parser.parse_args()
     models = dict(model.split("=", 1) for model in options.model or [f"{EMBEDDED_MODEL}={EMBEDDED_MODEL}"])
     sets = [(kind, length) for length in options.lengths for kind in KINDS]
-    measured, device = [], None
+    measured: list[Measured] = []
     with Progress(console=Console(stderr=True)) as bar:
         for name, model in models.items():
             folders = {(kind, length): options.out / f"{name}-{kind}-{length}" for kind, length in sets}
             runs = {key: load_run(folder) for key, folder in folders.items() if (folder / "manifest.json").exists()}
             if not all(key in runs and runs[key].complete for key in sets):
                 lm = load_model(model, dtype="float32")
-                device = lm.device
                 runs = {(kind, length): measure(lm, name, kind, length, options, bar) for kind, length in sets}
                 del lm
                 gc.collect()
@@ -84,6 +84,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():
         write_text(options.results / f"{name}.csv", frame.to_csv(index=False, float_format="%.4g"))
+    device = torch.device(measured[0].run.manifest["identity"]["device"])
     asked = {"models": list(models), "lengths": options.lengths, "decode_tokens": options.decode_tokens}
     about = {"command": "python analyses/study_rules.py --out FOLDER --model NAME=MODEL ...", "settings": asked}
     write_json(options.results / "study.json", about | {"hardware": hardware(device), "versions": versions()})

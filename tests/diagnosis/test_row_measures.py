@@ -111,6 +111,13 @@ def test_the_grams_go_with_the_last_layer():
     np.testing.assert_allclose(probe.measured().layers["cka_to_final"], 1, atol=1e-6)
 
 
+def test_equal_states_resemble_nothing():
+    probe, rows = Cka(context_of(20, 2)), torch.randn(19, 8)
+    probe.on_context(ContextRows(0, rows[:1].expand(19, -1), rows, rows))  # as embeddings of one token, repeated
+    probe.on_context(ContextRows(1, rows, rows, rows))
+    np.testing.assert_allclose(probe.measured().layers["cka_to_final"], [np.nan, 1], atol=1e-6)
+
+
 def test_a_residual_that_is_not_turned_has_cosine_one():
     probe, rows = AttentionCosine(context_of(5, 1)), torch.randn(4, 8)
     probe.on_context(ContextRows(0, rows, rows, rows * 0.5))

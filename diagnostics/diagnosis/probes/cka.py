@@ -18,6 +18,7 @@ from diagnostics.support.sums import total
 
 # Prompt positions whose states are compared.
 N_ROWS = 512
+ROUNDING = 1e-6  # of float32, relative to the states
 
 
 class Cka(Probe):
@@ -27,7 +28,7 @@ class Cka(Probe):
     optional = True
     describes: ClassVar[Mapping[str, str]] = {
         "cka_to_final": f"linear CKA of h_l and h_L over up to {N_ROWS} evenly spaced prompt positions, 0..1; NaN for "
-        "fewer than two",
+        "fewer than two, and where the states of all are equal",
     }
 
     def __init__(self, context: PromptContext) -> None:
@@ -53,13 +54,15 @@ class Cka(Probe):
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Gram matrix of centred rows [rows, width], float32 [rows, rows]."""
-    centred = rows.float()
-    centred = centred - centred.mean(0)
-    return centred @ centred.T
+    """Gram matrix of centred rows [rows, width], float32 [rows, rows]; 0 where they differ by rounding alone."""
+    rows = rows.float()
+    centred = rows - rows.mean(0)
+    gram = centred @ centred.T
+    return gram if gram.trace() > ROUNDING**2 * rows.square().sum() else gram.zero_()
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     """Cosine of two matrices, as vectors."""
     inner, *squares = (float(total((x * y).flatten())) for x, y in ((a, b), (a, a), (b, b)))
-    return inner / np.sqrt(squares[0] * squares[1])
+    size = float(np.sqrt(squares[0] * squares[1]))
+    return inner / size if size else float("nan")
