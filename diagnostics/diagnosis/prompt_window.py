@@ -1,12 +1,14 @@
 """The attention of the last prompt positions over the prompt in one layer: what several rules score tokens by."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diagnostics.diagnosis.observers import AttentionRows
 
 # Numbers of last prompt queries: SimLayerKV's, that of StructKV and CLAA, and ASL's.
 LAZY, SHORT, LONG = 1, 8, 32
+# Neighbours over which ASL and CLAA average scores.
+KERNEL = 7
 
 
 def window_sums(attention: AttentionRows, n_prompt: int) -> dict[int, Tensor]:
@@ -22,3 +24,8 @@ def window_sums(attention: AttentionRows, n_prompt: int) -> dict[int, Tensor]:
         for n_queries, found in sums.items():
             found.append(weights[:, -n_queries:].sum(1))
     return {n_queries: torch.cat(found) for n_queries, found in sums.items()}
+
+
+def pooled(scores: Tensor) -> Tensor:
+    """Average scores [rows, tokens] over neighbours; the zeros that pad both ends count, as in the published codes."""
+    return nn.functional.avg_pool1d(scores, KERNEL, stride=1, padding=KERNEL // 2)

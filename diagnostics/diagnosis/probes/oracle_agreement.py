@@ -13,13 +13,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagnostics.diagnosis.observers import DecodeRows, Outcome
 from diagnostics.diagnosis.probes.probe import Measured, Probe, PromptContext
-from diagnostics.diagnosis.prompt_window import SHORT
+from diagnostics.diagnosis.prompt_window import SHORT, pooled
 
-KERNEL = 7
 TOP_SHARE = 0.1
 N_LAYERS = 4  # layers whose scores CLAA pools
 
@@ -77,11 +76,6 @@ class OracleAgreement(Probe):
     def measured(self) -> Measured:
         """Return one column per line of ``describes``."""
         return Measured(layers=self.columns)
-
-
-def pooled(scores: Tensor) -> Tensor:
-    """Average scores [rows, tokens] over neighbours; the zeros that pad both ends count, as in the published code."""
-    return nn.functional.avg_pool1d(scores, KERNEL, stride=1, padding=KERNEL // 2)
 
 
 def top(scores: Tensor) -> Tensor:

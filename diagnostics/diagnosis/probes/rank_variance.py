@@ -12,13 +12,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagnostics.diagnosis.observers import DecodeRows
 from diagnostics.diagnosis.probes.probe import Measured, Probe, PromptContext
-from diagnostics.diagnosis.prompt_window import LONG
+from diagnostics.diagnosis.prompt_window import LONG, pooled
 
-KERNEL = 7
 BUDGET = 2048  # tokens that ASL keeps, those of the window among them
 # First layer that may be chosen and number of layers in O, as published for 32 layers.
 FIRST, OBSERVED, PUBLISHED_DEPTH = 10, 8, 32
@@ -56,8 +55,7 @@ class RankVariance(Probe):
     def _ranks(self, rows: DecodeRows, n_tokens: int) -> Tensor:
         """Return the rank of each token before the window, 1 for the highest score: float64 [tokens]."""
         received = self.context.window(rows, LONG).sum(0)[:n_tokens]
-        # The zeros that pad both ends count, as in the published code.
-        scores = nn.functional.avg_pool1d(received[None], KERNEL, stride=1, padding=KERNEL // 2)[0].cpu()
+        scores = pooled(received[None])[0].cpu()
         order = scores.sort(descending=True, stable=True).indices
         ranks = torch.empty(n_tokens, dtype=torch.float64)
         ranks[order] = torch.arange(1, n_tokens + 1, dtype=torch.float64)
