@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import Run
-from diagnostics.cutoffs.judgement import Measures, judge_rules, knee
+from diagnostics.cutoffs.judgement import NOT_MEASURED, Measures, judge_rules, knee
 from diagnostics.cutoffs.must_see import must_see
 from diagnostics.cutoffs.regions import uptake
 from diagnostics.cutoffs.rules.rule import Curves, Rule
@@ -45,7 +45,7 @@ def by_rule(table: pd.DataFrame) -> pd.DataFrame:
     A run where the rule finds no cutoff counts as missed.
     """
     rows = []
-    asked = table[~table["note"].str.startswith("not measured")]
+    asked = table[~table["note"].str.startswith(NOT_MEASURED)]
     for (goal, rule), group in asked.groupby(["goal", "rule"], sort=False):
         off = group["off"].dropna().astype(int)
         rows.append(

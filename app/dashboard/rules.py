@@ -69,7 +69,6 @@ def table(verdicts: pd.DataFrame) -> None:
             "" if pd.isna(low) else f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
             for low, high in zip(verdicts["low"], verdicts["high"], strict=True)
         ],
-        note=verdicts["note"],
     )[list(COLUMNS)]
     lines[list(SHARES)] *= 100
     config: dict[str, Any] = {}

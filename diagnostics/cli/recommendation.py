@@ -43,18 +43,8 @@ from diagnostics.support.errors import UserError
 # Options that an existing run has no use for: they say how to measure.
 MEASURING = (
     *("prompts", "max_prompts", "context_length", "decode_tokens", "anchors", "lens_positions", "detail_prompts"),
-    *(
-        "rules",
-        "without_sweep",
-        "backend",
-        "device",
-        "dtype",
-        "revision",
-        "trust_remote_code",
-        "skip_self_test",
-        "out",
-        "resume",
-    ),
+    *("rules", "without_sweep", "backend", "device", "dtype", "revision", "trust_remote_code", "skip_self_test"),
+    *("out", "resume"),
 )
 REGION_RULES = "max_uptake_above, uptake_share, min_uptake, max_gap, max_drift, min_overlap, min_layers"
 

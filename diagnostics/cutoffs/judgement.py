@@ -16,6 +16,7 @@ from diagnostics.support.defaults import MAX_KL
 from diagnostics.support.finite import weighted_mean
 
 N_RESAMPLES = 200
+NOT_MEASURED = "not measured"  # begins the note of a rule whose measures the run lacks
 OURS = ("uptake", "removal-effect")  # the rules of this project stand first
 COLUMNS = {
     **dict.fromkeys(("rule", "title"), "str"),
@@ -64,13 +65,13 @@ def judge_rules(
     counts = resample_counts(np.random.default_rng(seed), n_prompts, n_resamples if n_prompts >= MIN_PROMPTS else 0)
     resampled = [curves for block in counts for curves in measures.means(block, max_kl)]
     losses = _mean_losses(run)
-    at_knee = knee(run, max_kl)
+    at_knee = _knee(losses, max_kl)
     rows = []
     for rule in rules:
         absent = measures.absent(rule)
         cutoff = None if absent else rule.cutoff(every)
         row: dict[str, Any] = {"rule": rule.name, "title": rule.title, "cutoff": cutoff, "knee": at_knee}
-        notes = [f"not measured: diagnose with `rules='all,{rule.name}'`"] if absent else [rule.remark(every)]
+        notes = [f"{NOT_MEASURED}: diagnose with `rules='all,{rule.name}'`"] if absent else [rule.remark(every)]
         if cutoff is not None:
             found = [k for curves in resampled if (k := rule.cutoff(curves)) is not None]
             if found:
@@ -100,9 +101,14 @@ def knee(run: Run, max_kl: float) -> int | None:
 
     None without a sweep, and where even full depth is not within it, as against a teacher.
     """
-    if not run.has_sweep:
+    return _knee(_mean_losses(run), max_kl)
+
+
+def _knee(losses: dict[str, np.ndarray], max_kl: float) -> int | None:
+    """Return the knee from the mean losses of a run; None where there are none."""
+    if not losses:
         return None
-    within = _mean_losses(run)["kl"] <= max_kl + ROUNDING
+    within = losses["kl"] <= max_kl + ROUNDING
     return smallest_admissible(within) if within[-1] else None
 
 

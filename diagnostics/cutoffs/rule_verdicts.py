@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from diagnostics.cutoffs.judgement import COLUMNS, OURS
+from diagnostics.cutoffs.judgement import COLUMNS, NOT_MEASURED, OURS
 from diagnostics.cutoffs.rules import all_rules
 from diagnostics.cutoffs.rules.rule import Rule
 from diagnostics.support.defaults import MAX_KL
@@ -14,7 +14,6 @@ from diagnostics.support.defaults import MAX_KL
 if TYPE_CHECKING:
     from diagnostics.cutoffs.recommendation import Recommendation
 
-NOT_MEASURED = "not measured"  # begins the note of a rule whose measures the run lacks
 NEAR, NEAR_IN_WORDS = 1, "one layer"  # how far from the knee a rule may be to count as right
 
 

@@ -144,7 +144,7 @@ def must_see(run: Run, recommendation: Recommendation) -> go.Figure | None:
         return None
     layers = np.arange(run.n_layers)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.13)
-    losses = finite_mean(per_layer(run, LEAVE_ONE_OUT), axis=0)
+    losses = np.array(found[LEAVE_ONE_OUT], dtype=float)
     panels = (
         ("uptake", recommendation.regions.uptake, BLUE, "uptake"),
         ("loss without this layer", losses, GREEN, "KL, nats per token"),

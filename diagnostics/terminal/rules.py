@@ -21,10 +21,11 @@ FULL_ALONE = HEADINGS.index("saved")
 
 def show_rules(recommendation: Recommendation, console: Console, *, phrase: Callable[[str], str] = str) -> None:
     """Print the table of rules, and which name no cutoff, as ``phrase`` has it; nothing where no rule was asked."""
-    if rule_verdicts(recommendation).empty:
+    verdicts = rule_verdicts(recommendation)
+    if verdicts.empty:
         return
     console.print(rules_table(recommendation, ROWS))
-    for line in silent_rules(rule_verdicts(recommendation)):
+    for line in silent_rules(verdicts):
         console.print(Text(phrase(line), style="dim"))
 
 
